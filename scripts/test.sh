@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The whole test suite, on a bare machine too: installs what it needs into .venv, lints, runs pytest.
+# Usage: bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/lib/venv.sh
+use_venv requirements-training.txt 'pytest>=8.0' 'ruff>=0.6' 'hypothesis>=6.100'
+ruff check .
+ruff format --check .
+python -m pytest -q "$@"

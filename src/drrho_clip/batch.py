@@ -1,0 +1,51 @@
+"""What the data path hands to the task: one rank's share of a global batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The ``b`` samples of one rank.
+
+    ``image``      uint8 [b, 3, H, W], normalized on the device, or floating point and already normalized.
+    ``text``       int64 [b, L] token ids of the target's tokenizer.
+    ``index``      int64 [b], rows of the sample state. Stays on the CPU: it is checked there, without a sync.
+    ``ref_image``  the same views for the reference model, [b, 3, H_r, W_r]; None where ``image`` serves both.
+    ``ref_text``   int64 [b, L_r] of the reference's tokenizer; None where ``text`` serves both.
+    """
+
+    image: Tensor
+    text: Tensor
+    index: Tensor
+    ref_image: Tensor | None = None
+    ref_text: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy on ``device``, without waiting for it; ``index`` stays where it is."""
+        return self._map(lambda t: t.to(device, non_blocking=True), keep=("index",))
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory; ``torch.utils.data.DataLoader`` calls this by its name."""
+        return self._map(lambda t: t.pin_memory())
+
+    def chunk(self, k: int) -> list[Batch]:
+        """``k`` micro-batches of equal size, in order."""
+        pieces = {f.name: getattr(self, f.name) for f in fields(self)}
+        chunks = {name: t.chunk(k) for name, t in pieces.items() if t is not None}
+        return [Batch(**{name: c[j] for name, c in chunks.items()}) for j in range(k)]
+
+    def select(self, keep: Tensor) -> Batch:
+        """The samples ``keep`` (int64 [n], positions in this batch)."""
+        return self._map(lambda t: t[keep.to(t.device)])
+
+    def _map(self, fn, keep: tuple[str, ...] = ()) -> Batch:
+        names = [f.name for f in fields(self) if f.name not in keep and getattr(self, f.name) is not None]
+        return replace(self, **{name: fn(getattr(self, name)) for name in names})

@@ -1,0 +1,86 @@
+"""Real gloo process groups that stay alive across tests: ``ranks(4).run(function, *args)``.
+
+Each pool holds K processes with a process group of their own. ``run`` calls ``function(*args)`` on all of them
+and returns the K results in rank order; an exception on a rank is raised here with its traceback. Functions
+must be importable (module level), arguments and results picklable.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import traceback
+from functools import cache
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _serve(rank: int, size: int, port: int, pipe) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    while (call := pipe.recv()) is not None:
+        function, args, kwargs = call
+        try:
+            pipe.send((True, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """A pool of ``size`` processes in one gloo group."""
+
+    def __init__(self, size: int, timeout: float = 120.0) -> None:
+        self.size, self.timeout = size, timeout
+        context, port = mp.get_context("spawn"), free_port()
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function, *args, **kwargs) -> list:
+        for pipe in self.pipes:
+            pipe.send((function, args, kwargs))
+        results, failures = [], []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(self.timeout):
+                failures.append(f"rank {rank} did not answer within {self.timeout:.0f} s")
+                continue
+            good, value = pipe.recv()
+            (results if good else failures).append(value if good else f"rank {rank}:\n{value}")
+        if failures:
+            ranks.cache_clear()  # a group that failed half-way is not used again
+            self.close()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+            process.join(2)
+            process.kill()
+
+
+@cache
+def ranks(size: int) -> Ranks:
+    """The pool of ``size`` ranks, started at its first use and kept until the tests end."""
+    pool = Ranks(size)
+    atexit.register(pool.close)
+    return pool
