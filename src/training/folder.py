@@ -1,0 +1,171 @@
+"""A run's folder, ``LOGS/NAME/``: which one this run uses, and what is put there at its start.
+
+    out.log              the log (``--log-local``: ``out-RANK.log``, one per node)
+    params.txt           every flag, ``name: value``, sorted
+    launch.json          which job and which launcher started the run, so that a restart finds its folder
+    checkpoints/         epoch_N.pt
+    tensorboard/         events, where reported
+    eval_results.jsonl   one JSON object per evaluation
+    job.done             the run reached its end
+
+Without ``--name`` the name is made of the time and the main settings. A job that Slurm requeues or torchrun
+restarts would then start another run each time; it is recognized by ``launch.json`` and goes on in the folder
+that it had.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.distributed import World, broadcast_object
+from training.params import Config
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run lives. ``restarted``: the launcher started this job before, so it resumes what is there."""
+
+    path: Path
+    name: str
+    restarted: bool = False
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "job.done"
+
+
+def choose_folder(config: Config, world: World) -> RunFolder:
+    """The folder of this run, the same on every rank; nothing is created.
+
+    ValueError (on every rank) where the folder holds another run and ``--resume`` was not given.
+    """
+    answer: RunFolder | str | None = None
+    if world.is_main:
+        try:
+            answer = _choose(config, os.environ)
+        except ValueError as error:
+            answer = str(error)
+    answer = broadcast_object(answer)
+    if isinstance(answer, str):
+        raise ValueError(answer)
+    return answer
+
+
+def create_folder(folder: RunFolder, config: Config, world: World) -> None:
+    """Make the folder on rank 0 (``--log-local``: on every node) and fill in what is known at the start."""
+    if world.is_main or (config.run.log_local and world.is_local_main):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    if not world.is_main:
+        return
+    folder.checkpoints.mkdir(exist_ok=True)
+    (folder.path / "params.txt").write_text(
+        "".join(f"{name}: {value}\n" for name, value in sorted(config.flags.items()))
+    )
+    (folder.path / "launch.json").write_text(json.dumps(launch_identity(os.environ)) + "\n")
+    if config.run.copy_codebase:
+        copy_code(folder.path)
+
+
+def default_name(config: Config, now: float) -> str:
+    """Time, model, learning rate, batch size, workers and precision, as the published code names a run."""
+    model = config.model.model
+    model = Path(model).stem if model.endswith(".json") else model.replace("/", "-")
+    stamp = time.strftime("%Y_%m_%d-%H_%M_%S", time.localtime(now))
+    return (
+        f"{stamp}-model_{model}-lr_{config.optim.lr}-b_{config.run.batch_size}"
+        f"-j_{config.data.workers}-p_{config.run.precision}"
+    )
+
+
+def launch_identity(env: Mapping[str, str]) -> dict[str, str]:
+    """What stays the same when a launcher starts this job again: launcher name -> identity.
+
+    Slurm keeps job and step number across a requeue. torchrun keeps its run id across restarts; where it has none
+    ("none", its default), the agent itself stays: its host and process id.
+    """
+    identity = {}
+    if "SLURM_JOB_ID" in env:
+        identity["slurm"] = f"{env['SLURM_JOB_ID']}.{env.get('SLURM_STEP_ID', '')}"
+    if "TORCHELASTIC_RUN_ID" in env:
+        run_id = env["TORCHELASTIC_RUN_ID"]
+        identity["torchrun"] = run_id if run_id != "none" else f"{socket.gethostname()}:{os.getppid()}"
+    return identity
+
+
+def copy_code(folder: Path) -> Path:
+    """Copy the ``src`` that is running into ``folder/code/src`` (``code_TIME`` beside an earlier copy)."""
+    target = folder / "code"
+    if target.exists():
+        target = folder / time.strftime("code_%Y_%m_%d-%H_%M_%S")
+    source = Path(__file__).resolve().parents[1]
+    packages = ("training", "drrho_clip")  # by name: installed, their parent is site-packages
+    for package in packages:
+        shutil.copytree(
+            source / package,
+            target / "src" / package,
+            ignore=shutil.ignore_patterns("__pycache__", "*.pyc"),
+            dirs_exist_ok=True,
+        )
+    return target
+
+
+def _choose(config: Config, env: Mapping[str, str]) -> RunFolder:
+    logs, name = Path(config.run.logs), config.run.name
+    restarts = _restarted_launchers(env)
+    if name is None:
+        earlier = _find_launched(logs, restarts)
+        if earlier is not None:
+            return RunFolder(earlier, earlier.name, restarted=True)
+        if config.run.resume == "latest":
+            raise ValueError(
+                "--resume latest: say which run with --name (its folder under --logs), or give a file"
+            )
+        name = default_name(config, time.time())
+    path = logs / name
+    if _launched_by(path, restarts):
+        return RunFolder(path, name, restarted=True)
+    if _holds_run(path) and config.run.resume is None:
+        raise ValueError(
+            f"--name {name}: {path} already holds a run; continue it with --resume latest, "
+            "give the new run another --name, or remove the folder"
+        )
+    return RunFolder(path, name)
+
+
+def _restarted_launchers(env: Mapping[str, str]) -> dict[str, str]:
+    """The launchers that say they started this job before."""
+    counters = {"slurm": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
+    identity = launch_identity(env)
+    return {k: v for k, v in identity.items() if int(env.get(counters[k]) or 0) > 0}
+
+
+def _launched_by(path: Path, launchers: Mapping[str, str]) -> bool:
+    """Whether the run in ``path`` was started by one of ``launchers``."""
+    file = path / "launch.json"
+    if not launchers or not file.is_file():
+        return False
+    recorded = json.loads(file.read_text())
+    return any(recorded.get(k) == v for k, v in launchers.items())
+
+
+def _find_launched(logs: Path, launchers: Mapping[str, str]) -> Path | None:
+    """The newest run under ``logs`` that one of ``launchers`` started."""
+    if not launchers:
+        return None
+    files = sorted(logs.glob("*/launch.json"), key=lambda f: f.stat().st_mtime, reverse=True)
+    return next((f.parent for f in files if _launched_by(f.parent, launchers)), None)
+
+
+def _holds_run(path: Path) -> bool:
+    return any((path / mark).exists() for mark in ("params.txt", "checkpoints", "out.log", "job.done"))

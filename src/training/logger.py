@@ -1,0 +1,353 @@
+"""What a run reports: console and ``out.log``, TensorBoard and W&B behind one interface, meters, progress bars.
+
+Rank 0 reports (``--log-local``: one rank per node, into ``out-RANK.log``). On the other ranks a ``RunLog`` has the
+same methods and they do nothing (warnings still reach the console), so the loop never asks which rank it is on.
+Log lines and bars coexist: on a terminal lines are written above the bar, elsewhere there is no bar and slow work
+says where it is every so often.
+
+    with open_run(config, world, choose_folder(config, world)) as log:
+        loss = Meter()
+        loss.update(loss_tensor, n)                       # stays on the device
+        log.train(TrainStatus(..., losses=read({"loss": loss})))   # one read for all meters
+        log.done()
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.distributed import World
+from training.folder import RunFolder, create_folder
+from training.params import Config
+
+logger = logging.getLogger(__name__)
+
+
+class Meter:
+    """The last value and the weighted mean of a scalar, kept where it is: updating never waits for the device."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.now: Tensor | float = float("nan")
+        self.sum: Tensor | float = 0.0
+        self.count = 0.0
+
+    def update(self, value: Tensor | float, n: float = 1) -> None:
+        """Add a 0-d ``value`` with weight ``n``. Tensors are copied, as a compiled step reuses its outputs."""
+        if isinstance(value, Tensor):
+            value = value.detach().to(torch.float64, copy=True)
+        self.now = value
+        self.sum = self.sum + value * n
+        self.count += n
+
+
+def read(meters: Mapping[str, Meter]) -> dict[str, tuple[float, float]]:
+    """``name -> (now, mean)`` as floats, NaN where nothing was added. One copy from the device for all meters."""
+    cells = [cell for meter in meters.values() for cell in (meter.now, meter.sum)]
+    on_device = [cell for cell in cells if isinstance(cell, Tensor)]
+    host = iter(torch.stack([cell.to(on_device[0].device) for cell in on_device]).tolist() if on_device else ())
+    values = [next(host) if isinstance(cell, Tensor) else cell for cell in cells]
+    return {
+        name: (now, total / meter.count if meter.count else float("nan"))
+        for (name, meter), now, total in zip(meters.items(), values[::2], values[1::2], strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class TrainStatus:
+    """What one line about training says.
+
+    ``step`` counts optimizer steps since the start; ``seen`` of ``total`` samples of this epoch, on all ranks;
+    times in seconds per step, ``eta`` in seconds; ``rate`` in samples per second on all ``gpus`` ranks;
+    ``losses``: name -> (now, mean).
+    """
+
+    epoch: int
+    step: int
+    seen: int
+    total: int
+    eta: float
+    data_time: float
+    batch_time: float
+    rate: float
+    gpus: int
+    lr: float
+    lr_tau: float
+    logit_scale: float
+    losses: Mapping[str, tuple[float, float]]
+
+    def scalars(self) -> dict[str, float]:
+        """The same numbers under the published code's names for TensorBoard and W&B."""
+        return {
+            "train/data_time": self.data_time,
+            "train/batch_time": self.batch_time,
+            "train/samples_per_second": self.rate,
+            "train/samples_per_second_per_gpu": self.rate / self.gpus,
+            "train/scale": self.logit_scale,
+            "train/lr": self.lr,
+            "train/lr_tau": self.lr_tau,
+            **{f"train/{name}": now for name, (now, _) in self.losses.items()},
+        }
+
+
+def train_line(status: TrainStatus) -> str:
+    """The published code's line about training; the total loss comes last."""
+    s, width = status, len(str(status.total))
+    losses = sorted(s.losses.items(), key=lambda item: item[0] == "loss")
+    return " ".join(
+        [
+            f"Train Epoch: {s.epoch} [{s.seen:>{width}}/{s.total} ({100 * s.seen / s.total:.0f}%)]",
+            f"ETA: {timedelta(seconds=int(s.eta))}",
+            f"Data (t): {s.data_time:.3f}",
+            f"Batch (t): {s.batch_time:.3f}, {s.rate:#g}/s, {s.rate / s.gpus:#g}/s/gpu",
+            f"LR: {s.lr:.8f}",
+            f"LR_tau: {s.lr_tau:.8f}",
+            f"Logit Scale: {s.logit_scale:.3f}",
+            *(f"{name.capitalize()}: {now:#.5g} ({mean:#.5g})" for name, (now, mean) in losses),
+        ]
+    )
+
+
+class Progress:
+    """How far slow work is: a bar on a terminal, elsewhere a log line every ``every`` seconds."""
+
+    def __init__(
+        self, total: int, desc: str, *, initial: int = 0, unit: str = "it", shown: bool, every: float
+    ) -> None:
+        self.total, self.desc, self.unit, self.every = total, desc, unit, every
+        self.count = self.initial = initial
+        self.started = self.told = time.monotonic()
+        terminal = shown and sys.stderr.isatty()
+        self.plain = shown and not terminal
+        self.bar = tqdm(
+            total=total, initial=initial, desc=desc, unit=unit, unit_scale=True, leave=False, dynamic_ncols=True,
+            disable=not terminal,
+        )  # fmt: skip
+
+    def update(self, n: int = 1) -> None:
+        self.count += n
+        self.bar.update(n)
+        if self.plain and time.monotonic() - self.told >= self.every:
+            self.told = time.monotonic()
+            left = (self.told - self.started) * (self.total - self.count) / max(self.count - self.initial, 1)
+            share = 100 * self.count / max(self.total, 1)
+            eta = timedelta(seconds=int(left))
+            logger.info(f"{self.desc}: {self.count}/{self.total} {self.unit} ({share:.0f}%) ETA: {eta}")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.close()
+
+
+class Writer:
+    """Where scalars go; this one drops them."""
+
+    def scalars(self, step: int, values: Mapping[str, float], axis: str) -> None:
+        """``values`` at position ``step`` of ``axis``, 'step' or 'epoch'."""
+
+    def watch(self, model: nn.Module) -> None:
+        """Follow parameters and gradients, where the place can."""
+
+    def close(self) -> None:
+        """Write what is buffered."""
+
+
+class TensorBoardWriter(Writer):
+    """Event files in ``tensorboard/``."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        with _named("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder.path / "tensorboard")
+
+    def scalars(self, step: int, values: Mapping[str, float], axis: str) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbWriter(Writer):
+    """A W&B run named like the run's folder; ``WANDB_MODE=offline`` keeps it in that folder."""
+
+    def __init__(self, folder: RunFolder, config: Config) -> None:
+        with _named("wandb"):
+            import wandb
+
+        resumes = folder.restarted or config.run.resume == "latest"
+        self.run = wandb.init(
+            project=config.run.wandb_project_name,
+            name=folder.name,
+            id=re.sub(r"[^\w.-]", "-", folder.name)[-128:],  # W&B: at most 128 characters, no / \ # ? % :
+            notes=config.run.wandb_notes,
+            config={name: _plain(value) for name, value in config.flags.items()},
+            dir=folder.path,
+            resume="allow" if resumes else None,
+        )
+        for axis, prefix in (("step", "train"), ("epoch", "val")):  # not W&B's own step, which may never go back
+            self.run.define_metric(axis)
+            self.run.define_metric(f"{prefix}/*", step_metric=axis)
+
+    def scalars(self, step: int, values: Mapping[str, float], axis: str) -> None:
+        self.run.log({**values, axis: step})
+
+    def watch(self, model: nn.Module) -> None:
+        self.run.watch(model, log="all")
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class RunLog:
+    """What the loop and the evaluation report to. Made by ``open_run``; a context manager."""
+
+    def __init__(
+        self, folder: RunFolder, world: World, writers: tuple[Writer, ...], handlers: list[logging.Handler]
+    ):
+        self.folder, self.world = folder, world
+        self.writers, self.handlers = writers, handlers
+        self._level = logging.getLogger().level
+
+    def info(self, message: str) -> None:
+        logger.info(message)
+
+    def warning(self, message: str) -> None:
+        logger.warning(message)
+
+    def scalars(self, step: int, values: Mapping[str, float], axis: str = "step") -> None:
+        """Send ``values`` (floats, named 'train/…' against 'step' or 'val/…' against 'epoch') to every writer."""
+        for writer in self.writers:
+            writer.scalars(step, values, axis)
+
+    def train(self, status: TrainStatus) -> None:
+        """The line about training, and its numbers as scalars."""
+        logger.info(train_line(status))
+        self.scalars(status.step, status.scalars())
+
+    def progress(
+        self, total: int, desc: str, *, initial: int = 0, unit: str = "it", every: float = 15.0
+    ) -> Progress:
+        """A context manager with ``update(n)``. ``every=math.inf``: no lines of its own off a terminal."""
+        return Progress(total, desc, initial=initial, unit=unit, shown=self.world.is_main, every=every)
+
+    def eval_result(self, result: Mapping[str, Any]) -> None:
+        """Append one object to ``eval_results.jsonl``; its floats go out as ``val/NAME`` against its 'epoch'."""
+        if not self.world.is_main:
+            return
+        with open(self.folder.path / "eval_results.jsonl", "a") as file:
+            file.write(json.dumps(dict(result)) + "\n")
+        self.scalars(result["epoch"], {f"val/{k}": v for k, v in result.items() if isinstance(v, float)}, "epoch")
+
+    def watch(self, model: nn.Module) -> None:
+        """``--debug``: let W&B follow parameters and gradients."""
+        for writer in self.writers:
+            writer.watch(model)
+
+    def done(self) -> None:
+        """The run reached its end: leave ``job.done``."""
+        if self.world.is_main:
+            self.folder.done.write_text(time.strftime("%Y-%m-%d %H:%M:%S\n"))
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+        root = logging.getLogger()
+        for handler in self.handlers:
+            root.removeHandler(handler)
+            handler.close()
+        root.setLevel(self._level)
+        self.writers, self.handlers = (), []
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:  # Python prints the traceback on the console itself
+            record = logger.makeRecord(
+                logger.name, logging.ERROR, __file__, 0, "the run ended with an error", (), (kind, error, trace)
+            )
+            for handler in self.handlers:
+                if isinstance(handler, logging.FileHandler):
+                    handler.handle(record)
+        self.close()
+
+
+def open_run(config: Config, world: World, folder: RunFolder) -> RunLog:
+    """Create ``folder`` and start logging; ValueError where what ``--report-to`` names is not installed."""
+    create_folder(folder, config, world)
+    reports = world.is_main or (config.run.log_local and world.is_local_main)
+    level = logging.DEBUG if config.run.debug else logging.INFO
+    handlers: list[logging.Handler] = [_Console(level if reports else logging.WARNING)]
+    if reports:
+        name = f"out-{world.rank}.log" if config.run.log_local else "out.log"
+        handlers.append(logging.FileHandler(folder.path / name))
+        handlers[-1].setLevel(level)
+    writers: tuple[Writer, ...] = ()
+    if world.is_main and "tensorboard" in config.run.report_to:
+        writers += (TensorBoardWriter(folder),)
+    if world.is_main and "wandb" in config.run.report_to:
+        writers += (WandbWriter(folder, config),)
+    log = RunLog(folder, world, writers, handlers)
+    _start_logging(handlers, level, "" if world.is_main else f"{socket.gethostname()} rank {world.rank} | ")
+    return log
+
+
+class _Console(logging.Handler):
+    """Lines on stderr; on a terminal above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+            if sys.stderr.isatty():
+                tqdm.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+def _start_logging(handlers: list[logging.Handler], level: int, origin: str) -> None:
+    root = logging.getLogger()
+    root.setLevel(level)
+    logging.getLogger("PIL").setLevel(logging.INFO)  # dozens of debug lines per picture
+    form = logging.Formatter(f"%(asctime)s | {origin}%(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S")
+    for handler in handlers:
+        handler.setFormatter(form)
+        root.addHandler(handler)
+
+
+@contextmanager
+def _named(package: str) -> Iterator[None]:
+    """Turn the failed import of an optional package into a sentence about its flag."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"--report-to {package}: the package is not usable here ({error}); pip install {package}"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """A flag's value as JSON can hold it."""
+    return value if isinstance(value, (str, int, float, bool, type(None), list, tuple, dict)) else str(value)
