@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from drrho_clip.sample_state import StateUpdate
+
 
 @dataclass(frozen=True)
 class LossInputs:
@@ -32,20 +34,13 @@ class LossInputs:
 
 
 @dataclass(frozen=True)
-class StateUpdate:
-    """New rows for the sample state, held back until the optimizer has really stepped.
-
-    ``index`` int64 [B] of the whole global batch, ``values`` column name -> float32 [B]. Equal indices carry
-    equal values.
-    """
-
-    index: Tensor
-    values: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
 class LossOutput:
-    """``terms``: name -> 0-d tensor; what is minimized is their sum. ``update``: None without sample state."""
+    """What a step gives.
+
+    ``terms``    name -> 0-d tensor; what is minimized is their sum.
+    ``update``   new rows of the sample state, for ``SampleState.commit``; None for losses without one.
+    ``metrics``  further 0-d tensors worth logging.
+    """
 
     terms: dict[str, Tensor]
     update: StateUpdate | None = None

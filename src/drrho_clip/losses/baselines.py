@@ -1,0 +1,118 @@
+"""open_clip's own losses behind the registry's interface.
+
+Similarities are computed in float32 whatever the autocast dtype is. How gradients cross ranks is open_clip's
+choice, by its flags ``local_loss`` and ``gather_with_grad``.
+"""
+
+from __future__ import annotations
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.loss import SigLipLoss
+from torch import Tensor
+
+from drrho_clip import collectives
+from drrho_clip.losses.registry import Loss, LossInputs, LossOutput, LossSpec, register
+
+
+class _ClipBased(Loss):
+    """A loss around one of open_clip's contrastive ones, ``self.contrastive``."""
+
+    loss_class = open_clip.ClipLoss
+
+    def __init__(self, *, local_loss: bool = False, gather_with_grad: bool = False) -> None:
+        super().__init__()
+        self.contrastive = self.loss_class(
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            cache_labels=True,
+            rank=collectives.rank(),
+            world_size=collectives.world_size(),
+        )
+
+
+class Clip(_ClipBased):
+    """Mini-batch InfoNCE, OpenCLIP's default."""
+
+    def forward(self, inputs: LossInputs) -> LossOutput:
+        with torch.autocast(inputs.image.device.type, enabled=False):
+            loss = self.contrastive(
+                inputs.image.float(), inputs.text.float(), inputs.logit_scale.float(), inputs.logit_bias
+            )
+        return LossOutput({"contrastive_loss": loss})
+
+
+class CoCa(_ClipBased):
+    """InfoNCE and the captioner's cross-entropy (arXiv:2205.01917), each with its weight.
+
+    ``pad_id``: the token that carries no caption loss. The caption term is a mean over the tokens of this
+    rank's batch, so micro-batches are summed and divided by their tokens.
+    """
+
+    def __init__(self, *, contrastive_weight: float, caption_weight: float, pad_id: int = 0, **gather) -> None:
+        super().__init__(**gather)
+        self.contrastive_weight, self.caption_weight, self.pad_id = contrastive_weight, caption_weight, pad_id
+
+    def forward(self, inputs: LossInputs) -> LossOutput:
+        with torch.autocast(inputs.image.device.type, enabled=False):
+            loss = self.contrastive(inputs.image.float(), inputs.text.float(), inputs.logit_scale.float())
+        return LossOutput({"contrastive_loss": self.contrastive_weight * loss})
+
+    def local_terms(self, outputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        labels = outputs["labels"]
+        total = F.cross_entropy(
+            outputs["logits"].float().transpose(1, 2), labels, ignore_index=self.pad_id, reduction="sum"
+        )
+        return {"caption_loss": (self.caption_weight * total, (labels != self.pad_id).sum())}
+
+
+class SigLip(Loss):
+    """Pairwise sigmoid loss (arXiv:2303.15343); the model needs a ``logit_bias``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contrastive = SigLipLoss(rank=collectives.rank(), world_size=collectives.world_size())
+
+    def forward(self, inputs: LossInputs) -> LossOutput:
+        with torch.autocast(inputs.image.device.type, enabled=False):
+            loss = self.contrastive(
+                inputs.image.float(),
+                inputs.text.float(),
+                inputs.logit_scale.float(),
+                inputs.logit_bias.float(),
+            )
+        return LossOutput({"contrastive_loss": loss})
+
+
+class Distill(_ClipBased):
+    """InfoNCE weighed by ``1 - weight``, distillation of a teacher's rows by ``weight`` (as MobileCLIP does).
+
+    ``teacher_scale``: the teacher's 1/tau.
+    """
+
+    loss_class = open_clip.DistillClipLoss
+
+    def __init__(self, *, weight: float, teacher_scale: float, **gather) -> None:
+        super().__init__(**gather)
+        self.weight, self.teacher_scale = weight, teacher_scale
+
+    def forward(self, inputs: LossInputs) -> LossOutput:
+        with torch.autocast(inputs.image.device.type, enabled=False):
+            contrastive, distill = self.contrastive(
+                inputs.image.float(),
+                inputs.text.float(),
+                inputs.logit_scale.float(),
+                inputs.ref_image.float(),
+                inputs.ref_text.float(),
+                self.teacher_scale,
+            )
+        return LossOutput(
+            {"contrastive_loss": (1 - self.weight) * contrastive, "distill_loss": self.weight * distill}
+        )
+
+
+register(LossSpec("clip", Clip))
+register(LossSpec("siglip", SigLip))
+register(LossSpec("coca", CoCa))
+register(LossSpec("distill", Distill, reference="required"))

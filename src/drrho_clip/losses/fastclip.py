@@ -1,0 +1,107 @@
+"""FastCLIP v0, v1, v3 (arXiv:2407.01445) and, with reference embeddings, DRRho-CLIP (arXiv:2505.06699).
+
+One temperature for all samples, the model's. With both directions averaged
+
+    v0, v1:  F = (mean log u1 + mean log u2) / 2
+    v3:      F = tau (mean log u1 + mean log u2) / 2 + rho tau          (``multiply_tau``)
+
+v0 and v3 learn tau, v1 keeps it: whether it is learned is whether the model's ``logit_scale`` wants a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from drrho_clip import collectives
+from drrho_clip.losses import compositional
+from drrho_clip.losses.registry import Loss, LossInputs, LossOutput, LossSpec, register
+from drrho_clip.sample_state import SampleState, StateUpdate
+
+COLUMNS = ("log_u_image", "log_u_text")
+
+
+class FastCLIP(Loss):
+    """The global objectives with one temperature.
+
+    ``state``         table with ``COLUMNS``, or None: gamma is 1 in every epoch and u is never read.
+    ``gamma``         epoch -> weight of the new inner estimate, in (0, 1].
+    ``eps``           added to g, > 0.
+    ``rho``           weight of the temperature's regularizer; ``multiply_tau`` objectives only.
+    ``tau_gradient``  'paper', or 'published': the published code's, with the pair term counted twice.
+    """
+
+    def __init__(
+        self,
+        *,
+        state: SampleState | None,
+        gamma: Callable[[int], float],
+        eps: float,
+        rho: float,
+        multiply_tau: bool,
+        tau_gradient: str = "paper",
+        kernels: compositional.Kernels | None = None,
+    ) -> None:
+        super().__init__()
+        self.state = state
+        self._gamma_of = gamma
+        self.eps, self.rho, self.multiply_tau = eps, rho, multiply_tau
+        self._pair_factor = {"paper": 1.0, "published": 2.0}[tau_gradient]
+        self._kernels = kernels or compositional.Kernels()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.gamma = self._gamma_of(epoch)
+
+    def forward(self, inputs: LossInputs) -> LossOutput:
+        device = inputs.image.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            index, old_log_u = self._fetch(inputs.index, device)
+            scale = inputs.logit_scale.detach().float()
+            solution = compositional.solve(
+                inputs,
+                index,
+                old_log_u,
+                scale,
+                weight_by_inverse_tau=not self.multiply_tau,
+                gamma=torch.full((), self.gamma, device=device),
+                eps=self.eps,
+                moments=inputs.logit_scale.requires_grad,
+                kernels=self._kernels,
+            )
+            value = solution.log_u.mean()
+            if self.multiply_tau:
+                value = (value + self.rho) / scale
+            # DDP averages over ranks; each rank holds its own part of the sum.
+            k = collectives.world_size()
+            gradients = (
+                k * solution.grad_image,
+                k * solution.grad_text,
+                k * self._grad_scale(solution, scale).to(inputs.logit_scale.dtype),
+            )
+        loss = compositional.AttachGradient.apply(value, inputs.image, inputs.text, inputs.logit_scale, *gradients)
+        update = StateUpdate(index, dict(zip(COLUMNS, solution.log_u.unbind(1), strict=True)))
+        return LossOutput({"contrastive_loss": loss}, update if self.state is not None else None)
+
+    def _fetch(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        if self.state is None:
+            return collectives.all_gather(index.to(device, non_blocking=True)), None
+        index, values = self.state.fetch(index)
+        old = torch.stack([values[name] for name in COLUMNS], 1)
+        return index.to(device, non_blocking=True), old.to(device, non_blocking=True)
+
+    def _grad_scale(self, solution: compositional.Solution, scale: Tensor) -> Tensor:
+        """This rank's part of dF/d(1/tau) = -tau^2 dF/dtau."""
+        batch = len(solution.log_u)
+        tau = 1 / scale
+        pair = self._pair_factor * solution.pull.sum() / (2 * batch)
+        if not self.multiply_tau:
+            return tau * pair
+        first = collectives.rank() * len(solution.pull)
+        log_u = solution.log_u[first : first + len(solution.pull)].sum() / (2 * batch)
+        return -(tau**2) * (log_u + self.rho / collectives.world_size() - pair)
+
+
+register(LossSpec("fastclip", FastCLIP, sample_state=True, reference="optional"))

@@ -1,0 +1,137 @@
+"""FastCLIP v2: one temperature per sample and direction (iSogCLR with a gamma schedule, arXiv:2407.01445).
+
+The embedding gradient is that of mean log u, each anchor's row divided by its tau_i. The temperature's is that
+of tau_i (log u_i + rho), applied by an Adam step with moments kept per sample:
+
+    grad_i = log u_i + rho - sum_j W_ij m_ij / (tau_i (B - 1)),  clamped to [-5, 5]
+    m_i <- beta1 m_i + (1 - beta1) grad_i        v_i <- beta2 v_i + (1 - beta2) grad_i^2
+    tau_i <- tau_i - lr m^_i / (sqrt(v^_i) + eps),  clamped to [0.01, 1]
+
+with bias correction by epoch + 1 and beta1 = beta2 = 0 in epoch 0. This step's W, u and embedding gradient use
+tau_i as it was. Copies of a sample in a batch take one step with the mean of their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from drrho_clip import collectives
+from drrho_clip.losses import compositional
+from drrho_clip.losses.fastclip import COLUMNS as U_COLUMNS
+from drrho_clip.losses.registry import Loss, LossInputs, LossOutput, LossSpec, register
+from drrho_clip.sample_state import SampleState, StateUpdate
+
+TAU_COLUMNS = ("tau_image", "tau_text")
+M_COLUMNS = ("tau_m_image", "tau_m_text")
+V_COLUMNS = ("tau_v_image", "tau_v_text")
+# What is kept where gamma is 1 in every epoch and u is never read.
+TEMPERATURE_COLUMNS = TAU_COLUMNS + M_COLUMNS + V_COLUMNS
+COLUMNS = U_COLUMNS + TEMPERATURE_COLUMNS
+
+GRAD_BOUND = 5.0
+TAU_MIN, TAU_MAX = 0.01, 1.0
+
+
+class IndividualFastCLIP(Loss):
+    """The robust objective with individual temperatures.
+
+    ``state``        table with ``COLUMNS``, or ``TEMPERATURE_COLUMNS`` where gamma is 1 in every epoch.
+    ``temperature``  where each tau_i starts. ``rho``, ``eps``, ``gamma`` as in ``FastCLIP``.
+    ``lr_tau``       -> the temperatures' learning rate for the next step.
+    ``betas``, ``adam_eps``  of the temperatures' Adam step, from epoch 1 on.
+    """
+
+    def __init__(
+        self,
+        *,
+        state: SampleState,
+        gamma: Callable[[int], float],
+        eps: float,
+        rho: float,
+        temperature: float,
+        betas: tuple[float, float],
+        adam_eps: float,
+        lr_tau: float,
+        kernels: compositional.Kernels | None = None,
+    ) -> None:
+        super().__init__()
+        self.state = state
+        self._gamma_of = gamma
+        self.eps, self.rho, self.temperature = eps, rho, temperature
+        self.betas, self.adam_eps, self.lr_tau = betas, adam_eps, lr_tau
+        self._keeps_u = set(U_COLUMNS) <= set(state.columns)
+        self._kernels = kernels or compositional.Kernels()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch, self.gamma = epoch, self._gamma_of(epoch)
+
+    def forward(self, inputs: LossInputs) -> LossOutput:
+        device = inputs.image.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            index, values = self.state.fetch(inputs.index)
+            index = index.to(device, non_blocking=True)
+            columns = {name: value.to(device, non_blocking=True) for name, value in values.items()}
+
+            def pair(names: tuple[str, str]) -> Tensor:
+                return torch.stack([columns[name] for name in names], 1)
+
+            tau = pair(TAU_COLUMNS)
+            tau = torch.where(tau.isnan(), self.temperature, tau)
+            solution = compositional.solve(
+                inputs,
+                index,
+                pair(U_COLUMNS) if self._keeps_u else None,
+                1 / tau,
+                weight_by_inverse_tau=True,
+                gamma=torch.full((), self.gamma, device=device),
+                eps=self.eps,
+                moments=True,
+                kernels=self._kernels,
+            )
+            k = collectives.world_size()
+            value = (tau * (solution.log_u + self.rho)).mean()
+            gradients = k * solution.grad_image, k * solution.grad_text
+            stepped = self._step_temperatures(index, tau, pair(M_COLUMNS), pair(V_COLUMNS), solution)
+        loss = compositional.AttachGradient.apply(value, inputs.image, inputs.text, *gradients)
+        if self._keeps_u:
+            stepped[U_COLUMNS] = solution.log_u
+        update = {name: pairs[:, i] for names, pairs in stepped.items() for i, name in enumerate(names)}
+        return LossOutput({"contrastive_loss": loss}, StateUpdate(index, update), {"mean_tau": tau.mean()})
+
+    def _step_temperatures(
+        self, index: Tensor, tau: Tensor, m: Tensor, v: Tensor, solution: compositional.Solution
+    ) -> dict[tuple[str, str], Tensor]:
+        """One Adam step for the B samples, all [B, 2]. A third collective: this rank's b gradients."""
+        b = len(solution.pull)
+        first = collectives.rank() * b
+        own = solution.log_u[first : first + b] + self.rho - solution.pull
+        grad = _mean_of_copies(collectives.all_gather(own.clamp(-GRAD_BOUND, GRAD_BOUND)), index)
+        beta1, beta2 = self.betas if self.epoch > 0 else (0.0, 0.0)
+        m = beta1 * m.nan_to_num(0.0) + (1 - beta1) * grad
+        v = beta2 * v.nan_to_num(0.0) + (1 - beta2) * grad.square()
+        m_hat = m / (1 - beta1 ** (self.epoch + 1))
+        v_hat = v / (1 - beta2 ** (self.epoch + 1))
+        tau = (tau - self.lr_tau * m_hat / (v_hat.sqrt() + self.adam_eps)).clamp(TAU_MIN, TAU_MAX)
+        return {TAU_COLUMNS: tau, M_COLUMNS: m, V_COLUMNS: v}
+
+
+def _mean_of_copies(values: Tensor, index: Tensor) -> Tensor:
+    """[B, c] -> [B, c] with equal values for equal indices."""
+    at = compositional.duplicate_groups(index)[:, None].expand_as(values)
+    total = torch.zeros_like(values).scatter_add(0, at, values).gather(0, at)
+    return total / torch.zeros_like(values).scatter_add(0, at, torch.ones_like(values)).gather(0, at)
+
+
+register(
+    LossSpec(
+        "fastclip_individual",
+        IndividualFastCLIP,
+        sample_state=True,
+        reference="optional",
+        temperature="individual",
+    )
+)

@@ -1,0 +1,132 @@
+"""Per-sample values that live across steps, sharded by row over the ranks.
+
+Row ``i`` of the table belongs to rank ``i // ceil(N / K)``. A step reads the old values of the ``B`` samples of
+its global batch and writes new ones:
+
+* ``fetch``: gather the indices; every rank fills in the rows it owns, zeros elsewhere; sum over ranks.
+* ``commit``: every rank knows all ``B`` indices and new values, and writes the rows it owns. No exchange.
+
+``NaN`` means "never seen"; it passes through the sum, since all other ranks add zero. Bytes per rank:
+``4 * N * columns / K``. Nothing here waits for the device as long as ``fetch`` gets its index on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+from drrho_clip import collectives
+
+
+@dataclass(frozen=True)
+class StateUpdate:
+    """New rows for the sample state, held back until the optimizer has really stepped.
+
+    ``index`` int64 [B] of the whole global batch, ``values`` column name -> float32 [B]. Equal indices carry
+    equal values.
+    """
+
+    index: Tensor
+    values: dict[str, Tensor]
+
+
+class SampleState:
+    """A table of ``num_samples`` rows with one float32 value per named column.
+
+    ``columns``  names, e.g. ``("log_u_image", "log_u_text")``; all start as NaN.
+    ``device``   where the rows live. On the CPU of a GPU run each commit waits for the step (a blocking copy).
+    """
+
+    def __init__(self, num_samples: int, columns: Sequence[str], device: torch.device | str = "cpu") -> None:
+        if num_samples < 1:
+            raise ValueError(f"a sample state needs num_samples >= 1, got {num_samples}")
+        self.num_samples = num_samples
+        self.device = torch.device(device)
+        k, self._rank = collectives.world_size(), collectives.rank()
+        self._rows_per_rank = -(-num_samples // k)
+        self._first = min(self._rank * self._rows_per_rank, num_samples)
+        self._rows = min(self._first + self._rows_per_rank, num_samples) - self._first
+        # One spare row takes the reads and writes of rows that other ranks own: no branch, no host sync.
+        self._table = {
+            name: torch.full((self._rows + 1,), torch.nan, dtype=torch.float32, device=self.device)
+            for name in columns
+        }
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self._table)
+
+    @property
+    def bytes_per_rank(self) -> int:
+        """Bytes of this rank's rows, all columns."""
+        return 4 * self._rows * len(self._table)
+
+    def fetch(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The global batch's indices, int64 [B], and its values, column -> float32 [B], on the table's device.
+
+        ``index`` is this rank's int64 [b]. One that is not in 0..N-1 raises IndexError naming it, before
+        anything is exchanged. An index on a GPU is checked there, which waits for the device; the data path
+        hands it over on the CPU.
+        """
+        outside = (index < 0) | (index >= self.num_samples)
+        if outside.any():
+            bad = index[outside][0].item()
+            raise IndexError(
+                f"sample index {bad} is outside 0..{self.num_samples - 1}: --data_size must exceed every key"
+            )
+        index = collectives.all_gather(index.to(self.device, non_blocking=True))
+        position, owned = self._locate(index)
+        zero = torch.zeros((), device=self.device)
+        values = torch.stack([torch.where(owned, column[position], zero) for column in self._table.values()])
+        values = collectives.all_reduce_sum(values)
+        return index, dict(zip(self._table, values, strict=True))
+
+    def commit(self, update: StateUpdate, taken: Tensor | None = None) -> None:
+        """Write ``update``. Where ``taken`` (0-d bool) is False nothing changes, and nothing waits for it."""
+        index = update.index.to(self.device)
+        position, _ = self._locate(index)
+        for name, value in update.values.items():
+            column, value = self._table[name], value.to(self.device, torch.float32)
+            if taken is not None:
+                value = torch.where(taken.to(self.device), value, column[position])
+            column.index_copy_(0, position, value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Column -> [N]: a DTensor sharded by row with several ranks, else a plain tensor. Shares memory."""
+        local = {name: column[: self._rows] for name, column in self._table.items()}
+        if collectives.world_size() == 1:
+            return local
+        mesh = init_device_mesh(self.device.type, (collectives.world_size(),))
+        return {
+            name: DTensor.from_local(
+                column, mesh, [Shard(0)], run_check=False, shape=torch.Size([self.num_samples]), stride=(1,)
+            )
+            for name, column in local.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over columns shaped [N], plain or DTensor; ``torch.distributed.checkpoint`` fills ours in place."""
+        missing = sorted(set(self._table) - set(state))
+        if missing:
+            raise ValueError(f"the sample state lacks the columns {missing}; it has {sorted(state)}")
+        for name, column in self._table.items():
+            value = state[name]
+            if value.shape[0] != self.num_samples:
+                raise ValueError(
+                    f"column {name!r} has {value.shape[0]} rows where --data_size says {self.num_samples}"
+                )
+            if isinstance(value, DTensor):
+                local = value.redistribute(placements=[Shard(0)]).to_local()
+            else:
+                local = value[self._first : self._first + self._rows]
+            column[: self._rows].copy_(local)
+
+    def _locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions in this rank's table (the spare row for others' rows), and which rows are owned here."""
+        local = index - self._first
+        owned = (local >= 0) & (local < self._rows)
+        return torch.where(owned, local, self._rows), owned
