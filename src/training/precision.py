@@ -1,0 +1,50 @@
+"""What ``--precision`` means on a device: the autocast dtype, the dtype of the pixels, whether gradients are scaled.
+
+    amp                     float16 autocast with a gradient scaler on a GPU; float32 on the CPU, which has no
+                            float16 arithmetic worth using
+    amp_bf16, amp_bfloat16  bfloat16 autocast
+    bf16, fp16              weights of matrix products in that dtype (open_clip), no autocast
+    pure_bf16, pure_fp16    all weights in that dtype
+    fp32                    float32
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from open_clip import get_input_dtype
+
+
+@dataclass(frozen=True)
+class Precision:
+    """``autocast_dtype`` None: no autocast. ``pixel_dtype``: what the model's first layer expects."""
+
+    name: str
+    device_type: str
+    autocast_dtype: torch.dtype | None
+    pixel_dtype: torch.dtype
+    scales_gradients: bool
+
+    def autocast(self) -> AbstractContextManager:
+        """The context for forward passes."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device_type, dtype=self.autocast_dtype)
+
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """A new gradient scaler, where this precision needs one."""
+        return torch.amp.GradScaler(self.device_type) if self.scales_gradients else None
+
+
+def resolve(name: str, device: torch.device) -> Precision:
+    """``--precision NAME`` on ``device``."""
+    half_amp = name == "amp" and device.type == "cuda"
+    autocast_dtype = None
+    if half_amp:
+        autocast_dtype = torch.float16
+    elif name in ("amp_bf16", "amp_bfloat16"):
+        autocast_dtype = torch.bfloat16
+    pixel_dtype = get_input_dtype(name) or torch.float32
+    return Precision(name, device.type, autocast_dtype, pixel_dtype, scales_gradients=half_amp)
