@@ -19,11 +19,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.params import DistributedConfig
+
+T = TypeVar("T")
 
 _CPU = torch.device("cpu")
 _TIMEOUT = timedelta(minutes=30)  # a rank may have to wait for another's download or evaluation
@@ -127,6 +129,26 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """``function()`` run by rank 0 alone; its picklable result on every rank.
+
+    Where it raises, rank 0 has that error and the others have ``PeerFailed``.
+    """
+    if not dist.is_initialized():
+        return function()
+    if dist.get_rank() == 0:
+        try:
+            result = function()
+        except Exception:
+            broadcast_object((False, None))
+            raise
+        return broadcast_object((True, result))[1]
+    succeeded, result = broadcast_object(None)
+    if not succeeded:
+        raise PeerFailed("rank 0 failed; its message says why")
+    return result
 
 
 @contextmanager
