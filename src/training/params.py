@@ -1,19 +1,60 @@
 """The run's configuration: frozen, grouped, validated once; nothing writes to it afterwards.
 
-``flags.py`` declares the command line; ``parse`` here turns it into a ``Config`` or exits with one sentence.
-Fields carry the names of their flags.
+``flags.py`` declares the command line and ``command_line.py`` reads it; ``limits.py`` and ``rules.py`` say what is
+allowed; ``parse`` here makes a ``Config`` of it or exits with one sentence. Fields carry their flags' names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from training import limits, model_names, notes, rules
+from training.command_line import Given, Refusal, read
+
+T = TypeVar("T")
+
+
+class FrozenMapping(Mapping[str, Any]):
+    """A mapping that nothing can write to, equal to a dict of the same items.
+
+    Unlike ``MappingProxyType`` it can be pickled and copied, so that a ``Config`` travels to other processes.
+    """
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "_items", dict(items))
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"cannot assign to {name!r}: the mapping is frozen")
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return FrozenMapping, (dict(self._items),)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where training samples come from. ``dataset_type`` is resolved ('webdataset', 'csv' or 'synthetic')."""
+    """Where training samples come from.
+
+    ``dataset_type`` is resolved: 'webdataset', 'csv', 'synthetic', or 'none' where there is nothing to train on.
+    ``data_size`` is the number of rows of the sample state, -1 where none was given; ``data_sizes`` its parts,
+    several where each ``::`` source has its own. ``train_num_samples`` None: all rows of the csv file.
+    """
 
     train_data: str | None
     train_data_upsampling_factors: tuple[float, ...] | None
@@ -29,11 +70,12 @@ class DataConfig:
     skip_webdataset_split_by_node: bool
     aug_cfg: Mapping[str, Any]
     rand_augment: bool
+    data_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """In-run evaluation."""
+    """In-run evaluation. ``val_dataset_type``: as ``DataConfig.dataset_type``, of ``val_data``."""
 
     val_data: str | None
     val_num_samples: int | None
@@ -41,6 +83,7 @@ class EvalConfig:
     imagenet_val: str | None
     imagenet_v2: str | None
     zeroshot_frequency: int
+    val_dataset_type: str = "none"
 
 
 @dataclass(frozen=True)
@@ -86,7 +129,11 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective. ``name`` is the registry's; ``temperature`` is None where the flag was not given."""
+    """The objective. ``name`` is the registry's, ``decided_by`` says in words which flag chose it.
+
+    ``temperature`` is None where the flag was not given or does not act. ``multiply_tau`` is False for individual
+    temperatures, whose objective is multiplied by them anyway.
+    """
 
     name: str
     temperature_scheme: str
@@ -110,6 +157,7 @@ class LossConfig:
     distill_ref_logit_scale: float
     distill_teacher_dimension: tuple[int, ...]
     distill_average_after_softmax: bool
+    decided_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,7 +177,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long, and how the learning rates move."""
+    """How long, and how the learning rates move. ``epochs`` is 0 where the run only evaluates."""
 
     epochs: int
     epochs_cooldown: int | None
@@ -150,7 +198,7 @@ class RunConfig:
     """The step, the run's folder, checkpoints and reports.
 
     ``batch_size`` is what one rank contributes to one step; ``accum_freq`` splits it into micro-batches.
-    ``report_to`` is a subset of {'tensorboard', 'wandb'}.
+    ``precision`` has one spelling (``amp_bf16``). ``report_to`` is a subset of {'tensorboard', 'wandb'}.
     """
 
     batch_size: int
@@ -192,7 +240,11 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run was told. ``flags`` holds every flag's value as given, for ``params.txt``."""
+    """Everything a run was told.
+
+    ``flags`` holds every flag's value as given, for ``params.txt``. ``notes`` are sentences for the log, on flags
+    that have no effect in this company. What depends on the device is the trainer's to say, not the parser's.
+    """
 
     data: DataConfig
     evaluation: EvalConfig
@@ -204,3 +256,121 @@ class Config:
     run: RunConfig
     distributed: DistributedConfig
     flags: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train, rather than only to evaluate."""
+        return self.schedule.epochs > 0
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """The configuration in ``argv`` (default: the command line).
+
+    Bad input is one sentence on stderr and exit code 2, before anything is built.
+    """
+    try:
+        return configure(read(sys.argv[1:] if argv is None else argv))
+    except Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def configure(given: Given) -> Config:
+    """``given`` checked and grouped. Refusal: the first thing that is wrong with it."""
+    limits.check_values(given)
+    dataset_type = rules.kind_of_data(given, "train_data")
+    trains = given.epochs > 0 and dataset_type != "none"
+    rules.check_something_to_do(given, trains)
+    model_names.check_model(given, "model")
+    optim = _optimizer(given)
+    rules.check_schedule(given, optim.lr)
+    data, evaluation = _data(given, dataset_type, trains)
+    reports = rules.report_to(given)
+    rules.check_files(given)
+    rules.check_distillation(given)
+
+    objective = rules.resolve_objective(given)
+    reference = ReferenceConfig(
+        **rules.resolve_reference(given, objective),
+        **given.pick("ref_filter_ratio", "ref_filter_n_chunks", "ref_filter_topk"),
+    )
+    if trains:
+        rules.check_objective(given, objective)
+        rules.check_batch(given, reference.usage)
+    kinds = frozenset({dataset_type, evaluation.val_dataset_type})
+    setting = notes.Setting(given, objective, reference.usage, kinds, reports, trains)
+    return Config(
+        data=data,
+        evaluation=evaluation,
+        model=_model(given),
+        reference=reference,
+        loss=_group(
+            LossConfig,
+            given,
+            name=objective.name,
+            decided_by=objective.decided_by,
+            temperature_scheme=objective.temperature_scheme,
+            temperature=given.temperature if rules.uses_temperature(given, objective) else None,
+            multiply_tau=given.multiply_tau and not objective.individual,
+        ),
+        optim=optim,
+        schedule=_group(ScheduleConfig, given, epochs=given.epochs if trains else 0),
+        run=_group(
+            RunConfig,
+            given,
+            report_to=reports,
+            precision={"amp_bfloat16": "amp_bf16"}.get(given.precision, given.precision),
+        ),
+        distributed=_group(DistributedConfig, given),
+        flags=FrozenMapping({key: _frozen(value) for key, value in given.values.items()}),
+        notes=notes.collect(setting),
+    )
+
+
+def _data(given: Given, dataset_type: str, trains: bool) -> tuple[DataConfig, EvalConfig]:
+    sizes = rules.data_sizes(given, dataset_type)
+    if trains:
+        rules.check_training_data(given, dataset_type)
+    data = _group(
+        DataConfig,
+        given,
+        dataset_type=dataset_type,
+        train_data_upsampling_factors=rules.upsampling_factors(given, dataset_type) if trains else None,
+        data_size=sum(sizes) if sizes else -1,
+        data_sizes=sizes,
+        # A shell hands over "\\t" as it was typed.
+        csv_separator="\t" if given.csv_separator == "\\t" else given.csv_separator,
+    )
+    return data, _group(EvalConfig, given, val_dataset_type=rules.kind_of_data(given, "val_data"))
+
+
+def _model(given: Given) -> ModelConfig:
+    mean, std = (value and tuple(value * (3 // len(value))) for value in (given.image_mean, given.image_std))
+    size = given.force_image_size
+    if size is not None:
+        size = size[0] if len(size) == 1 else tuple(size)
+    return _group(ModelConfig, given, image_mean=mean, image_std=std, force_image_size=size)
+
+
+def _optimizer(given: Given) -> OptimConfig:
+    """With CLIP's defaults for the model; a negative ``--lr_tau`` is the model's rate."""
+    defaults = model_names.optimizer_defaults(given.model)
+    chosen = {
+        key: default if given.values[key] is None else given.values[key] for key, default in defaults.items()
+    }
+    return _group(OptimConfig, given, **chosen, lr_tau=chosen["lr"] if given.lr_tau < 0 else given.lr_tau)
+
+
+def _group(kind: type[T], given: Given, **resolved: Any) -> T:
+    """A dataclass of ``kind`` from the flags of its fields' names, and what had to be ``resolved``."""
+    names = [field.name for field in fields(kind) if field.name not in resolved]
+    return kind(
+        **{name: _frozen(given.values[name]) for name in names}, **{k: _frozen(v) for k, v in resolved.items()}
+    )
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return FrozenMapping(value) if isinstance(value, Mapping) else value

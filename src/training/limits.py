@@ -1,0 +1,88 @@
+"""Each flag by itself: which published flags are refused, and the values that the others may take."""
+
+from __future__ import annotations
+
+from training.command_line import Given, Refusal
+from training.flags import ALL
+
+_LIVE = "the reference runs beside the target and its features are not cached yet, so leave this flag out"
+_CAPTIONS = "captions are not synthesized here, so write them into the shards and leave this flag out"
+# Published flags without an effect here: what to say when one is set to anything but its default.
+REFUSED: dict[str, str] = {
+    "horovod": "Horovod is not supported; start one process per GPU with torchrun or srun instead",
+    "torchscript": "a scripted model cannot be trained with DDP and autocast; use --torchcompile instead",
+    "trace": "a traced model freezes its batch size and control flow; use --torchcompile instead",
+    "use_bnb_linear": "bitsandbytes layers are not supported; use --precision amp_bf16 to save time and memory",
+    "cache_ref_model_features": _LIVE,
+    "cached_ref_features_dir": _LIVE,
+    "ref_features_offset": _LIVE,
+    "num_samples_per_shard": _LIVE,
+    "cache_group_size": _LIVE,
+    "cache_rank": _LIVE,
+    "cap_model": _CAPTIONS,
+    "cap_model_pretrained": _CAPTIONS,
+    "cache_syn_texts": _CAPTIONS,
+    "cached_syn_texts_dir": _CAPTIONS,
+    "syn_texts_offset": _CAPTIONS,
+    "num_syn_texts": _CAPTIONS,
+}
+
+_POSITIVE, _AT_LEAST_0, _AT_LEAST_1, _SHARE = "(0, inf)", "[0, inf)", "[1, inf)", "[0, 1)"
+INTERVALS: dict[str, str] = {
+    **dict.fromkeys(
+        ["image_std", "eps", "grad_clip_norm", "lr_cooldown_power", "remote_sync_frequency"], _POSITIVE
+    ),
+    **dict.fromkeys(["fastclip_eps", "temperature", "loss_weight", "distill_logit_scale"], _POSITIVE),
+    **dict.fromkeys(["lr", "wd", "warmup", "lr_min", "lr_cooldown_end", "epochs", "workers", "seed"], _AT_LEAST_0),
+    **dict.fromkeys(["save_frequency", "val_frequency", "zeroshot_frequency"], _AT_LEAST_0),
+    **dict.fromkeys(["lock_image_unlocked_groups", "lock_text_unlocked_layers"], _AT_LEAST_0),
+    **dict.fromkeys(["coca_caption_loss_weight", "coca_contrastive_loss_weight"], _AT_LEAST_0),
+    **dict.fromkeys(["gamma_decay_epochs", "rho", "distill_weight", "distill_ref_logit_scale"], _AT_LEAST_0),
+    **dict.fromkeys(
+        ["batch_size", "accum_freq", "log_every_n_steps", "world_size", "epochs_cooldown"], _AT_LEAST_1
+    ),
+    **dict.fromkeys(["train_num_samples", "val_num_samples", "force_image_size"], _AT_LEAST_1),
+    **dict.fromkeys(["ref_filter_n_chunks", "logit_scale_bound"], _AT_LEAST_1),
+    **dict.fromkeys(["beta1", "beta2", "momentum", "force_patch_dropout", "ref_filter_ratio"], _SHARE),
+    "gamma": "(0, 1]",
+}
+
+WORDS: dict[str, tuple[str, ...]] = {
+    "optimizer": ("adamw", "lamb", "lion", "sgd", "nesterov"),
+    "lr_scheduler": ("cosine", "const", "const-cooldown"),
+    "lr_tau_scheduler": ("cosine", "const", "step_thresh"),
+    "gamma_schedule": ("cosine", "constant"),
+    "temperature_scheme": ("global_learnable", "global_constant", "individual_learnable"),
+    "dist_backend": ("nccl", "gloo"),
+}
+
+
+def check_values(given: Given) -> None:
+    """Each flag by itself: refused flags, intervals, known words."""
+    for key, reason in REFUSED.items():
+        if given.values[key] != ALL[key].default:
+            raise Refusal(f"{given.say(key)}: {reason}")
+    for key, interval in INTERVALS.items():
+        value = given.values[key]
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not _inside(number, interval):
+                raise Refusal(f"{given.say(key)}: the value must lie in {interval}")
+    for key, words in WORDS.items():
+        if given.values[key] not in words:
+            raise Refusal(f"{given.say(key)}: unknown, choose one of {', '.join(words)}")
+    for key in ("iters", "stop_epochs", "stop_iters"):
+        if given.values[key] == 0:
+            raise Refusal(f"{given.say(key)}: zero has no meaning here, give at least 1, or -1 to switch it off")
+    if given.name == "":
+        raise Refusal("--name '': the name is empty, give one or leave the flag out")
+    for key in ("image_mean", "image_std"):
+        if given.values[key] is not None and len(given.values[key]) not in (1, 3):
+            raise Refusal(f"{given.say(key)}: give one number per channel (3), or one for all")
+    if given.force_image_size and len(given.force_image_size) > 2:
+        raise Refusal(f"{given.say('force_image_size')}: give one size, or height and width")
+
+
+def _inside(number: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(", "))
+    above = number >= low if interval[0] == "[" else number > low
+    return above and (number <= high if interval[-1] == "]" else number < high)

@@ -1,0 +1,474 @@
+"""From flags to one frozen configuration: what follows from what, and every combination that is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shlex
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+import tiny_models
+from training import limits
+from training.flags import ALL
+from training.params import Config, parse
+
+DATA = "--train-data shards/{0..3}.tar --train-num-samples 1000"
+FASTCLIP = f"{DATA} --data_size 2000 --fastclip"
+REFERENCE = "--ref_model ViT-B-32 --ref_model_pretrained openai"
+
+
+def config(line: str) -> Config:
+    return parse(shlex.split(line))
+
+
+def refusal(line: str, capsys) -> str:
+    """The sentence with which ``line`` is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        config(line)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert out == ""
+    assert err.count("\n") == 1 and err.endswith("\n") and err.startswith("error: ")
+    return err.removeprefix("error: ").rstrip("\n")
+
+
+# -------------------------------------------------------------------------------------- published commands
+
+DRRHO = f"""
+    --train-data 'data/{{00000..19999}}.tar' --train-num-samples 192160462 --data_size 255020000
+    --model ViT-B-16 --batch-size 640 --epochs 7 --warmup 500 --wd 0.2 --seed 2025 --lr 3.125e-4 --lr_min 0
+    --workers 6 --save-frequency 1 --local-loss --fastclip --multiply_tau --temperature_scheme global_constant
+    --temperature 0.01 --lr_tau 0.0 --lr_tau_scheduler const --rho 11.0 --fastclip_eps 1e-4 --gamma 1.0
+    --gamma_schedule cosine --gamma_decay_epochs 7 {REFERENCE} --precision amp_bf16"""
+V2 = """
+    --train-data 'data/{0..331}.tar' --train-num-samples 2723840 --data_size 3318333 --model RN50 --batch-size 128
+    --epochs 37 --wd 0.1 --seed 2024 --lr 1e-3 --workers 6 --local-loss --fastclip
+    --temperature_scheme individual_learnable --lr_tau 0.0133 --lr_tau_scheduler const --temperature 0.03 --rho 7.0
+    --gamma 0.2 --gamma_schedule cosine --gamma_decay_epochs 18"""
+OPENCLIP = "--train-data 'data/{0..331}.tar' --train-num-samples 2723840 --local-loss --gather-with-grad"
+EVALUATE = f"--resume {__file__} --imagenet-val {Path(__file__).parent} --epochs 0 --zeroshot-frequency 1"
+
+
+def test_published_drrho_command():
+    c = config(DRRHO)
+    assert (c.loss.name, c.loss.decided_by, c.reference.usage) == ("fastclip", "--fastclip", {"ref"})
+    assert (c.loss.temperature, c.loss.multiply_tau, c.loss.gamma) == (0.01, True, 1.0)
+    assert (c.optim.lr, c.optim.lr_tau, c.optim.beta2, c.optim.eps) == (3.125e-4, 0.0, 0.98, 1e-6)
+    assert (c.data.data_size, c.data.dataset_type, c.run.batch_size) == (255020000, "webdataset", 640)
+    assert c.notes == ("--local-loss: no effect with this loss, which crosses ranks in its own way",)
+
+
+def test_published_individual_command():
+    c = config(V2)
+    assert (c.loss.name, c.loss.temperature, c.loss.multiply_tau) == ("fastclip_individual", 0.03, False)
+    assert (c.optim.lr_tau, c.optim.eps) == (0.0133, 1e-8)
+
+
+def test_published_openclip_command():
+    c = config(OPENCLIP)
+    assert (c.loss.name, c.loss.temperature, c.notes) == ("clip", None, ())
+    assert c.optim.lr_tau == c.optim.lr == 5e-4
+
+
+def test_published_evaluation_command():
+    c = config(EVALUATE)
+    assert not c.trains
+    assert c.data.dataset_type == "none"
+
+
+# -------------------------------------------------------------------------------------- what follows
+
+
+@pytest.mark.parametrize(
+    "line, name, decided_by",
+    [
+        (DATA, "clip", "no flag asks for another one"),
+        (f"{DATA} --siglip", "siglip", "--siglip"),
+        (f"{DATA} --loss siglip", "siglip", "--loss siglip"),
+        (f"{DATA} --siglip --loss siglip", "siglip", "--loss siglip"),
+        (f"{DATA} --model coca_ViT-B-32", "coca", "--model coca_ViT-B-32"),
+        (f"{DATA} --distill-model ViT-B-32 --distill-pretrained openai", "distill", "--distill-model ViT-B-32"),
+        (f"{DATA} --loss distill {REFERENCE}", "distill", "--loss distill"),
+        (FASTCLIP, "fastclip", "--fastclip"),
+        (f"{DATA} --loss fastclip --data_size 9", "fastclip", "--loss fastclip"),
+        (f"{FASTCLIP} --temperature_scheme global_constant", "fastclip", "--fastclip"),
+        (f"{FASTCLIP} --temperature_scheme individual_learnable", "fastclip_individual", "--fastclip"),
+        (f"{FASTCLIP} --loss fastclip_individual", "fastclip_individual", "--loss fastclip_individual"),
+    ],
+)
+def test_loss(line, name, decided_by):
+    c = config(line)
+    assert (c.loss.name, c.loss.decided_by) == (name, decided_by)
+    assert (c.loss.temperature_scheme == "individual_learnable") == (name == "fastclip_individual")
+
+
+def test_a_config_with_a_caption_decoder_is_coca_whatever_its_name(tmp_path):
+    path = tmp_path / "captioner.json"
+    path.write_text(json.dumps(tiny_models.config("tiny-coca")))
+    assert config(f"{DATA} --model {path}").loss.name == "coca"
+    assert config(f"{DATA} --model {tiny_models.path('tiny-vit', tmp_path / 'coca')}").loss.name == "clip"
+
+
+def test_gamma_1_needs_no_data_size_unless_temperatures_are_kept(capsys):
+    assert config(f"{DATA} --fastclip --gamma 1.0").data.data_size == -1
+    line = f"{DATA} --fastclip --temperature_scheme individual_learnable --gamma 1.0"
+    assert "--data_size is missing" in refusal(line, capsys)
+
+
+def test_distillation_model_is_a_reference():
+    r = config(f"{DATA} --distill-model ViT-B-32 --distill-pretrained openai").reference
+    assert (r.ref_model, r.ref_model_pretrained, r.usage) == ("ViT-B-32", "openai", {"distill"})
+    assert config(f"{DATA} --loss distill {REFERENCE}").reference.usage == {"distill"}
+
+
+@pytest.mark.parametrize("usage", ["select", "distill", "distill, select"])
+def test_every_loss_can_select_and_distill(usage):
+    c = config(f"{DATA} --siglip {REFERENCE} --ref_features_usage '{usage}' --batch-size 20")
+    assert c.reference.usage == set(usage.replace(" ", "").split(","))
+
+
+def test_without_a_reference_there_is_no_usage():
+    assert config(FASTCLIP).reference.usage == frozenset()
+
+
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        ("ViT-B-16", (5e-4, 0.9, 0.98, 1e-6)),
+        ("vit_medium_patch16_gap_256", (5e-4, 0.9, 0.98, 1e-6)),
+        ("RN50", (5e-4, 0.9, 0.999, 1e-8)),
+        ("convnext_base", (5e-4, 0.9, 0.999, 1e-8)),
+    ],
+)
+def test_optimizer_defaults_by_model_name(model, expected):
+    o = config(f"{DATA} --model {model}").optim
+    assert (o.lr, o.beta1, o.beta2, o.eps) == expected
+
+
+def test_optimizer_defaults_of_a_config_file_go_by_its_stem(tmp_path):
+    folder = tmp_path / "vit"
+    assert config(f"{DATA} --model {tiny_models.path('tiny-resnet', folder)}").optim.eps == 1e-8
+    assert config(f"{DATA} --model {tiny_models.path('tiny-vit', tmp_path)}").optim.eps == 1e-6
+
+
+def test_given_optimizer_values_win_zero_included():
+    o = config(f"{DATA} --model ViT-B-16 --lr 0 --beta1 0 --eps 1e-3").optim
+    assert (o.lr, o.beta1, o.beta2, o.eps) == (0.0, 0.0, 0.98, 1e-3)
+
+
+def test_negative_temperature_rate_is_the_models():
+    assert config(f"{DATA} --lr 3e-3").optim.lr_tau == 3e-3
+    assert config(f"{DATA} --lr 3e-3 --lr_tau -7").optim.lr_tau == 3e-3
+    assert config(f"{DATA} --lr 3e-3 --lr_tau 0").optim.lr_tau == 0.0
+
+
+@pytest.mark.parametrize(
+    "data, kind",
+    [
+        ("a/{0..3}.tar", "webdataset"),
+        ("pipe:aws s3 cp s3://b/{0..3}.tar -", "webdataset"),
+        ("a/*.tar::https://host/b.tar?x=1", "webdataset"),
+        (__file__ + ".csv", "csv"),
+        (__file__ + ".tsv", "csv"),
+    ],
+)
+def test_kind_of_data(data, kind, tmp_path):
+    if kind == "csv":
+        data = tmp_path / Path(data).name
+        data.write_text("")
+    c = config(f"--train-data '{data}' --val-data '{data}' --train-num-samples 5")
+    assert (c.data.dataset_type, c.evaluation.val_dataset_type) == (kind, kind)
+
+
+def test_csv_may_leave_the_number_of_samples_to_its_rows(tmp_path):
+    (tmp_path / "data.csv").write_text("")
+    assert config(f"--train-data {tmp_path}/data.csv").data.train_num_samples is None
+
+
+def test_synthetic_data_needs_no_path():
+    c = config("--dataset-type synthetic --train-num-samples 10")
+    assert (c.data.dataset_type, c.trains, c.evaluation.val_dataset_type) == ("synthetic", True, "none")
+
+
+def test_data_size_per_source():
+    line = "--train-data a.tar?x::b.tar?x --train-num-samples 5 --fastclip --data_size"
+    assert (config(f"{line} 30::12").data.data_size, config(f"{line} 30::12").data.data_sizes) == (42, (30, 12))
+    assert (config(f"{line} 42").data.data_size, config(f"{line} 42").data.data_sizes) == (42, (42,))
+
+
+def test_upsampling_factors():
+    line = "--train-data a.tar?x::b.tar?x --train-num-samples 5 --dataset-resampled"
+    assert config(f"{line} --train-data-upsampling-factors 1::2.5").data.train_data_upsampling_factors == (
+        1.0,
+        2.5,
+    )
+
+
+def test_without_training_data_the_run_evaluates():
+    c = config(f"--imagenet-val {Path(__file__).parent} --epochs 3")
+    assert not c.trains
+    assert c.notes == ("no --train-data: this run only evaluates",)
+
+
+def test_image_values():
+    m = config(f"{DATA} --image-mean 0.5 --image-std 0.1 0.2 0.3 --force-image-size 64").model
+    assert (m.image_mean, m.image_std, m.force_image_size) == ((0.5, 0.5, 0.5), (0.1, 0.2, 0.3), 64)
+    assert config(f"{DATA} --force-image-size 64 32").model.force_image_size == (64, 32)
+
+
+@pytest.mark.parametrize("text, expected", [("", set()), ("all", {"tensorboard", "wandb"}), ("wandb", {"wandb"})])
+def test_report_to(text, expected):
+    assert config(f"{DATA} --report-to '{text}'").run.report_to == expected
+    assert config(f"{DATA} --report-to 'tensorboard, wandb'").run.report_to == {"tensorboard", "wandb"}
+
+
+def test_one_spelling_of_bfloat16():
+    assert config(f"{DATA} --precision amp_bfloat16").run.precision == "amp_bf16"
+
+
+def test_tab_as_a_shell_hands_it_over(tmp_path):
+    (tmp_path / "data.csv").write_text("")
+    assert config(rf"--train-data {tmp_path}/data.csv --csv-separator '\t'").data.csv_separator == "\t"
+
+
+# -------------------------------------------------------------------------------------- notes
+
+
+@pytest.mark.parametrize(
+    "line, note",
+    [
+        (f"{DATA} --temperature 0.05", "--temperature: no effect without --fastclip"),
+        (f"{DATA} --rho 8 --gamma 0.5", "--gamma, --rho: no effect without --fastclip"),
+        (f"{FASTCLIP} --rho 8", "--rho: no effect without --multiply_tau or individual temperatures"),
+        (
+            f"{FASTCLIP} --temperature_scheme individual_learnable --multiply_tau",
+            "--multiply_tau: no effect with individual temperatures, whose objective has its own form",
+        ),
+        (
+            f"{FASTCLIP} --gamma 1 --sample_state_device cpu",
+            "--sample_state_device: no effect with a loss that keeps nothing per sample",
+        ),
+        (f"{DATA} --eps 1e-8 --optimizer lion", "--eps: no effect with this optimizer"),
+        (f"{DATA} --lock-text-unlocked-layers 1", "--lock-text-unlocked-layers: no effect without --lock-text"),
+        (
+            f"{DATA} --local-loss",
+            "--local-loss without --gather-with-grad: the gradient through other ranks' pairs is dropped",
+        ),
+    ],
+)
+def test_flags_without_effect_are_named(line, note):
+    assert config(line).notes == (note,)
+
+
+def test_published_defaults_are_no_flags_without_effect():
+    assert config(DATA).notes == ()
+    assert config(FASTCLIP).notes == ()
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+ONE_OF_TWO = "keep one of them"
+REFUSALS = {
+    # nothing to do, data
+    "": "--train-data is missing: give data to train on",
+    f"{DATA} --epochs 0": "--epochs 0 evaluates only: give --val-data, --imagenet-val or --imagenet-v2",
+    "--train-data shards/{0..3}.tar": "--train-num-samples is missing: webdataset data does not say",
+    "--dataset-type synthetic": "--train-num-samples is missing: synthetic data",
+    "--train-data shards/{0..3} --train-num-samples 5": "--train-data shards/{0..3}: it is neither .tar nor .csv",
+    "--train-data {0..3}.tar::x.csv --train-num-samples 5": "it mixes shards and csv files, so say what it is",
+    "--train-data nowhere.csv": "--train-data nowhere.csv: there is no such file on this machine, check the path",
+    "--train-data nowhere.tar --train-num-samples 5": "--train-data nowhere.tar: there is no such file",
+    "--imagenet-val nowhere": "--imagenet-val nowhere: there is no such file",
+    f"{DATA} --resume nowhere.pt": "--resume nowhere.pt: there is no such file",
+    f"{DATA} --pretrained nowhere.pt": "--pretrained nowhere.pt: there is no such file",
+    f"{DATA} --train-data-upsampling-factors 2": "add it",
+    f"{DATA} --dataset-resampled --train-data-upsampling-factors 1::2": "2 weights for 1 --train-data sources",
+    f"{DATA} --dataset-resampled --train-data-upsampling-factors a": "expected numbers joined with ::",
+    f"{DATA} --dataset-resampled --train-data-upsampling-factors 0": "every weight must be above 0",
+    f"{DATA} --data_size 0": "--data_size 0: a number of samples is at least 1",
+    f"{DATA} --data_size 3::0": "--data_size 3::0: a number of samples is at least 1",
+    f"{DATA} --data_size 3::4": "--data_size 3::4: 2 sizes for 1 --train-data sources",
+    # model
+    f"{DATA} --model ViT-B-61": "--model ViT-B-61: open_clip has no such model; did you mean ViT-B-16",
+    f"{DATA} --model nowhere.json": "--model nowhere.json: the model config cannot be read",
+    f"{DATA} --image-mean 0.1 0.2": "--image-mean 0.1 0.2: give one number per channel (3), or one for all",
+    f"{DATA} --force-image-size 1 2 3": "--force-image-size 1 2 3: give one size, or height and width",
+    # loss
+    f"{DATA} --loss mse": "--loss mse: unknown, choose one of clip, coca, distill, fastclip, fastclip_individual",
+    f"{FASTCLIP} --siglip": ONE_OF_TWO,
+    f"{FASTCLIP} --model coca_ViT-B-32": ONE_OF_TWO,
+    f"{FASTCLIP} --distill-model RN50 --distill-pretrained openai": ONE_OF_TWO,
+    f"{DATA} --siglip --loss clip": "--loss clip contradicts --siglip, which asks for 'siglip'",
+    f"{FASTCLIP} --loss clip": "--loss clip contradicts --fastclip",
+    f"{DATA} --model coca_ViT-B-32 --loss clip": "--loss clip contradicts --model coca_ViT-B-32",
+    f"{DATA} --loss coca": "--loss coca: --model RN50 has no caption decoder",
+    f"{DATA} --loss distill": "--loss distill needs a teacher: give --distill-model",
+    f"{DATA} --loss fastclip_individual --temperature_scheme global_constant": "which contradicts",
+    f"{DATA} --loss fastclip --temperature_scheme individual_learnable": "use --loss fastclip_individual",
+    f"{DATA} --fastclip": "--data_size is missing: the loss 'fastclip' keeps values per sample",
+    f"{FASTCLIP} --temperature 0.005": "--temperature 0.005: --logit_scale_bound keeps it in [0.01, 1]",
+    f"{FASTCLIP} --temperature_scheme individual_learnable --temperature 2": "single temperatures are kept in",
+    f"{FASTCLIP} --temperature_scheme free": "--temperature_scheme free: unknown, choose one of global_learnable",
+    f"{FASTCLIP} --gamma_schedule step": "--gamma_schedule step: unknown, choose one of cosine, constant",
+    # reference
+    f"{DATA} {REFERENCE}": "--ref_model ViT-B-32: the loss 'clip' has no use for a reference's margins",
+    f"{DATA} --siglip {REFERENCE} --ref_features_usage ref,select": "--ref_model ViT-B-32: the loss 'siglip'",
+    f"{FASTCLIP} --ref_model ViT-B-32": "--ref_model ViT-B-32 has no weights: give --ref_model_pretrained",
+    f"{FASTCLIP} --ref_model ViT-B-23 --ref_model_pretrained x": "--ref_model ViT-B-23: open_clip has no such",
+    f"{FASTCLIP} --ref_model RN50 --ref_model_checkpoint x": "--ref_model_checkpoint x: there is no such file",
+    f"{FASTCLIP} --ref_model_pretrained openai": "--ref_model_pretrained openai has no effect without --ref_model",
+    f"{FASTCLIP} --ref_features_usage ref": "--ref_features_usage ref has no effect without --ref_model",
+    f"{FASTCLIP} {REFERENCE} --ref_features_usage rev": "--ref_features_usage rev: expected a comma list",
+    f"{FASTCLIP} {REFERENCE} --ref_features_usage ''": "--ref_features_usage '': expected a comma list",
+    f"{DATA} --distill-model RN50": "--distill-model RN50 needs --distill-pretrained",
+    f"{DATA} --distill-pretrained openai": "--distill-pretrained openai needs --distill-model",
+    f"{DATA} --distill-model RN50 --distill-pretrained openai {REFERENCE}": "are two references: use one",
+    f"{DATA} --distill-model RN50 --distill-pretrained openai --distill_weight 2": "give at most 1",
+    f"{DATA} --distill_teacher_dimension 512 0": "--distill_teacher_dimension 512 0: widths are at least 1",
+    # batch
+    f"{DATA} --accum-freq 3": "--accum-freq 3 does not divide --batch-size 64: choose a divisor of 64",
+    f"{DATA} --accum-freq 2 --ddp-static-graph": "--ddp-static-graph does not work with --accum-freq 2",
+    f"{DATA} {REFERENCE} --ref_features_usage select": "--ref_filter_ratio 0.8 of --batch-size 64 is no whole",
+    f"{DATA} {REFERENCE} --ref_features_usage select --batch-size 10 --ref_filter_n_chunks 3": "the 2 samples",
+    f"{DATA} {REFERENCE} --ref_features_usage select --batch-size 20 --accum-freq 4 --ref_filter_n_chunks 1"
+    " --ref_filter_ratio 0.5": "--accum-freq 4 does not divide the 10 samples",
+    # optimizer and schedule
+    f"{DATA} --optimizer adam": "--optimizer adam: unknown, choose one of adamw, lamb, lion, sgd, nesterov",
+    f"{DATA} --optimizer nesterov --momentum 0": "it needs a momentum above 0",
+    f"{DATA} --lr-scheduler linear": "--lr-scheduler linear: unknown, choose one of cosine",
+    f"{DATA} --lr_tau_scheduler linear": "--lr_tau_scheduler linear: unknown",
+    f"{DATA} --lr-scheduler const-cooldown": "--lr-scheduler const-cooldown needs --epochs-cooldown",
+    f"{DATA} --lr-scheduler const-cooldown --epochs-cooldown 9 --epochs 4": "--epochs-cooldown 9 is longer than",
+    f"{DATA} --lr 1e-4 --lr_min 1e-3": "--lr_min 0.001 lies above the learning rate 0.0001",
+    f"{DATA} --iters 0": "--iters 0: zero has no meaning here",
+    f"{DATA} --stop_epochs 0": "--stop_epochs 0: zero has no meaning here",
+    f"{DATA} --stop_iters 0": "--stop_iters 0: zero has no meaning here",
+    # run
+    f"{DATA} --report-to mlflow": "--report-to mlflow: expected tensorboard, wandb, both with a comma, or all",
+    f"{DATA} --name ''": "--name '': the name is empty",
+    f"{DATA} --dist-backend mpi": "--dist-backend mpi: unknown, choose one of nccl, gloo",
+    f"{DATA} --epoch 3": "--epoch: not a flag of this program, did you mean --epochs?",
+    f"{DATA} --config_file nowhere.yaml": "--config_file nowhere.yaml: the file cannot be read",
+}
+
+
+@pytest.mark.parametrize("line, expected", REFUSALS.items(), ids=range(len(REFUSALS)))
+def test_refusal(line, expected, capsys):
+    sentence = refusal(line, capsys)
+    assert expected in sentence
+    assert "--" in sentence  # names the flag
+
+
+def test_a_model_config_that_is_none(tmp_path, capsys):
+    (tmp_path / "half.json").write_text('{"embed_dim": 3}')
+    assert "lacks vision_cfg, text_cfg" in refusal(f"{DATA} --model {tmp_path}/half.json", capsys)
+    (tmp_path / "broken.json").write_text("{")
+    assert "cannot be read" in refusal(f"{DATA} --model {tmp_path}/broken.json", capsys)
+    (tmp_path / "list.json").write_text("[]")
+    assert "cannot be read (it holds a list)" in refusal(f"{DATA} --model {tmp_path}/list.json", capsys)
+
+
+@pytest.mark.parametrize("key", limits.REFUSED)
+def test_published_flags_without_an_effect_are_refused_unless_at_their_default(key, capsys):
+    flag = ALL[key]
+    if flag.kind == "switch":
+        other = flag.name
+    else:
+        other = f"{flag.name} {flag.default + 1 if flag.kind == 'int' else 'x'}"
+        if flag.default is not None:
+            assert config(f"{DATA} {flag.name} '{flag.default}'").trains
+    sentence = refusal(f"{DATA} {other}", capsys)
+    assert sentence == f"{other}: {limits.REFUSED[key]}"
+
+
+# For every interval one value just outside, one on the edge that belongs to it.
+EDGES = {
+    "(0, inf)": (["0", "-1", "inf", "nan"], "0.5"),
+    "[0, inf)": (["-1"], "0"),
+    "[1, inf)": (["0", "-1"], "1"),
+    "[0, 1)": (["1", "-0.5", "nan"], "0"),
+    "(0, 1]": (["0", "1.5", "nan"], "1"),
+}
+# What these need to be in order.
+COMPANY = {
+    "image_std": DATA,
+    "temperature": DATA,
+    "epochs": f"{DATA} --imagenet-val {Path(__file__).parent}",
+    "ref_filter_n_chunks": DATA,
+}
+
+
+@pytest.mark.parametrize("key, interval", limits.INTERVALS.items(), ids=limits.INTERVALS)
+def test_intervals(key, interval, capsys):
+    flag, (outside, inside) = ALL[key], EDGES[interval]
+    inside = "1" if flag.kind == "int" and inside == "0.5" else inside
+    line = COMPANY.get(key, DATA)
+    for value in outside:
+        if flag.kind == "int" and value in ("inf", "nan"):
+            continue
+        sentence = refusal(f"{line} {flag.name} {value}", capsys)
+        assert sentence.startswith(f"{flag.name} {value}")
+        assert f"must lie in {interval}" in sentence
+    assert config(f"{line} {flag.name} {inside}").flags[key] is not None
+
+
+# -------------------------------------------------------------------------------------- frozen
+
+
+def groups(c: Config):
+    return [getattr(c, field.name) for field in fields(c) if is_dataclass(getattr(c, field.name))]
+
+
+def test_nothing_can_be_written():
+    c = config(f"{FASTCLIP} --aug-cfg scale=(0.5,1.0) --image-mean 0.1 0.2 0.3")
+    assert len(groups(c)) == 9
+    for group in [c, *groups(c)]:
+        for field in fields(group):
+            with pytest.raises(FrozenInstanceError):
+                setattr(group, field.name, None)
+    for mapping in (c.flags, c.data.aug_cfg):
+        with pytest.raises(TypeError):
+            mapping["scale"] = 1
+        with pytest.raises(AttributeError):
+            mapping._items = {}
+
+
+def test_a_config_can_be_copied_and_pickled():
+    c = config(f"{FASTCLIP} --aug-cfg scale=(0.5,1.0) use_timm=True")
+    for other in (copy.deepcopy(c), copy.copy(c), pickle.loads(pickle.dumps(c))):
+        assert other == c
+        assert dict(other.data.aug_cfg) == {"scale": (0.5, 1.0), "use_timm": True}
+    assert c != config(f"{FASTCLIP} --aug-cfg scale=(0.4,1.0) use_timm=True")
+
+
+def test_flags_are_kept_as_they_were_given():
+    c = config(f"{DATA} --lr_tau -1 --precision amp_bfloat16")
+    assert set(c.flags) == set(ALL)
+    assert (c.flags["lr_tau"], c.flags["lr"], c.flags["precision"]) == (-1.0, None, "amp_bfloat16")
+
+
+def test_every_flag_reaches_the_configuration():
+    # Refused ones have nothing to reach; these are resolved into other fields.
+    resolved = {"loss", "siglip", "fastclip", "config_file", "distill_model", "distill_pretrained"}
+    resolved |= {"ref_features_usage"}
+    reached = {field.name for group in groups(config(DATA)) for field in fields(group)}
+    assert set(ALL) - reached == resolved | set(limits.REFUSED)
+
+
+def test_refusals_and_help_import_nothing_heavy():
+    code = (
+        "import sys; from training.params import parse\n"
+        "for argv in (['--help'], ['--lr', '-1'], ['--train-data', 'x']):\n"
+        "    try: parse(argv)\n"
+        "    except SystemExit: pass\n"
+        "print(sorted({'torch', 'open_clip', 'timm', 'webdataset'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": "src"})
+    assert done.stderr.splitlines()[-1] == "[]"
