@@ -1,0 +1,162 @@
+"""Distillation: cross-entropy of the target's softmax rows against the reference's.
+
+With student logits L_ij = s_ij / tau and teacher logits R_ij = teacher_scale * r_ij over the global batch,
+
+    D = weight / (2B) sum_i [ CE(softmax_j R_ij, softmax_j L_ij) + CE(softmax_j R_ji, softmax_j L_ji) ]
+
+times tau, through which no gradient flows, beside an objective that is multiplied by tau. With P, Q the teacher's
+softmax over rows and over columns, and p, q the student's,
+
+    dD/dS_ij = weight / (2B tau) G_ij,    G_ij = (p_ij - P_ij) + (q_ij - Q_ij).
+
+A rank needs its rows of G for its images and its columns for its texts. Rows are known to it; of the columns it
+lacks the normalizers, which are scalars: like FastCLIP's reduction (arXiv:2407.01445), forward gathers embeddings
+once and scalars once, and backward has no collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drrho_clip import collectives
+from drrho_clip.float32 import exact_float32
+from drrho_clip.losses.compositional import AttachGradient, Budget
+from drrho_clip.losses.registry import LossInputs
+
+
+class Distillation(nn.Module):
+    """The term D, for models whose ``LossInputs`` carry reference embeddings.
+
+    ``weight``                 factor on D.
+    ``teacher_scale``          the reference's 1/tau; the student's is the model's.
+    ``multiply_tau``           multiply D by tau, as the objective beside it is.
+    ``teacher_dimensions``     widths of the teachers whose embeddings the reference concatenates; each is brought
+                               to unit norm by itself. ``(-1,)``: one teacher.
+    ``average_after_softmax``  average the teachers' softmax rows; else their logits.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        teacher_scale: float,
+        multiply_tau: bool,
+        teacher_dimensions: Sequence[int] = (-1,),
+        average_after_softmax: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight, self.teacher_scale, self.multiply_tau = weight, teacher_scale, multiply_tau
+        self.teacher_dimensions = tuple(teacher_dimensions)
+        self.average_after_softmax = average_after_softmax
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """D of the global batch, 0-d and equal on all ranks; DDP's average of the ranks' gradients is D's.
+
+        ValueError: the teachers' widths do not add up to that of the reference.
+        """
+        with torch.no_grad(), exact_float32(inputs.image.device.type):
+            image, text = inputs.image.detach().float(), inputs.text.detach().float()
+            scale = inputs.logit_scale.detach().float()
+            value, grad_scaled_image, grad_text = _solve([_Pair(image * scale, text), *self._teachers(inputs)])
+            factor = self.weight / scale if self.multiply_tau else self.weight
+            grad_scale = (grad_scaled_image * image).sum().to(inputs.logit_scale.dtype)
+            # DDP averages over ranks, each of which holds its part of a sum.
+            k = collectives.world_size() * factor
+            gradients = (k * scale * grad_scaled_image, k * grad_text, k * grad_scale)
+            value = factor * value
+        return AttachGradient.apply(value, inputs.image, inputs.text, inputs.logit_scale, *gradients)
+
+    def _teachers(self, inputs: LossInputs) -> list[_Pair]:
+        width, widths = inputs.ref_image.shape[1], self.teacher_dimensions
+        if widths == (-1,):
+            widths = (width,)
+        if sum(widths) != width:
+            raise ValueError(
+                f"the teachers' widths {', '.join(map(str, widths))} add up to {sum(widths)}, but the reference's "
+                f"embeddings are {width} wide"
+            )
+        images = [F.normalize(part, dim=1) for part in inputs.ref_image.float().split(widths, 1)]
+        texts = [F.normalize(part, dim=1) for part in inputs.ref_text.float().split(widths, 1)]
+        if self.average_after_softmax:
+            return [_Pair(self.teacher_scale * a, b) for a, b in zip(images, texts, strict=True)]
+        # The mean of the teachers' logits is the inner product of their concatenated embeddings.
+        return [_Pair(self.teacher_scale / len(widths) * torch.cat(images, 1), torch.cat(texts, 1))]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Embeddings of one model, [n, width] each; its logits are <image_i, text_j>, so one side carries 1/tau."""
+
+    image: Tensor
+    text: Tensor
+
+
+def _solve(models: list[_Pair]) -> tuple[Tensor, Tensor, Tensor]:
+    """D for weight 1, and its gradients with respect to this rank's rows of ``models[0]``, [b, d] each.
+
+    ``models``: the student, then the teachers.
+    """
+    sides = [side for model in models for side in (model.image, model.text)]
+    gathered = collectives.all_gather(torch.cat(sides, 1)).split([side.shape[1] for side in sides], 1)
+    images = [_Logits(m.image, texts) for m, texts in zip(models, gathered[1::2], strict=True)]
+    texts = [_Logits(m.text, images) for m, images in zip(models, gathered[::2], strict=True)]
+
+    image_lse, image_loss = _cross_entropy(images)
+    text_lse, text_loss = _cross_entropy(texts)
+    scalars = collectives.all_gather(torch.cat([image_lse, text_lse, (image_loss + text_loss)[:, None]], 1))
+    all_image_lse, all_text_lse, loss = scalars.split([len(models), len(models), 1], 1)
+
+    factor = 1 / (2 * len(loss))
+    grad_image = factor * _gradient(images, image_lse, all_text_lse)
+    grad_text = factor * _gradient(texts, text_lse, all_image_lse)
+    return factor * loss.sum(), grad_image, grad_text
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """A block of one model's logits, <rows_i, columns_j>: this rank's anchors [n, d] against everyone [m, d]."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def tile(self, rows: slice) -> Tensor:
+        return self.rows[rows] @ self.columns.T
+
+
+def _tiles(block: _Logits) -> list[slice]:
+    n, m = len(block.rows), len(block.columns)
+    step = max(1, Budget.default(block.rows.device).tile_bytes // (4 * m))
+    return [slice(start, start + step) for start in range(0, n, step)]
+
+
+def _cross_entropy(blocks: list[_Logits]) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each model's rows, [n, models], and the student's cross-entropy of each row, [n]."""
+    normalizers, losses = [], []
+    for tile in _tiles(blocks[0]):
+        logits = [block.tile(tile) for block in blocks]
+        lse = torch.stack([a.logsumexp(1) for a in logits], 1)
+        student, *teachers = logits
+        cross = [
+            torch.einsum("ij,ij->i", (a - lse[:, j : j + 1]).exp_(), student) for j, a in enumerate(teachers, 1)
+        ]
+        normalizers.append(lse)
+        losses.append(lse[:, 0] - torch.stack(cross).mean(0))
+    return torch.cat(normalizers), torch.cat(losses)
+
+
+def _gradient(blocks: list[_Logits], row_lse: Tensor, column_lse: Tensor) -> Tensor:
+    """``G columns`` of the student, [n, d]. ``row_lse`` [n, models], ``column_lse`` [m, models]."""
+    weights = [1.0, *[-1 / (len(blocks) - 1)] * (len(blocks) - 1)]
+    grads = []
+    for tile in _tiles(blocks[0]):
+        g = 0
+        for j, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
+            logits = block.tile(tile)
+            softmaxes = (logits - row_lse[tile, j : j + 1]).exp_() + (logits - column_lse[:, j]).exp_()
+            g = softmaxes.mul_(weight).add_(g)
+        grads.append(g @ blocks[0].columns)
+    return torch.cat(grads)

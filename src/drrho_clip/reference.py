@@ -1,0 +1,76 @@
+"""The frozen reference model behind one question: its features of this batch.
+
+DRRho-CLIP (arXiv:2505.06699) subtracts the reference's per-pair loss from the target's, distillation imitates
+its softmax, selection ranks samples by it. All three need unit-norm embeddings of the batch and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drrho_clip.batch import Batch
+from drrho_clip.normalize import normalize
+
+
+class Reference:
+    """A frozen CLIP model (open_clip's ``encode_image`` and ``encode_text``).
+
+    It is no ``nn.Module``: a task that holds one neither trains, moves, saves nor wraps it, and ``task.train()``
+    cannot reach its BatchNorm and dropout. ``module`` is put into eval mode and its parameters stop asking for
+    gradients.
+
+    ``mean``, ``std``    its own normalization of pixels scaled to [0, 1].
+    ``autocast_dtype``   run under autocast with this type; None: in the type of its weights, whatever autocast
+                         the caller is in.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.autocast_dtype = autocast_dtype
+        self.image_dtype = _input_dtype(getattr(module, "visual", module))
+        self._encode_image, self._encode_text = module.encode_image, module.encode_text
+
+    def compile(self) -> Reference:
+        """Run both towers through ``torch.compile`` from now on; returns itself."""
+        self._encode_image = torch.compile(self.module.encode_image)
+        self._encode_text = torch.compile(self.module.encode_text)
+        return self
+
+    # no_grad, not inference_mode: autograd refuses to save inference tensors, and the losses multiply these
+    # with embeddings that need a gradient.
+    @torch.no_grad()
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Image and text embeddings, each float32 [b, d_r] of unit norm, without a graph.
+
+        From ``batch.ref_image`` and ``batch.ref_text`` where present, else from what the target sees. They are
+        normalized in float32, so that the norm is 1 to float32 precision under any autocast.
+        """
+        image = batch.image if batch.ref_image is None else batch.ref_image
+        text = batch.text if batch.ref_text is None else batch.ref_text
+        image = normalize(image, self.mean, self.std, self.image_dtype)
+        with torch.autocast(image.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            image_features = self._encode_image(image, normalize=False)
+            text_features = self._encode_text(text, normalize=False)
+        return F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
+
+
+def _input_dtype(tower: nn.Module) -> torch.dtype:
+    """The type in which the image tower takes its input: that of its first linear map.
+
+    Its first parameter would not do: open_clip's bf16 and fp16 models keep embeddings and norms in float32.
+    """
+    for module in tower.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            return module.weight.dtype
+    return torch.float32
