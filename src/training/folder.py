@@ -15,6 +15,7 @@ that it had.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -131,7 +132,7 @@ def _choose(config: Config, env: Mapping[str, str]) -> RunFolder:
             raise ValueError(
                 "--resume latest: say which run with --name (its folder under --logs), or give a file"
             )
-        name = default_name(config, time.time())
+        name = _free_name(logs, default_name(config, time.time()))
     path = logs / name
     if _launched_by(path, restarts):
         return RunFolder(path, name, restarted=True)
@@ -165,6 +166,12 @@ def _find_launched(logs: Path, launchers: Mapping[str, str]) -> Path | None:
         return None
     files = sorted(logs.glob("*/launch.json"), key=lambda f: f.stat().st_mtime, reverse=True)
     return next((f.parent for f in files if _launched_by(f.parent, launchers)), None)
+
+
+def _free_name(logs: Path, name: str) -> str:
+    """``name``, numbered where runs of the same second have it."""
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(free for free in names if not _holds_run(logs / free))
 
 
 def _holds_run(path: Path) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import socket
 import sys
@@ -205,6 +206,7 @@ class WandbWriter(Writer):
             dir=folder.path,
             resume="allow" if resumes else None,
         )
+        self.log_every = config.run.log_every_n_steps
         for axis, prefix in (("step", "train"), ("epoch", "val")):  # not W&B's own step, which may never go back
             self.run.define_metric(axis)
             self.run.define_metric(f"{prefix}/*", step_metric=axis)
@@ -213,7 +215,7 @@ class WandbWriter(Writer):
         self.run.log({**values, axis: step})
 
     def watch(self, model: nn.Module) -> None:
-        self.run.watch(model, log="all")
+        self.run.watch(model, log="all", log_freq=self.log_every)
 
     def close(self) -> None:
         self.run.finish()
@@ -252,11 +254,15 @@ class RunLog:
         return Progress(total, desc, initial=initial, unit=unit, shown=self.world.is_main, every=every)
 
     def eval_result(self, result: Mapping[str, Any]) -> None:
-        """Append one object to ``eval_results.jsonl``; its floats go out as ``val/NAME`` against its 'epoch'."""
+        """Append one object to ``eval_results.jsonl``; its floats go out as ``val/NAME`` against its 'epoch'.
+
+        NaN and infinity, which JSON does not know, are written as null.
+        """
         if not self.world.is_main:
             return
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
         with open(self.folder.path / "eval_results.jsonl", "a") as file:
-            file.write(json.dumps(dict(result)) + "\n")
+            file.write(json.dumps(line) + "\n")
         self.scalars(result["epoch"], {f"val/{k}": v for k, v in result.items() if isinstance(v, float)}, "epoch")
 
     def watch(self, model: nn.Module) -> None:

@@ -1,0 +1,153 @@
+"""A run's folder: its name, who may go on in it, what is put there."""
+
+import os
+
+import pytest
+import torch
+
+from ranks import ranks
+from training.distributed import World
+from training.folder import choose_folder, create_folder, default_name, launch_identity
+from training.params import parse
+
+MAIN = World(0, 0, 1, 1, torch.device("cpu"))
+LAUNCHERS = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_RESTART_COUNT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def config_of(tmp_path, *flags):
+    return parse(["--dataset-type", "synthetic", "--train-num-samples", "8", "--logs", str(tmp_path), *flags])
+
+
+def start(config, world=MAIN):
+    folder = choose_folder(config, world)
+    create_folder(folder, config, world)
+    return folder
+
+
+def test_default_name_is_the_published_one(tmp_path):
+    config = config_of(
+        tmp_path, "--model", "ViT-B-16", "--lr", "3.125e-4", "--batch-size", "640", "--workers", "6"
+    )
+    name = default_name(config, 0.0)
+    assert name[4] == "_" and name.split("-", 2)[2] == "model_ViT-B-16-lr_0.0003125-b_640-j_6-p_amp"
+
+
+def test_params_are_sorted_names_and_values(tmp_path):
+    folder = start(config_of(tmp_path, "--name", "a", "--lr", "0.5"))
+    lines = (folder.path / "params.txt").read_text().splitlines()
+    assert folder.path == tmp_path / "a" and folder.checkpoints.is_dir()
+    assert "lr: 0.5" in lines and "name: a" in lines
+    assert lines == sorted(lines) and len(lines) >= 132
+
+
+def test_a_second_run_into_the_folder_is_refused_with_the_choices(tmp_path):
+    start(config_of(tmp_path, "--name", "a"))
+    with pytest.raises(ValueError, match=r"--name a: .*--resume latest.*another --name"):
+        choose_folder(config_of(tmp_path, "--name", "a"), MAIN)
+    resumed = choose_folder(config_of(tmp_path, "--name", "a", "--resume", "latest"), MAIN)
+    assert resumed.path == tmp_path / "a" and not resumed.restarted
+
+
+def test_unnamed_runs_of_one_second_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.folder.time.time", lambda: 1e9)
+    first, second, third = (start(config_of(tmp_path)).name for _ in range(3))
+    assert (second, third) == (f"{first}-2", f"{first}-3")
+
+
+def test_a_folder_that_holds_no_run_is_used(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "slurm.out").write_text("")
+    assert start(config_of(tmp_path, "--name", "a")).path == tmp_path / "a"
+
+
+def test_resume_latest_needs_a_name(tmp_path):
+    with pytest.raises(ValueError, match="--name"):
+        choose_folder(config_of(tmp_path, "--resume", "latest"), MAIN)
+
+
+@pytest.mark.parametrize("name", [(), ("--name", "mine")])
+@pytest.mark.parametrize(
+    "first, again, other",
+    [
+        (
+            {"SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0"},
+            {"SLURM_RESTART_COUNT": "1"},
+            {"SLURM_JOB_ID": "72"},
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"},
+            {"TORCHELASTIC_RESTART_COUNT": "2"},
+            {"TORCHELASTIC_RUN_ID": "9e1f"},
+        ),
+    ],
+)
+def test_a_restarted_job_finds_its_folder(tmp_path, monkeypatch, name, first, again, other):
+    config = config_of(tmp_path, *name)
+    for key, value in first.items():
+        monkeypatch.setenv(key, value)
+    folder = start(config)
+    os.utime(folder.path / "launch.json", (1, 1))
+    start(config_of(tmp_path, "--name", "another"))  # the same job's second run, by its name
+    (tmp_path / "another" / "launch.json").write_text("{}")
+    for key, value in again.items():
+        monkeypatch.setenv(key, value)
+    found = choose_folder(config, MAIN)
+    assert found.path == folder.path and found.restarted
+    for key, value in other.items():  # a job of its own that was restarted, too
+        monkeypatch.setenv(key, value)
+    if name:
+        with pytest.raises(ValueError, match="already holds a run"):
+            choose_folder(config, MAIN)
+    else:
+        assert not choose_folder(config, MAIN).restarted
+
+
+def test_torchrun_without_a_run_id_is_known_by_its_agent():
+    unnamed = launch_identity({"TORCHELASTIC_RUN_ID": "none"})
+    assert unnamed["torchrun"].endswith(f":{os.getppid()}")
+    assert launch_identity({"TORCHELASTIC_RUN_ID": "abc"}) == {"torchrun": "abc"}
+    assert launch_identity({}) == {}
+
+
+def test_copy_codebase_holds_this_code(tmp_path):
+    import training.folder
+
+    flags = ("--name", "a", "--copy-codebase")
+    folder = start(config_of(tmp_path, *flags))
+    copied = folder.path / "code" / "src" / "training" / "folder.py"
+    with open(training.folder.__file__) as file:
+        assert copied.read_text() == file.read()
+    copied.write_text("what ran first")
+    start(config_of(tmp_path, *flags, "--resume", "latest"))
+    assert copied.read_text() == "what ran first"
+    assert len(list(folder.path.glob("code_*/src/drrho_clip/__init__.py"))) == 1
+    assert not list(folder.path.rglob("__pycache__"))
+
+
+def choose_on_rank(logs, *flags):
+    rank = int(os.environ["RANK"])
+    world = World(rank, rank, 2, 2, torch.device("cpu"))
+    try:
+        return choose_folder(config_of(logs, *flags), world).name
+    except ValueError as error:
+        return error.args[0]
+
+
+def test_ranks_agree_on_the_name_and_on_the_refusal(tmp_path):
+    names = ranks(2).run(choose_on_rank, tmp_path)
+    assert names[0] == names[1] and "model_RN50" in names[0]
+    start(config_of(tmp_path, "--name", "a"))
+    refusals = ranks(2).run(choose_on_rank, tmp_path, "--name", "a")
+    assert refusals[0] == refusals[1] and "already holds a run" in refusals[0]
