@@ -22,6 +22,7 @@ NEW = {
     "--sample_state_device",
     "--save_published_state",
     "--tau_gradient",
+    "--u_format",
 }
 # The published type in words of ours, where it is another one.
 KINDS = {"yaml/json file": "str", "key=value list": "pairs"}

@@ -209,6 +209,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--save_published_state", "switch", False, "put the sample state into epoch_N.pt, as published"),
         Flag("--delete-previous-checkpoint", "switch", False, "remove the previous checkpoint after a new one"),
         Flag("--resume", "str", None, "continue from this checkpoint, or 'latest' of --name"),
+        Flag(
+            "--u_format",
+            "str",
+            None,
+            "how a published checkpoint stores u, where the file does not show it",
+            choices=("log", "linear"),
+        ),
         Flag("--remote-sync", "str", None, "copy the run's folder to this place"),
         Flag("--remote-sync-frequency", "int", 300, "seconds between copies"),
         Flag("--remote-sync-protocol", "str", "s3", "how to copy", choices=("s3", "fsspec")),

@@ -113,6 +113,7 @@ IDLE = (
         "without --imagenet-val or --imagenet-v2",
     ),
     Idle(("wandb_notes", "wandb_project_name"), lambda s: "wandb" not in s.report_to, "without --report-to wandb"),
+    Idle(("u_format",), lambda s: not s.given.resume, "without --resume"),
     Idle(
         ("remote_sync_frequency", "remote_sync_protocol"),
         lambda s: not s.given.remote_sync,

@@ -224,6 +224,7 @@ class RunConfig:
     debug: bool
     profile: bool
     dry_run: bool
+    u_format: str | None = None
 
 
 @dataclass(frozen=True)
