@@ -45,7 +45,8 @@ class Ranks:
 
     def __init__(self, size: int, timeout: float = 120.0) -> None:
         self.size, self.timeout = size, timeout
-        context, port = mp.get_context("spawn"), free_port()
+        context, port = mp.get_context("forkserver"), free_port()
+        context.set_forkserver_preload(["drrho_clip.losses"])  # imported once, not by every rank
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

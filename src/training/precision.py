@@ -1,11 +1,11 @@
-"""What ``--precision`` means on a device: the autocast dtype, the dtype of the pixels, whether gradients are scaled.
+"""What ``--precision`` means on a device: autocast dtype, dtype of the pixels, whether gradients are scaled.
 
-    amp                     float16 autocast with a gradient scaler on a GPU; float32 on the CPU, which has no
-                            float16 arithmetic worth using
-    amp_bf16, amp_bfloat16  bfloat16 autocast
-    bf16, fp16              weights of matrix products in that dtype (open_clip), no autocast
-    pure_bf16, pure_fp16    all weights in that dtype
-    fp32                    float32
+amp                     float16 autocast with a gradient scaler on a GPU; float32 on the CPU, which has no
+                        float16 arithmetic worth using
+amp_bf16, amp_bfloat16  bfloat16 autocast
+bf16, fp16              weights of matrix products in that dtype (open_clip), no autocast
+pure_bf16, pure_fp16    all weights in that dtype
+fp32                    float32
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from open_clip.loss import SigLipLoss
 from torch import Tensor
 
 from drrho_clip import collectives
+from drrho_clip.float32 import exact_float32
 from drrho_clip.losses.registry import Loss, LossInputs, LossOutput, LossSpec, register
 
 
@@ -36,7 +37,7 @@ class Clip(_ClipBased):
     """Mini-batch InfoNCE, OpenCLIP's default."""
 
     def forward(self, inputs: LossInputs) -> LossOutput:
-        with torch.autocast(inputs.image.device.type, enabled=False):
+        with exact_float32(inputs.image.device.type):
             loss = self.contrastive(
                 inputs.image.float(), inputs.text.float(), inputs.logit_scale.float(), inputs.logit_bias
             )
@@ -55,7 +56,7 @@ class CoCa(_ClipBased):
         self.contrastive_weight, self.caption_weight, self.pad_id = contrastive_weight, caption_weight, pad_id
 
     def forward(self, inputs: LossInputs) -> LossOutput:
-        with torch.autocast(inputs.image.device.type, enabled=False):
+        with exact_float32(inputs.image.device.type):
             loss = self.contrastive(inputs.image.float(), inputs.text.float(), inputs.logit_scale.float())
         return LossOutput({"contrastive_loss": self.contrastive_weight * loss})
 
@@ -75,7 +76,7 @@ class SigLip(Loss):
         self.contrastive = SigLipLoss(rank=collectives.rank(), world_size=collectives.world_size())
 
     def forward(self, inputs: LossInputs) -> LossOutput:
-        with torch.autocast(inputs.image.device.type, enabled=False):
+        with exact_float32(inputs.image.device.type):
             loss = self.contrastive(
                 inputs.image.float(),
                 inputs.text.float(),
@@ -98,7 +99,7 @@ class Distill(_ClipBased):
         self.weight, self.teacher_scale = weight, teacher_scale
 
     def forward(self, inputs: LossInputs) -> LossOutput:
-        with torch.autocast(inputs.image.device.type, enabled=False):
+        with exact_float32(inputs.image.device.type):
             contrastive, distill = self.contrastive(
                 inputs.image.float(),
                 inputs.text.float(),

@@ -254,7 +254,7 @@ def solve(
     ``inverse_tau``   0-d for a shared temperature, [B, 2] for individual ones.
     ``weight_by_inverse_tau``  weigh each anchor's row by its 1/tau (objectives not multiplied by tau).
 
-    Two collectives: the embeddings, then the 2B values of log u. Call it without gradients, autocast disabled.
+    Two collectives: the embeddings, then the 2B values of log u. Call it without gradients, in ``exact_float32``.
     """
     image, text = inputs.image.detach().float(), inputs.text.detach().float()
     width = image.shape[1]

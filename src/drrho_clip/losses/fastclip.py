@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from drrho_clip import collectives
+from drrho_clip.float32 import exact_float32
 from drrho_clip.losses import compositional
 from drrho_clip.losses.registry import Loss, LossInputs, LossOutput, LossSpec, register
 from drrho_clip.sample_state import SampleState, StateUpdate
@@ -57,7 +58,7 @@ class FastCLIP(Loss):
 
     def forward(self, inputs: LossInputs) -> LossOutput:
         device = inputs.image.device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), exact_float32(device.type):
             index, old_log_u = self._fetch(inputs.index, device)
             scale = inputs.logit_scale.detach().float()
             solution = compositional.solve(

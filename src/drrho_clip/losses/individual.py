@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from drrho_clip import collectives
+from drrho_clip.float32 import exact_float32
 from drrho_clip.losses import compositional
 from drrho_clip.losses.fastclip import COLUMNS as U_COLUMNS
 from drrho_clip.losses.registry import Loss, LossInputs, LossOutput, LossSpec, register
@@ -40,7 +41,7 @@ class IndividualFastCLIP(Loss):
 
     ``state``        table with ``COLUMNS``, or ``TEMPERATURE_COLUMNS`` where gamma is 1 in every epoch.
     ``temperature``  where each tau_i starts. ``rho``, ``eps``, ``gamma`` as in ``FastCLIP``.
-    ``lr_tau``       -> the temperatures' learning rate for the next step.
+    ``lr_tau``       the temperatures' learning rate, until ``set_temperature_rate`` says another.
     ``betas``, ``adam_eps``  of the temperatures' Adam step, from epoch 1 on.
     """
 
@@ -69,9 +70,12 @@ class IndividualFastCLIP(Loss):
     def set_epoch(self, epoch: int) -> None:
         self.epoch, self.gamma = epoch, self._gamma_of(epoch)
 
+    def set_temperature_rate(self, lr_tau: float) -> None:
+        self.lr_tau = lr_tau
+
     def forward(self, inputs: LossInputs) -> LossOutput:
         device = inputs.image.device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), exact_float32(device.type):
             index, values = self.state.fetch(inputs.index)
             index = index.to(device, non_blocking=True)
             columns = {name: value.to(device, non_blocking=True) for name, value in values.items()}

@@ -56,6 +56,9 @@ class Loss(nn.Module):
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch; losses with an epoch schedule override it."""
 
+    def set_temperature_rate(self, lr_tau: float) -> None:
+        """Called before each step; losses that keep temperatures of their own override it."""
+
     def local_terms(self, outputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Terms that need more of the model than embeddings: name -> (sum over the micro-batch, count).
 
