@@ -27,7 +27,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -188,7 +187,9 @@ def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -
             raise ValueError(
                 "--use-bn-sync needs GPUs: torch synchronizes no BatchNorm on the CPU; leave the flag out"
             )
-        model = convert_sync_batchnorm(model)
+        from timm.layers import convert_sync_batchnorm  # seconds to import, for a rare flag
+
+        model = convert_sync_batchnorm(model)  # unlike torch's it keeps the activation of timm's BatchNormAct
     if not any(p.requires_grad for p in model.parameters()):
         return model
     return DistributedDataParallel(
