@@ -47,9 +47,8 @@ class Stepper:
         backward = self._backward_whole if self.accum == 1 else self._backward_accumulated
         result = backward(batch)
         taken = self._update()
-        state = getattr(self.task.loss, "state", None)
         if result.update is not None:
-            state.commit(result.update, taken)
+            self.task.loss.state.commit(result.update, taken)
         with torch.no_grad():
             self.task.bare.logit_scale.clamp_(0, math.log(self.logit_scale_bound))
         terms = {name: term.detach() for name, term in result.terms.items()}

@@ -7,7 +7,6 @@ choice, by its flags ``local_loss`` and ``gather_with_grad``.
 from __future__ import annotations
 
 import open_clip
-import torch
 import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
 from torch import Tensor

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from drrho_clip.sample_state import StateUpdate
+from drrho_clip.sample_state import SampleState, StateUpdate
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,12 @@ class LossOutput:
 
 
 class Loss(nn.Module):
-    """``forward(LossInputs) -> LossOutput``, a function of the embeddings of all ``b`` samples of this rank."""
+    """``forward(LossInputs) -> LossOutput``, a function of the embeddings of all ``b`` samples of this rank.
+
+    ``state``: the sample state of losses that keep one, else None.
+    """
+
+    state: SampleState | None = None
 
     def forward(self, inputs: LossInputs) -> LossOutput:
         raise NotImplementedError
