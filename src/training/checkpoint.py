@@ -38,7 +38,7 @@ from torch.optim import Optimizer
 
 from drrho_clip.sample_state import SampleState
 from training import published
-from training.distributed import on_main
+from training.distributed import PeerFailed, on_main
 from training.params import RunConfig
 from training.published import load_weights as load_weights
 
@@ -190,7 +190,7 @@ def _save_rows(folder: Path, state: RunState) -> str:
         return next(name for name in names if not (folder / name).exists())
 
     name = on_main(unused)
-    with _single_process_is_fine():
+    with _rows_exchanged(folder / name):
         dcp.save(state.sample_state.state_dict(), checkpoint_id=folder / name)
 
     def check() -> None:
@@ -206,11 +206,20 @@ def _save_rows(folder: Path, state: RunState) -> str:
 
 
 @contextmanager
-def _single_process_is_fine() -> Iterator[None]:
-    """Without torch.distributed.checkpoint's warning that there is no process group."""
+def _rows_exchanged(rows: Path) -> Iterator[None]:
+    """Around torch.distributed.checkpoint: one message for what it reports from all ranks at once.
+
+    OSError on rank 0, PeerFailed on the others.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is fine
+        try:
+            yield
+        except dcp.CheckpointException as error:
+            rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+            if dist.is_initialized() and dist.get_rank() > 0:
+                raise PeerFailed(f"rank {rank} failed; rank 0 says why") from None
+            raise OSError(f"sample state {rows}, rank {rank}: {cause}") from cause
 
 
 def _rows_folder(path: Path, held: Mapping[str, Any]) -> Path | None:
@@ -309,7 +318,7 @@ def _load_rows(path: Path, held: Mapping[str, Any], sample_state: SampleState, u
     if rows and not missing:
         columns = sample_state.state_dict()
         _check_columns(rows, columns)
-        with _single_process_is_fine():
+        with _rows_exchanged(rows):
             dcp.load(columns, checkpoint_id=rows)
         sample_state.load_state_dict(columns)
         return

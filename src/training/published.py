@@ -113,8 +113,8 @@ def from_published(held: Mapping[str, Any], u_format: str | None = None) -> dict
     kind = held.get("u_format") or ("log" if any((u < 0).any() for u in stored.values()) else u_format)
     if kind not in ("log", "linear"):
         raise ValueError(
-            "the checkpoint's u columns may be u or log u: it has no u_format and no negative value. "
-            "Add the key u_format, 'log' (DRRho-CLIP code) or 'linear' (FastCLIP code), to the file"
+            "the checkpoint's u columns may hold u or log u, nothing in it tells: say --u_format log (DRRho-CLIP "
+            "code) or --u_format linear (FastCLIP code)"
         )
     for short, long in (("im", "image"), ("tt", "text")):
         u = stored[short]
@@ -135,11 +135,15 @@ def write(path: Path, held: Mapping[str, Any]) -> None:
     Tensors are saved from the CPU, so that the file loads on machines without a GPU.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(_portable(held), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(_portable(held), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # half a file would only fill the disk
+        raise
     sync_folder(path.parent)
 
 
