@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from training import pretrained
 from training.distributed import World, node_main_first
-from training.params import Config, ModelConfig
-from training.pretrained import Weights
+from training.params import Config, LossConfig, ModelConfig
+from training.pretrained import Weights, one_line
 
 _log = logging.getLogger(__name__)
 _OPENAI_LOGIT_SCALE = math.log(1 / 0.07)
@@ -57,14 +57,16 @@ def build_target(config: Config, world: World) -> BuiltModel:
     c, loss = config.model, config.loss
     name = pretrained.open_clip_name(c.model, "--model")
     with node_main_first():
+        architecture = pretrained.architecture(name, f"--model {c.model}")
+        _check_tower(architecture["vision_cfg"], c)
         weights = pretrained.find(name, c.pretrained, "--pretrained", "--model")
         tokenizer = _tokenizer(name, f"--model {c.model}")
     initial = {}
     if loss.name == "siglip":
         initial = {"init_logit_scale": _SIGLIP_LOGIT_SCALE, "init_logit_bias": _SIGLIP_LOGIT_BIAS}
-    _check_tower(name, c)
     module = _create(
         name,
+        architecture,
         weights,
         flag=f"--model {c.model}",
         weights_flag="--pretrained",
@@ -78,16 +80,8 @@ def build_target(config: Config, world: World) -> BuiltModel:
         force_preprocess_cfg={"mean": c.image_mean, "std": c.image_std},
         pretrained_image=c.pretrained_image,
     )
-    if loss.name.startswith("fastclip") and loss.temperature is not None:
-        with torch.no_grad():
-            module.logit_scale.fill_(math.log(1 / loss.temperature))
-        _log.info("temperature starts at %g, as --temperature says", loss.temperature)
-    _lock(module, c, is_hugging_face="hf_model_name" in open_clip.get_model_config(name)["text_cfg"])
-    individual = loss.name == "fastclip_individual"
-    constant = loss.name == "fastclip" and loss.temperature_scheme == "global_constant"
-    module.logit_scale.requires_grad_(not (individual or constant))
-    if getattr(module, "logit_bias", None) is not None and loss.name != "siglip":
-        module.logit_bias.requires_grad_(False)  # no other loss uses it; DDP would wait for its gradient
+    _lock(module, c, is_hugging_face="hf_model_name" in architecture["text_cfg"])
+    _set_temperature(module, loss)
     if c.grad_checkpointing:
         module.set_grad_checkpointing()
     return _finish(module, tokenizer, c.model, weights, world, role="target")
@@ -107,15 +101,16 @@ def build_reference(config: Config, world: World) -> BuiltModel | None:
         flag, weights_flag = "--distill-model", "--distill-pretrained"
     name = pretrained.open_clip_name(c.ref_model, flag)
     with node_main_first():
+        architecture = pretrained.architecture(name, f"{flag} {c.ref_model}")
         if c.ref_model_checkpoint:
-            declared = pretrained.declared_by(name, c.ref_model_pretrained)
-            weights = Weights(c.ref_model_checkpoint, declared, c.ref_model_checkpoint)
+            weights = pretrained.from_checkpoint(name, c.ref_model_checkpoint, c.ref_model_pretrained)
             weights_flag = "--ref_model_checkpoint"
         else:
             weights = pretrained.find(name, c.ref_model_pretrained, weights_flag, flag)
         tokenizer = _tokenizer(name, f"{flag} {c.ref_model}")
     module = _create(
         name,
+        architecture,
         weights,
         flag=f"{flag} {c.ref_model}",
         weights_flag=weights_flag,
@@ -128,6 +123,7 @@ def build_reference(config: Config, world: World) -> BuiltModel | None:
 
 def _create(
     name: str,
+    architecture: Mapping[str, Any],
     weights: Weights,
     *,
     flag: str,
@@ -142,7 +138,6 @@ def _create(
     **settings: Any,
 ) -> nn.Module:
     """An open_clip model on the CPU with ``weights``, its temperature in float32 whatever the precision."""
-    architecture = open_clip.get_model_config(name)
     scalars = {
         "init_logit_scale": architecture.get("init_logit_scale", _OPENAI_LOGIT_SCALE),
         "init_logit_bias": architecture.get("init_logit_bias"),
@@ -171,7 +166,9 @@ def _create(
                     **settings,
                 )
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{flag}: open_clip cannot build this model ({_one_line(error)})") from error
+            raise ValueError(f"{flag}: open_clip cannot build this model ({one_line(error)})") from error
+        if not own_weights:
+            _initialize_caption_projection(module)
     _keep_float32(module, None if own_weights else scalars)
     if weights.file is not None:
         with _quiet_open_clip():
@@ -181,6 +178,16 @@ def _create(
         resized = {**open_clip.get_model_preprocess_cfg(module), "size": module.visual.image_size}
         open_clip.set_model_preprocess_cfg(module, resized)
     return module
+
+
+def _initialize_caption_projection(module: nn.Module) -> None:
+    """Give CoCa's last layer weights of the scale that its other projections have.
+
+    open_clip leaves it as uninitialized memory, which no seed decides and which may hold NaN.
+    """
+    decoder = getattr(module, "text_decoder", None)
+    if isinstance(decoder, nn.Module):
+        nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)
 
 
 def _keep_float32(module: nn.Module, initial: Mapping[str, float | None] | None) -> None:
@@ -199,13 +206,25 @@ def _keep_float32(module: nn.Module, initial: Mapping[str, float | None] | None)
         setattr(module, name, nn.Parameter(value))
 
 
+def _set_temperature(module: nn.Module, loss: LossConfig) -> None:
+    if loss.name.startswith("fastclip") and loss.temperature is not None:
+        with torch.no_grad():
+            module.logit_scale.fill_(math.log(1 / loss.temperature))
+        _log.info("temperature starts at %g, as --temperature says", loss.temperature)
+    individual = loss.name == "fastclip_individual"
+    constant = loss.name == "fastclip" and loss.temperature_scheme == "global_constant"
+    module.logit_scale.requires_grad_(not (individual or constant))
+    if getattr(module, "logit_bias", None) is not None and loss.name != "siglip":
+        module.logit_bias.requires_grad_(False)  # no other loss uses it; DDP would wait for its gradient
+
+
 def _tokenizer(name: str, flag: str) -> Callable[[list[str]], Tensor]:
     try:
         with _quiet_open_clip():
             return open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ImportError) as error:
         raise ValueError(
-            f"{flag}: its tokenizer cannot be had ({_one_line(error)}); without a network it must be in the "
+            f"{flag}: its tokenizer cannot be had ({one_line(error)}); without a network it must be in the "
             "Hugging Face cache already"
         ) from error
 
@@ -216,7 +235,7 @@ def _lock(module: nn.Module, c: ModelConfig, *, is_hugging_face: bool) -> None:
         try:
             module.visual.lock(unlocked_groups=groups, freeze_bn_stats=c.lock_image_freeze_bn_stats)
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"--lock-image-unlocked-groups {groups}: {_one_line(error)}") from error
+            raise ValueError(f"--lock-image-unlocked-groups {groups}: {one_line(error)}") from error
     if not c.lock_text:
         return
     if is_hugging_face:
@@ -246,9 +265,8 @@ def _finish(
     return BuiltModel(module.to(world.device), preprocess, tokenizer, name, tokenizer.context_length)
 
 
-def _check_tower(name: str, c: ModelConfig) -> None:
-    """Refuse flags that the image tower would ignore."""
-    tower = open_clip.get_model_config(name)["vision_cfg"]
+def _check_tower(tower: Mapping[str, Any], c: ModelConfig) -> None:
+    """Refuse flags that the image tower, by its ``vision_cfg``, would ignore."""
     if c.force_patch_dropout and isinstance(tower.get("layers"), list):
         raise ValueError(
             f"--force-patch-dropout {c.force_patch_dropout}: the image tower of {c.model} is a ResNet, without "
@@ -287,7 +305,3 @@ def _quiet_open_clip() -> Iterator[None]:
         yield
     finally:
         root.removeFilter(is_ours)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]

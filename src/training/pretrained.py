@@ -69,6 +69,22 @@ def open_clip_name(model: str, flag: str) -> str:
     raise ValueError(f"{flag} {model}: neither a model of open_clip nor the path of a model config JSON; {hint}")
 
 
+def architecture(name: str, where: str) -> dict[str, Any]:
+    """The model config of open_clip's model ``name``, with its ``vision_cfg`` and ``text_cfg``.
+
+    ``where``: flag and value, for the ValueError where it cannot be had (``hf-hub:`` and ``local-dir:`` names).
+    """
+    try:
+        return open_clip.get_model_config(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: its open_clip_config.json cannot be had ({one_line(error)})") from error
+
+
+def one_line(error: Exception) -> str:
+    """What a library said, fit for one sentence."""
+    return " ".join(str(error).split())[:400]
+
+
 def _register(path: Path, where: str) -> str:
     try:
         text = path.read_text(encoding="utf-8")
@@ -106,9 +122,18 @@ def find(name: str, pretrained: str, flag: str, model_flag: str) -> Weights:
     raise ValueError(f"{flag} {pretrained}: for {model_flag} {name} this is neither a file nor {known}")
 
 
-def declared_by(name: str, pretrained: str) -> Mapping[str, Any]:
-    """What tag ``pretrained`` of ``name`` declares, without its weights; empty if it is no tag."""
-    return open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+def from_checkpoint(name: str, checkpoint: str, tag: str) -> Weights:
+    """The weights in ``checkpoint`` for a model that is built as ``tag`` ('': none) declares.
+
+    ValueError: ``tag`` is a file, that is, weights are given twice.
+    """
+    declared = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    if tag and not declared:
+        raise ValueError(
+            f"--ref_model_checkpoint {checkpoint} and --ref_model_pretrained {tag} are two files of weights: give "
+            f"one; beside a checkpoint only a tag of {name} has a use, it says how the model is built"
+        )
+    return Weights(checkpoint, declared, checkpoint)
 
 
 def _hub_files(declared: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -171,5 +196,4 @@ def load(model: nn.Module, file: str, flag: str) -> None:
             torch.save(state, copy)
             open_clip.load_checkpoint(model, str(copy))
     except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
-        first = " ".join(str(error).split())[:400]
-        raise ValueError(f"{flag} {file}: these weights do not fit the model ({first})") from error
+        raise ValueError(f"{flag} {file}: these weights do not fit the model ({one_line(error)})") from error

@@ -1,0 +1,51 @@
+"""Building target and reference from flags in one process, and looking at what was built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import nn
+
+import tiny_models
+from training import models, params
+from training.distributed import World
+from training.models import BuiltModel
+
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))
+SYNTHETIC = ["--dataset-type", "synthetic", "--train-num-samples", "64", "--batch-size", "8", "--data_size", "64"]
+
+
+def config(*flags: object) -> params.Config:
+    return params.parse([*SYNTHETIC, *map(str, flags)])
+
+
+def target(*flags: object) -> BuiltModel:
+    return models.build_target(config(*flags), ALONE)
+
+
+def reference(tmp_path: Path, *flags: object) -> BuiltModel | None:
+    model = tiny_models.path("tiny-vit", tmp_path)
+    return models.build_reference(config("--model", model, "--fastclip", *flags), ALONE)
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, atol=1e-6)
+
+
+@torch.no_grad()
+def embed(module: nn.Module, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    image = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    text = open_clip.SimpleTokenizer(context_length=module.context_length)(["one", "two words", "and three words"])
+    module.eval()
+    return module.encode_image(image, normalize=True), module.encode_text(text, normalize=True)
+
+
+def trained(module: nn.Module) -> set[str]:
+    return {name for name, p in module.named_parameters() if p.requires_grad}
