@@ -62,7 +62,7 @@ class Evaluation:
             if self.val is not None and self._due(self.config.evaluation.val_frequency, epoch, final):
                 metrics |= self._retrieval(model)
         if metrics:
-            self.log.info(f"Eval Epoch: {epoch} " + "\t".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
+            self.log.info(f"Eval Epoch: {epoch} " + "\t".join(f"{k}: {round(v, 4)}" for k, v in metrics.items()))
             self.log.eval_result({"epoch": epoch, **metrics})
         return metrics
 
@@ -72,7 +72,7 @@ class Evaluation:
         return frequency > 0 and (final or epochs == 0 or epoch == epochs or epoch % frequency == 0)
 
     def _retrieval(self, model: nn.Module) -> dict[str, float]:
-        run = self._precision()
+        run = self._precision
         image, text, tokens = [], [], torch.zeros(2, dtype=torch.float64, device=self.world.device)
         with self.log.progress(len(self.val), "validation", unit="batch") as progress, torch.no_grad():
             for pixels, captions in self.val:
@@ -99,7 +99,7 @@ class Evaluation:
         return {**metrics, "num_samples": len(image)}
 
     def _zero_shot(self, model: nn.Module, name: str, pictures: ClassificationSet) -> dict[str, float]:
-        run, world = self._precision(), self.world
+        run, world = self._precision, self.world
         classifier = self._classifier(model, name, pictures)
         counts = torch.zeros(3, len(pictures.classnames), dtype=torch.float64, device=world.device)
         loader = self._loader(pictures)
@@ -118,7 +118,7 @@ class Evaluation:
         mine = names[
             world.rank * len(names) // world.world_size : (world.rank + 1) * len(names) // world.world_size
         ]
-        run, columns = self._precision(), []
+        run, columns = self._precision, []
         with self.log.progress(len(mine), f"{name} prompts", unit="class") as progress:
             for start in range(0, len(mine), CLASSES_AT_ONCE):
                 chunk = mine[start : start + CLASSES_AT_ONCE]
@@ -144,8 +144,9 @@ class Evaluation:
     def _pixels(self, pixels: Tensor) -> Tensor:
         cfg = self.built.preprocess
         moved = pixels.to(self.world.device, non_blocking=True)
-        return normalize(moved, cfg.mean, cfg.std, self._precision().pixel_dtype)
+        return normalize(moved, cfg.mean, cfg.std, self._precision.pixel_dtype)
 
+    @property
     def _precision(self) -> precision.Precision:
         return precision.resolve(self.config.run.precision, self.world.device)
 
@@ -160,13 +161,6 @@ def open_evaluation(built: BuiltModel, config: Config, world: World, log: RunLog
         if folder:
             sets[name] = open_set(folder, flag)
     return Evaluation(built, config, world, log, build_val(config, world, built), sets)
-
-
-def evaluate(
-    model: nn.Module, built: BuiltModel, config: Config, world: World, epoch: int, log: RunLog
-) -> dict[str, float]:
-    """Open and evaluate in one go."""
-    return open_evaluation(built, config, world, log)(model, epoch)
 
 
 def gather_rows(parts: list[Tensor], world: World) -> Tensor:
