@@ -62,6 +62,14 @@ RUN = RunConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Model(nn.Module):
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -151,7 +159,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, optimi
 
 
 def interrupted_and_not(folder: str) -> tuple[dict, dict, list[str]]:
-    torch.set_num_threads(1)
     run = Run(0).epochs(1)
     save([Path(folder, "epoch_1.pt")], run.state)
     other = Run(1).resumed(Path(folder, "epoch_1.pt")).epochs(1)

@@ -154,12 +154,15 @@ def find_latest(folder: Path) -> Path | None:
     return on_main(lambda: _find_latest(folder))
 
 
-def contents(folder: Path) -> dict[Path, Path | None]:
-    """Each checkpoint in ``folder`` -> the folder of its sample state, None without one.
-
-    ValueError: one cannot be read.
-    """
-    return {path: _rows_folder(path, published.read(path)) for path in sorted(folder.glob("*.pt"))}
+def contents(folder: Path) -> tuple[dict[Path, Path | None], list[Path]]:
+    """Each checkpoint in ``folder`` -> the folder of its sample state or None; and the files nobody can read."""
+    found, unreadable = {}, []
+    for path in sorted(folder.glob("*.pt")):
+        try:
+            found[path] = _rows_folder(path, published.read(path))
+        except ValueError:
+            unreadable.append(path)
+    return found, unreadable
 
 
 def _held(state: RunState, rows: str | None) -> dict[str, Any]:
@@ -379,11 +382,10 @@ def _delete_previous(path: Path, state: RunState) -> None:
 
 def _delete_unnamed(folder: Path) -> None:
     """Remove the sample states that no checkpoint names. Where one cannot be read, nobody knows: all stay."""
-    try:
-        named = set(contents(folder).values())
-    except ValueError as error:
-        _log.warning("old sample states are kept: %s", error)
+    named, unreadable = contents(folder)
+    if unreadable:
+        _log.warning("old sample states are kept, since %s cannot be read", unreadable[0])
         return
     for rows in folder.glob("*.state*"):
-        if rows not in named:
+        if rows not in named.values():
             shutil.rmtree(rows)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timm.optim import Lamb, Lion
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -23,12 +22,16 @@ def _adamw(groups: list[dict], config: OptimConfig, device: torch.device) -> Opt
 
 
 def _lamb(groups: list[dict], config: OptimConfig, device: torch.device) -> Optimizer:
+    from timm.optim import Lamb  # seconds to import, and mostly not needed
+
     # Its own clipping to norm 1 stays off: --grad-clip-norm says whether and where to clip.
     betas = (config.beta1, config.beta2)
     return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps, max_grad_norm=None)
 
 
 def _lion(groups: list[dict], config: OptimConfig, device: torch.device) -> Optimizer:
+    from timm.optim import Lion  # seconds to import, and mostly not needed
+
     return Lion(groups, lr=config.lr, betas=(config.beta1, config.beta2))
 
 

@@ -1,0 +1,147 @@
+"""Copying a run's folder away, to a local fsspec target."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from test_checkpoint import RUN, Run, assert_same
+from training.checkpoint import find_latest, save
+from training.remote_sync import RemoteSync, remote_sync
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "logs" / "run" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "logs" / "run"
+
+
+def relative(root: Path) -> list[str]:
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+
+
+def config(target: Path, **flags):
+    return replace(RUN, remote_sync=f"file://{target}", **flags)
+
+
+def test_only_complete_checkpoints_are_copied_and_only_once(folder, tmp_path):
+    run = Run(0).epochs(1)
+    save([folder / "checkpoints" / "epoch_1.pt"], run.state)
+    (folder / "out.log").write_text("line\n")
+    (folder / "tensorboard").mkdir()
+    (folder / "tensorboard" / "events").write_text("1")
+    copy = RemoteSync(folder, f"file://{tmp_path}/remote/run")
+    shutil.copytree(
+        folder / "checkpoints" / "epoch_1.state", folder / "checkpoints" / "epoch_2.state"
+    )  # no file yet
+    (folder / "checkpoints" / ".epoch_2.pt.tmp").write_bytes(b"half a file")
+
+    assert copy() == len(relative(tmp_path / "remote" / "run"))
+    rows = [f"checkpoints/epoch_1.state/{f}" for f in relative(folder / "checkpoints" / "epoch_1.state")]
+    expected = ["checkpoints/epoch_1.pt", *rows, "out.log", "tensorboard/events"]
+    assert relative(tmp_path / "remote" / "run") == sorted(expected)
+    assert copy() == 0
+    (folder / "out.log").write_text("line\nline\n")
+    assert copy() == 1
+    assert (tmp_path / "remote" / "run" / "out.log").read_text() == "line\nline\n"
+    resumed = Run(1).resumed(find_latest(tmp_path / "remote" / "run" / "checkpoints"))
+    assert_same(resumed.everything(), run.everything())
+
+
+def test_a_copy_that_is_cut_off_leaves_the_earlier_one(folder, tmp_path, monkeypatch):
+    (folder / "out.log").write_text("old")
+    copy = RemoteSync(folder, f"file://{tmp_path}/remote/run")
+    copy()
+    (folder / "out.log").write_text("new and longer")
+
+    def cut_off(source: str, target: str, **kwargs) -> None:
+        Path(target).write_text("new")
+        raise OSError("connection lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copy._files, "put_file", cut_off)
+        with pytest.raises(OSError, match="connection lost"):
+            copy()
+    assert (tmp_path / "remote" / "run" / "out.log").read_text() == "old"
+    assert copy() == 1
+    assert relative(tmp_path / "remote" / "run") == ["out.log"]
+
+
+def test_the_folder_is_copied_in_the_background_and_at_the_end(folder, tmp_path):
+    remote = tmp_path / "remote" / "run"
+    (folder / "params.txt").write_text("a: 1\n")
+    with remote_sync(config(tmp_path / "remote", remote_sync_frequency=0.05), folder):
+        assert relative(remote) == ["params.txt"]
+        (folder / "out.log").write_text("1")
+        deadline = time.monotonic() + 20
+        while not (remote / "out.log").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert (remote / "out.log").exists()
+    with remote_sync(config(tmp_path / "remote", remote_sync_frequency=1000), folder):
+        (folder / "job.done").write_text("")
+        assert not (remote / "job.done").exists()
+    assert (remote / "job.done").exists()
+
+
+def test_a_checkpoint_replaced_while_it_is_copied_waits(folder, tmp_path, monkeypatch):
+    run = Run(0).epochs(1)
+    latest = folder / "checkpoints" / "epoch_latest.pt"
+    save([latest], run.state)
+    copy = RemoteSync(folder, f"file://{tmp_path}/remote/run")
+    put_file, remote = copy._files.put_file, tmp_path / "remote" / "run" / "checkpoints"
+
+    def slow(source: str, target: str, **kwargs) -> None:
+        if source == str(latest):
+            save([latest], run.epochs(1).state)
+        put_file(source, target, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copy._files, "put_file", slow)
+        copy()
+    assert not (remote / "epoch_latest.pt").exists()  # it would name a sample state that is not there
+    copy()
+    assert_same(Run(1).resumed(find_latest(remote)).everything(), run.everything())
+
+
+def test_a_target_that_fails_later_does_not_end_the_run(folder, tmp_path, caplog):
+    with remote_sync(config(tmp_path / "remote", remote_sync_frequency=0.05), folder):
+        (tmp_path / "remote").write_text("in the way")
+        (folder / "out.log").write_text("1")
+        deadline = time.monotonic() + 20
+        while "--remote-sync failed" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert "--remote-sync failed, trying again later" in caplog.text
+        (tmp_path / "remote").unlink()
+    assert relative(tmp_path / "remote" / "run") == ["out.log"]
+
+
+def test_a_file_that_is_no_checkpoint_is_left_out(folder, tmp_path, caplog):
+    (folder / "checkpoints" / "notes.pt").write_text("mine")
+    (folder / "out.log").write_text("1")
+    assert RemoteSync(folder, f"file://{tmp_path}/remote/run")() == 1
+    assert "notes.pt cannot be read" in caplog.text
+
+
+def test_targets_that_cannot_work_are_refused_at_the_start(folder, tmp_path, monkeypatch):
+    (folder / "out.log").write_text("1")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as where s3fs is not installed
+    for target, protocol, sentence in [
+        (f"file://{tmp_path}/file", "fsspec", "cannot be written to"),
+        ("nosuch://bucket", "fsspec", "nosuch"),
+        ("bucket/prefix", "s3", "s3fs"),
+        (f"file://{tmp_path}", "s3", "s3://BUCKET/PREFIX"),
+    ]:
+        flags = replace(RUN, remote_sync=target, remote_sync_protocol=protocol)
+        with pytest.raises(ValueError, match=sentence), remote_sync(flags, folder):
+            pass
+
+
+def test_without_the_flag_nothing_happens(folder):
+    with remote_sync(RUN, folder):
+        pass
