@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.14 renamed it.
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 def world_size() -> int:
     """Number of ranks K; 1 without a process group."""
@@ -29,7 +32,7 @@ def all_gather(local: Tensor) -> Tensor:
     if k == 1:
         return local.detach()
     gathered = local.new_empty((k * local.shape[0], *local.shape[1:]))
-    dist.all_gather_into_tensor(gathered, local.detach().contiguous())
+    _gather(gathered, local.detach().contiguous())
     return gathered
 
 

@@ -76,7 +76,7 @@ class Stepper:
                 references.append(task.reference_features(chunk))
 
         leaves = {
-            name: torch.cat([e[name] for e, _ in embedded]) if value.ndim > 1 else value.clone()
+            name: torch.cat([e[name] for e, _ in embedded]) if value.ndim > 1 else value.detach().clone()
             for name, value in embedded[0][0].items()
         }
         wants_grad = {"image_features", "text_features"} | {

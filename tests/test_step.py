@@ -1,0 +1,249 @@
+"""Accumulation gives the full batch's gradient, for every loss; what a step commits and leaves alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import tiny_models
+from drrho_clip import collectives
+from drrho_clip.batch import Batch
+from drrho_clip.losses import baselines, fastclip, individual
+from drrho_clip.losses.distillation import Distillation
+from drrho_clip.reference import Reference
+from drrho_clip.sample_state import SampleState
+from ranks import ranks
+from training.precision import resolve
+from training.step import Stepper
+from training.task import Selection, Task
+
+HALF = (0.5, 0.5, 0.5)
+CPU = torch.device("cpu")
+FCCO = {"gamma": lambda epoch: 0.7, "eps": 1e-8, "rho": 6.5}
+
+
+def make_loss(name):
+    if name in ("fastclip", "drrho"):
+        return fastclip.FastCLIP(state=SampleState(64, fastclip.COLUMNS), multiply_tau=True, **FCCO)
+    if name == "fastclip_individual":
+        state = SampleState(64, individual.COLUMNS)
+        adam = {"temperature": 0.05, "betas": (0.9, 0.98), "adam_eps": 1e-8, "lr_tau": 0.01}
+        return individual.IndividualFastCLIP(state=state, **FCCO, **adam)
+    return {
+        "clip": lambda: baselines.Clip(local_loss=True, gather_with_grad=True),
+        "siglip": baselines.SigLip,
+        "coca": lambda: baselines.CoCa(contrastive_weight=1.0, caption_weight=2.0),
+        "distill": lambda: baselines.Distill(weight=0.7, teacher_scale=50.0),
+    }[name]()
+
+
+WORDS = 512  # a small vocabulary: the full one would be most of the work
+
+
+def build(name, kind=None):
+    kind = kind or ("tiny-coca" if name == "coca" else "tiny-vit")
+    vocabulary = {"text_cfg": {"vocab_size": WORDS}}
+    if kind == "tiny-coca":
+        vocabulary["multimodal_cfg"] = {"vocab_size": WORDS}
+    model = tiny_models.build(kind, **vocabulary)
+    if kind == "tiny-coca":
+        # open_clip leaves it uninitialized; training.models does this too.
+        nn.init.normal_(model.text_decoder.text_projection, std=0.1, generator=torch.Generator().manual_seed(1))
+    if name == "siglip":
+        model.logit_bias = nn.Parameter(torch.tensor(-10.0))
+    if name == "fastclip_individual":
+        model.logit_scale.requires_grad_(False)
+    return model
+
+
+def make_task(model, loss, name, wrapped=None, **extra):
+    frozen = None
+    if name in ("drrho", "distill") or extra:
+        frozen = Reference(build("reference"), HALF, HALF)
+    return Task(
+        model=wrapped or model, bare=model, mean=HALF, std=HALF, precision=resolve("fp32", CPU), loss=loss,
+        reference=frozen, margins=name in ("drrho", "distill"), **extra,
+    )  # fmt: skip
+
+
+def make_batch(n=12, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, WORDS - 1, (n, 16), generator=generator)
+    lengths = torch.randint(4, 15, (n, 1), generator=generator)  # captions of different lengths, for CoCa
+    place = torch.arange(16)
+    text = torch.where(place == lengths, WORDS - 1, torch.where(place > lengths, 0, text))
+    image = torch.randint(0, 256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return Batch(image, text, torch.randint(0, 64, (n,), generator=generator))
+
+
+def gradients(name, accum, batch, *, model=None, steps=1, **extra):
+    """Take steps with a frozen optimizer (rate 0): gradients of the last one, values and sample state."""
+    model = model or build(name)
+    loss = make_loss(name)
+    task = make_task(model, loss, name, **extra)
+    task.model.train()
+    loss.set_epoch(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    stepper = Stepper(task, optimizer, accum=accum)
+    torch.manual_seed(5)
+    for step in range(steps):
+        values = stepper(batch, step)
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    state = loss.state.state_dict() if loss.state else {}
+    return grads, values, state
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    assert ours.keys() == theirs.keys()
+    largest = max(g.abs().max() for g in theirs.values())
+    for name in ours:
+        assert (ours[name] - theirs[name]).abs().max() <= tolerance * largest, name
+
+
+NAMES = ["clip", "siglip", "coca", "distill", "fastclip", "drrho", "fastclip_individual"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("accum", [3, 4])
+def test_accumulation_is_the_full_batch(name, accum):
+    batch = make_batch()
+    grads, values, state = gradients(name, accum, batch, steps=2)
+    full_grads, full_values, full_state = gradients(name, 1, batch, steps=2)
+    assert_same(grads, full_grads)
+    assert values.keys() == full_values.keys()
+    for key in values:
+        torch.testing.assert_close(values[key], full_values[key], rtol=1e-5, atol=1e-6)
+    for column in full_state:
+        torch.testing.assert_close(state[column], full_state[column], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_accumulation_with_distillation_and_selection():
+    extra = {
+        "distillation": Distillation(0.5, 60.0, multiply_tau=True),
+        "selection": Selection(keep_ratio=0.5, n_chunks=2, topk=False),
+    }
+    batch = make_batch(24)
+    grads, values, _ = gradients("fastclip", 3, batch, **extra)
+    full_grads, full_values, _ = gradients("fastclip", 1, batch, **extra)
+    assert "distill_loss" in values
+    assert_same(grads, full_grads)
+    torch.testing.assert_close(values["loss"], full_values["loss"])
+
+
+def _with_dropout(name):
+    model = build(name)
+    model.visual.ln_post = nn.Sequential(model.visual.ln_post, nn.Dropout(0.4))
+    return model
+
+
+def test_dropout_masks_are_replayed():
+    """The gradient is that of one graph over the micro-batches' own masks."""
+    batch = make_batch()
+    grads, _, _ = gradients("clip", 3, batch, model=_with_dropout("clip"))
+    model = _with_dropout("clip").train()
+    task = make_task(model, make_loss("clip"), "clip")
+    torch.manual_seed(5)
+    outputs = [task.outputs(chunk) for chunk in batch.chunk(3)]
+    image, text = (torch.cat([o[k] for o in outputs]) for k in ("image_features", "text_features"))
+    logits = model.logit_scale.exp() * image @ text.T
+    target = torch.arange(12)
+    (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)).div(2).backward()
+    assert_same(grads, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+
+
+def test_running_statistics_are_updated_once():
+    model = build("clip", "tiny-resnet")
+    once = copy.deepcopy(model).train()
+    batch = make_batch()
+    gradients("clip", 3, batch, model=model)
+    task = make_task(once, make_loss("clip"), "clip")
+    for chunk in batch.chunk(3):
+        task.outputs(chunk)
+    counts = [(n, b) for n, b in once.named_buffers() if "running" in n or "tracked" in n]
+    assert counts
+    for name, buffer in counts:
+        torch.testing.assert_close(model.get_buffer(name), buffer)
+
+
+def _ddp_gradients(name, accum):
+    """Gradients, the reducer's bucket reductions and this rank's part of the sample state after two steps."""
+    model = build(name)
+    reductions = []
+    loss = make_loss(name)
+    wrapped = model
+    if collectives.world_size() > 1:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+        def hook(state, bucket):
+            reductions.append(bucket.index())
+            total = torch.distributed.all_reduce(bucket.buffer() / 2, async_op=True).get_future()
+            return total.then(lambda done: done.value()[0])
+
+        wrapped.register_comm_hook(None, hook)
+    task = make_task(model, loss, name, wrapped=wrapped)
+    stepper = Stepper(task, torch.optim.SGD(model.parameters(), lr=0.0), accum=accum)
+    loss.set_epoch(1)
+    batch = make_batch()
+    if collectives.world_size() > 1:
+        batch = batch.select(torch.arange(6) + 6 * collectives.rank())
+    for step in range(2):
+        reductions.clear()
+        stepper(batch, step)
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, len(reductions)
+
+
+@pytest.mark.parametrize("name", ["clip", "drrho", "fastclip_individual"])
+def test_ranks_with_accumulation_reduce_once_and_match_one_process(name):
+    whole, _ = _ddp_gradients(name, 1)
+    reductions = {}
+    for accum in (1, 3):
+        (grads, reductions[accum]), _ = ranks(2).run(_ddp_gradients, name, accum)
+        assert_same(grads, whole, 2e-5)
+    assert reductions[3] == reductions[1] > 0
+
+
+class RefusingScaler:
+    """A gradient scaler that finds a non-finite gradient in every step."""
+
+    def __init__(self):
+        self.value = 1024.0
+
+    def scale(self, loss):
+        return loss * self.value
+
+    def unscale_(self, optimizer):
+        pass
+
+    def step(self, optimizer):
+        pass
+
+    def update(self):
+        self.value /= 2
+
+    def get_scale(self):
+        return self.value
+
+
+def test_a_step_that_the_scaler_skips_leaves_u_alone():
+    model, loss = build("drrho"), make_loss("drrho")
+    before = {c: v.clone() for c, v in loss.state.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Stepper(make_task(model, loss, "drrho"), optimizer, scaler=RefusingScaler())(make_batch(), 0)
+    for column, values in loss.state.state_dict().items():
+        assert torch.equal(values.isnan(), before[column].isnan())
+    Stepper(make_task(model, loss, "drrho"), optimizer)(make_batch(), 0)
+    assert not loss.state.state_dict()["log_u_image"].isnan().all()
+
+
+def test_clipping_and_the_temperature_bound():
+    model, loss = build("clip"), make_loss("clip")
+    with torch.no_grad():
+        model.logit_scale.fill_(4.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    stepper = Stepper(make_task(model, loss, "clip"), optimizer, grad_clip_norm=1e-3, logit_scale_bound=20.0)
+    stepper(make_batch(), 0)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+    assert model.logit_scale.exp().item() == pytest.approx(20.0)
