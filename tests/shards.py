@@ -44,7 +44,7 @@ def encode(image: Image.Image, format: str = "jpeg", **options) -> bytes:
 
 
 def sample(i: int, size: tuple[int, int] = (48, 40), key: int | str | None = None) -> dict:
-    """The members of sample ``i`` by extension; the json's ``key`` is a string of digits, as img2dataset writes it."""
+    """The members of sample ``i`` by extension; the json's ``key`` is a string of digits, like img2dataset's."""
     return {
         "__key__": f"{i:06d}",
         "jpg": encode(picture(i, size)),
@@ -94,7 +94,7 @@ def write_shards(
 
 
 def write_csv(folder: Path, samples: int, separator: str = "\t", size: tuple[int, int] = (48, 40)) -> str:
-    """``data.csv`` with columns ``filepath`` and ``title`` (the defaults of the flags), and its images; its path."""
+    """``data.csv`` with columns ``filepath`` and ``title`` (the flags' defaults), and its images; its path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "data.csv"
