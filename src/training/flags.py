@@ -152,7 +152,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "--distill_ref_logit_scale",
             "float",
             0.0,
-            "the student's inverse temperature in distillation; 0: its own",
+            "with ref and distill together: fixed inverse temperature of the margin loss; 0: learned",
         ),
         Flag(
             "--distill_teacher_dimension",

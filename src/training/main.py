@@ -25,6 +25,7 @@ from training.logger import RunLog, open_run
 from training.optimizer import LearningRates, create_optimizer
 from training.params import Config
 from training.profiling import open_profiler
+from training.remote_sync import remote_sync
 from training.step import Stepper
 from training.task import Task
 from training.train import Trainer
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         world = distributed.start(config.distributed)
         folder = choose_folder(config, world)
-        with open_run(config, world, folder) as log:
+        with open_run(config, world, folder) as log, remote_sync(config.run, folder.path):
             run(config, world, folder, log)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -117,6 +118,7 @@ def _build_task(
         loss_weight=config.loss.loss_weight,
         reference=frozen,
         margins="ref" in config.reference.usage or config.loss.name == "distill",
+        constant_scale=objective.constant_scale(config),
         distillation=objective.build_distillation(config),
         selection=objective.build_selection(config),
         seed=config.run.seed,

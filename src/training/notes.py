@@ -77,8 +77,8 @@ IDLE = (
     Idle(_DISTILL, lambda s: "distill" not in s.usage, "without distillation"),
     Idle(
         ("distill_ref_logit_scale",),
-        lambda s: "ref" not in s.usage,
-        "unless the reference serves both ref and distill",
+        lambda s: "ref" not in s.usage or s.objective.individual,
+        "unless the reference serves both ref and distill, with one temperature for all samples",
     ),
     Idle(
         ("ref_filter_ratio", "ref_filter_n_chunks", "ref_filter_topk"),

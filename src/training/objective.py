@@ -57,6 +57,12 @@ def build_distillation(config: Config) -> Distillation | None:
     )
 
 
+def constant_scale(config: Config) -> float:
+    """1/tau of the margin loss where the reference is a teacher too and the flag fixes it; 0: the model's own."""
+    both = {"ref", "distill"} <= config.reference.usage
+    return config.loss.distill_ref_logit_scale if both else 0.0
+
+
 def build_selection(config: Config) -> Selection | None:
     """Batch selection, where the reference is used for it."""
     r = config.reference

@@ -39,6 +39,7 @@ class Task:
     ``loss``          from the registry; ``loss_weight`` multiplies what it returns.
     ``reference``     its embeddings reach the loss where ``margins`` is set, ``distillation`` and ``selection``
                       where they are given.
+    ``constant_scale``  1/tau of the loss in place of the model's, which is left to distillation; 0: the model's.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Task:
         loss_weight: float = 1.0,
         reference: Reference | None = None,
         margins: bool = False,
+        constant_scale: float = 0.0,
         distillation: Distillation | None = None,
         selection: Selection | None = None,
         seed: int = 0,
@@ -60,7 +62,7 @@ class Task:
         self.model, self.bare = model, bare
         self.mean, self.std, self.precision = mean, std, precision
         self.loss, self.loss_weight = loss, loss_weight
-        self.reference, self.margins = reference, margins
+        self.reference, self.margins, self.constant_scale = reference, margins, constant_scale
         self.distillation, self.selection = distillation, selection
         self._seed = seed
 
@@ -91,7 +93,11 @@ class Task:
 
     def objective(self, inputs: LossInputs) -> LossOutput:
         """The terms that are functions of the embeddings of this rank's whole batch."""
-        result = self.loss(inputs if self.margins else replace(inputs, ref_image=None, ref_text=None))
+        given = inputs if self.margins else replace(inputs, ref_image=None, ref_text=None)
+        if self.constant_scale:
+            scale = torch.full_like(inputs.logit_scale, self.constant_scale, requires_grad=False)
+            given = replace(given, logit_scale=scale)
+        result = self.loss(given)
         terms = {name: self.loss_weight * term for name, term in result.terms.items()}
         if self.distillation is not None:
             terms["distill_loss"] = self.distillation(inputs)
