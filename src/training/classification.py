@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 from drrho_clip.float32 import exact_float32
 from training.images import decode
-from training.retrieval import TIE, expected_hits
+from training.retrieval import TIE, count, expected_hits
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 MORE_PICTURES = (*PICTURES, ".bmp", ".ppm", ".tif", ".tiff")
@@ -96,9 +96,9 @@ def hits(image: Tensor, labels: Tensor, classifier: Tensor) -> Tensor:
     with exact_float32(image.device.type):
         similarity = image.float() @ classifier.float()
     right = similarity.gather(1, labels[:, None])
-    not_above = torch.count_nonzero(similarity <= right + TIE, dim=1)
+    not_above = count(similarity <= right + TIE, 1)
     above = classifier.shape[1] - not_above
-    tied = (not_above - torch.count_nonzero(similarity < right - TIE, dim=1) - 1).clamp(min=0)
+    tied = (not_above - count(similarity < right - TIE, 1) - 1).clamp(min=0)
     each = torch.stack([expected_hits(above, tied, 1), expected_hits(above, tied, 5), torch.ones_like(above)])
     return torch.zeros(3, classifier.shape[1], dtype=torch.float64, device=image.device).index_add_(
         1, labels, each.double()

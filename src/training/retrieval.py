@@ -89,15 +89,20 @@ def count_pairs(
                 logits = logit_scale * s
                 for direction, place, dim in ((0, rows, 1), (1, columns, 0)):
                     own = right[place].unsqueeze(dim)
-                    not_above = torch.count_nonzero(s <= own + TIE, dim=dim)
+                    not_above = count(s <= own + TIE, dim)
                     above[direction, place] += s.shape[dim] - not_above
-                    tied[direction, place] += not_above - torch.count_nonzero(s < own - TIE, dim=dim)
+                    tied[direction, place] += not_above - count(s < own - TIE, dim)
                     lse[direction, place] = torch.logaddexp(
                         lse[direction, place], torch.logsumexp(logits, dim=dim).double()
                     )
             tied[:, rows] -= torch.isfinite(right[rows]).long()  # the partner ties with itself
             update(rows.stop - rows.start)
     return PairCounts(above.cpu(), tied.cpu(), lse.cpu())
+
+
+def count(mask: Tensor, dim: int) -> Tensor:
+    """How many are true along ``dim``: int32, which the CPU adds up ten times faster than int64."""
+    return mask.sum(dim, dtype=torch.int32)
 
 
 def merge(parts: list[PairCounts]) -> PairCounts:
