@@ -219,12 +219,14 @@ def read_shard(url: str, report: Callable[[str, str], None]) -> Iterator[dict]:
         for group in group_by_keys(files, handler=go_on):
             groups += 1
             yield group
-        while not failed and stream.read(2**20):  # what follows the archive: a command must not meet a closed pipe
-            pass
+        if not failed:
+            while stream.read(2**20):  # what follows the archive: a command must not meet a closed pipe
+                pass
+            stream.close()  # raises where a command has failed
     except OSError as error:
         stop(error)
     finally:
-        with suppress(OSError):  # of a pipe that is left early; a command that failed has raised in read
+        with suppress(OSError):  # of a command whose output is left unread
             stream.close()
     if not groups and not failed:
         report("empty shard", url)

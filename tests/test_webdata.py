@@ -1,0 +1,280 @@
+"""Shards: what is read, in which order, and what is left out."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from collections import Counter
+from itertools import islice, takewhile
+
+import pytest
+import torch
+import webdataset as wds
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+
+from shards import caption, encode, picture, sample, write_shards, write_tar
+from training.distributed import World
+from training.order import Lane
+from training.params import parse
+from training.samples import Skips
+from training.webdata import Shard, ShardSource, count_samples, expand_shards, open_shards, read_shard
+
+
+def small(i: int, **changes) -> dict:
+    return sample(i, (8, 8)) | changes
+
+
+def source(pattern: str, **options) -> ShardSource:
+    return ShardSource([Shard(url, 0, 10**6) for url in expand_urls(pattern)], 7, **options)
+
+
+def turn(stream) -> list[int]:
+    """Rows up to the end of the turn."""
+    return [raw.index for raw in takewhile(lambda raw: raw is not None, stream)]
+
+
+def test_what_we_rely_on_in_webdataset(tmp_path):
+    """Names, arguments and results; a release that changes one of these fails here and not in a run."""
+    path = write_tar(tmp_path / "a.tar", [small(0), {"__key__": "x/y.z", "JPG": b"1", "seg.png": b"2"}])
+    assert expand_urls("a{0..1}.tar::b.tar") == ["a0.tar", "a1.tar", "b.tar"]
+    assert expand_urls("pipe:cat {a,b}.tar") == ["pipe:cat a.tar", "pipe:cat b.tar"]
+    assert base_plus_ext("d.e/f.g.h") == ("d.e/f", "g.h") and base_plus_ext("README") == (None, None)
+    for url in (str(path), f"file:{path}", f"pipe:cat {path}"):
+        stream = wds.gopen(url)
+        files = tar_file_expander([{"url": url, "stream": stream}], handler=lambda error: False)
+        first, second = group_by_keys(files, handler=lambda error: True)
+        assert first["__key__"] == "000000" and first["txt"] == caption(0).encode() and first["__url__"] == url
+        assert second["__key__"] == "x/y" and set(second) - {"__key__", "__url__"} == {"z.jpg", "z.seg.png"}
+        stream.close()
+
+
+def test_expanding_sources(tmp_path):
+    for name in ("b1.tar", "b0.tar", "c.tar"):
+        write_tar(tmp_path / name, [])
+    assert expand_shards(f"{tmp_path}/b?.tar::{tmp_path}/x{{00..02}}.tar::pipe:cat {tmp_path}/*.tar") == [
+        [f"{tmp_path}/b0.tar", f"{tmp_path}/b1.tar"],
+        [f"{tmp_path}/x00.tar", f"{tmp_path}/x01.tar", f"{tmp_path}/x02.tar"],
+        [f"pipe:cat {tmp_path}/*.tar"],
+    ]
+    for wrong in (f"{tmp_path}/d*.tar", f"{tmp_path}/c.tar::"):
+        with pytest.raises(ValueError, match="--train-data"):
+            expand_shards(wrong)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 4])
+@pytest.mark.parametrize(("shards", "size"), [(4, 12), (5, 12), (2, 12), (1, 24)])
+def test_dealt_shards_are_seen_once_per_turn(tmp_path, shards, size, lanes):
+    dealt = source(write_shards(tmp_path, [small(i) for i in range(shards * size)], size), window=8)
+    for epoch in range(2):
+        shares = [turn(dealt.stream(epoch, Lane(lane, lanes), Skips())) for lane in range(lanes)]
+        assert {len(share) for share in shares} == {shards * size // lanes}
+        assert sorted(sum(shares, [])) == list(range(shards * size))  # noqa: RUF017
+
+
+def test_unequal_shards_leave_no_lane_dry(tmp_path):
+    dealt = source(write_shards(tmp_path, [small(i) for i in range(20)], (1, 14, 3, 2)))
+    seen = Counter()
+    for lane in range(4):
+        stream = (raw for raw in dealt.stream(0, Lane(lane, 4), Skips()) if raw is not None)
+        share = [raw.index for raw in islice(stream, 10)]
+        assert len(share) == 10
+        seen.update(share)
+    several = {row for epoch in range(8) for row in turn(dealt.stream(epoch, Lane(0, 4), Skips()))}
+    assert several == set(range(20))  # over the epochs a lane meets all shards
+
+
+def test_turns_epochs_and_lanes_have_orders_of_their_own(tmp_path):
+    pattern = write_shards(tmp_path, [small(i) for i in range(24)], 6)
+    for options in ({}, {"by_sample": True}, {"weights": (1, 1, 1, 1)}):
+        shards = source(pattern, **options)
+        stream = shards.stream(0, Lane(0, 2), Skips())
+        first, second = turn(stream), turn(stream)
+        assert first != second and len(first) == len(second) == 12
+        assert turn(shards.stream(0, Lane(0, 2), Skips())) == first != turn(shards.stream(1, Lane(0, 2), Skips()))
+        assert turn(shards.stream(0, Lane(1, 2), Skips())) != first
+        again = ShardSource(shards.shards, 8, **options)
+        assert turn(again.stream(0, Lane(0, 2), Skips())) != first
+
+
+def test_samples_mix_across_shards(tmp_path):
+    shards = source(write_shards(tmp_path, [small(i) for i in range(40)], 10))
+    order = turn(shards.stream(0, Lane(0, 1), Skips()))
+    assert len({row // 10 for row in order[:10]}) > 1
+
+
+def test_visits_of_one_epoch_are_told_apart(tmp_path):
+    pattern = write_shards(tmp_path, [small(i) for i in range(2)], 2)
+    for options in ({}, {"by_sample": True}, {"weights": (1,)}):
+        stream = source(pattern, **options).stream(0, Lane(0, 1), Skips())
+        visits = [(raw.index, raw.turn) for raw in islice(stream, 9) if raw is not None]
+        assert len(set(visits)) == len(visits) == 6
+
+
+def test_images_of_every_kind_and_files_beside_them(tmp_path):
+    members = [
+        small(0),
+        {"__key__": "1", "PNG": encode(picture(1), "png"), "txt": "png", "json": {"key": 1}},
+        {"__key__": "2", "webp": encode(picture(2), "webp"), "txt": "webp", "json": {"key": "2"}, "npy": b"0"},
+        {"__key__": "3", "jpeg": encode(picture(3)), "txt": "jpeg", "json": {"key": 3}},
+        {"__key__": "__meta__/shard", "json": {"shard": 1}},
+    ]
+    skips = Skips()
+    shards = source(str(write_tar(tmp_path / "0.tar", members)))
+    raws = list(shards.in_order(Lane(0, 1), skips))
+    assert [(raw.index, raw.text) for raw in raws][1:] == [(1, "png"), (2, "webp"), (3, "jpeg")]
+    assert all(isinstance(raw.image, bytes) and len(raw.image) > 50 for raw in raws) and not skips.counts
+
+
+BAD_KEYS = {"a": "key is not an integer", "3.0": "key is not an integer", True: "key is not an integer"} | {
+    None: "key is not an integer",
+    1.0: "key is not an integer",
+    "9" * 5000: "key is not an integer",
+    -1: "key out of range",
+    10**6: "key out of range",
+    "1000000": "key out of range",
+}
+
+
+def test_every_kind_of_bad_sample_is_named_and_counted_once(tmp_path):
+    members = [small(i, json={"key": key}) for i, key in enumerate(BAD_KEYS)]
+    planted = Counter(BAD_KEYS.values())
+    for i, (change, reason) in enumerate(
+        [
+            ({"json": "[" * 100_000}, "json is not valid"),
+            ({"json": b"\xff{}"}, "json is not valid"),
+            ({"json": ""}, "json is not valid"),
+            ({"json": "[1, 2]"}, "json without key"),
+            ({"json": "7"}, "json without key"),
+            ({"json": {"key_": 1}}, "json without key"),
+            ({"txt": b"caf\xe9"}, "text is not utf-8"),
+        ],
+        start=100,
+    ):
+        members.append(small(i, **change))
+        planted[reason] += 1
+    for i, part in enumerate(("jpg", "txt", "json"), start=200):
+        members.append({name: value for name, value in small(i).items() if name != part})
+        planted[f"missing {({'jpg': 'image', 'txt': 'text'}).get(part, part)}"] += 1
+    members += [small(i) for i in (300, 301)]
+    pattern = write_shards(tmp_path, members, 7)
+    for options in ({}, {"by_sample": True}):
+        shards = source(pattern, **options)
+        for lanes in (1, 3):
+            counts, rows, examples = Counter(), [], {}
+            for lane in range(lanes):
+                skips = Skips()
+                rows += turn(shards.stream(0, Lane(lane, lanes), skips))
+                counts += skips.counts
+                examples |= skips.examples
+            assert counts == planted and sorted(rows) == [300, 301]
+        assert examples["missing json"].endswith("/000202") and ".tar/" in examples["missing json"]
+
+
+def test_broken_shards_give_what_is_whole_in_them(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar", [small(i) for i in range(4)]).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        offsets = {member.name: member.offset for member in tar}
+    cut = {
+        "data.tar": whole[: offsets["000002.json"] + 512 + 3],
+        "header.tar": whole[: offsets["000002.txt"] + 100],
+        "empty.tar": b"",
+        "page.tar": b"<html>404 not found</html>" * 50,
+    }
+    for name, data in cut.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "folder.tar").mkdir()
+    with tarfile.open(tmp_path / "nothing.tar", "w"):
+        pass
+    for name, rows, reasons in (
+        ("data.tar", [0, 1], {"unreadable shard": 1, "missing json": 1}),
+        ("header.tar", [0, 1], {"missing text": 1}),  # the tar ends there, as far as tarfile can tell
+        ("empty.tar", [], {"unreadable shard": 1}),
+        ("page.tar", [], {"unreadable shard": 1}),
+        ("folder.tar", [], {"unreadable shard": 1}),
+        ("missing.tar", [], {"unreadable shard": 1}),
+        ("nothing.tar", [], {"empty shard": 1}),
+    ):
+        skips = Skips()
+        shards = source(str(tmp_path / name))
+        assert [raw.index for raw in shards.in_order(Lane(0, 1), skips)] == rows, name
+        assert skips.counts == reasons, name
+        assert all(name in example for example in skips.examples.values())
+
+
+def test_samples_never_mix_across_shards(tmp_path):
+    first, second = small(0), small(0, json={"key": 5}, txt="other")
+    del first["txt"], first["json"]  # as after a cut; the next shard begins with the same name
+    write_tar(tmp_path / "0.tar", [first])
+    write_tar(tmp_path / "1.tar", [second])
+    skips = Skips()
+    (raw,) = source(f"{tmp_path}/{{0..1}}.tar").in_order(Lane(0, 1), skips)
+    assert (raw.index, raw.text, raw.image) == (5, "other", second["jpg"]) and skips.counts == {"missing text": 1}
+
+
+def test_duplicate_members_are_counted_and_the_first_one_stays(tmp_path):
+    twice = [small(0), small(0, txt="again", json={"key": 9}), small(1)]
+    skips = Skips()
+    rows = [
+        (raw.index, raw.text)
+        for raw in source(str(write_tar(tmp_path / "0.tar", twice))).in_order(Lane(0, 1), skips)
+    ]
+    assert rows == [(0, caption(0)), (1, caption(1))] and skips.counts == {"duplicate member": 3}
+
+
+def test_commands_and_compression(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [small(i) for i in range(3)])
+    with tarfile.open(path) as plain, tarfile.open(tmp_path / "0.tar.gz", "w:gz") as packed:
+        for member in plain:
+            packed.addfile(member, plain.extractfile(member))
+    for url in (f"pipe:cat {path}", f"{path}.gz", f"pipe:gzip -dc {path}.gz", f"file:{path}"):
+        skips = Skips()
+        assert [raw.index for raw in source(url).in_order(Lane(0, 1), skips)] == [0, 1, 2] and not skips.counts
+        assert count_samples(url) == 3
+    for url, rows in ((f"pipe:cat {path}; exit 3", [0, 1, 2]), ("pipe:exit 4", []), ("gopher://x/0.tar", [])):
+        skips = Skips()
+        assert [raw.index for raw in source(url).in_order(Lane(0, 1), skips)] == rows
+        assert skips.counts == {"unreadable shard": 1}, url
+
+
+def test_a_command_that_is_left_early_is_no_fault(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [sample(i, (256, 256)) for i in range(60)])
+    assert path.stat().st_size > 2**18  # more than a pipe holds
+    faults = []
+    groups = read_shard(f"pipe:cat {path}", lambda *fault: faults.append(fault))
+    next(groups)
+    groups.close()
+    assert faults == []
+
+
+def test_counting_agrees_with_reading(tmp_path):
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in (
+            *("a/1.jpg", "a/1.txt", "b/1.jpg", "README", "__index__.json", "__x__/2.jpg", "2.jpg", ".hidden"),
+            *("3.seg.png", "3.jpg", "2.txt", "n" * 150 + ".jpg", "n" * 150 + ".txt", "ü.jpg"),
+        ):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+        folder = tarfile.TarInfo("folder.d")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    faults = []
+    read = [group["__key__"] for group in read_shard(str(path), lambda *fault: faults.append(fault))]
+    assert read == ["a/1", "b/1", "__index__", "2", "3", "2", "n" * 150, "ü"]
+    assert count_samples(str(path)) == len(read) == count_samples(f"pipe:cat {path}") and not faults
+
+
+def test_rows_by_position_survive_bad_samples_and_need_whole_shards(tmp_path):
+    members = [small(i) for i in range(9)]
+    del members[2]["txt"]
+    pattern = write_shards(tmp_path, members, 4)
+    flags = ["--train-data", pattern, "--train-num-samples", "9", "--sample_index", "position", "--data_size", "9"]
+    config = parse([*flags, "--model", "RN50"]).data
+    alone = World(0, 0, 1, 1, torch.device("cpu"))
+    raws = {raw.index: raw.text for raw in open_shards(config, 0, alone).in_order(Lane(0, 1), Skips())}
+    assert raws == {i: caption(i) for i in range(9) if i != 2}
+    shutil.copy(tmp_path / "00000.tar", tmp_path / "saved")
+    (tmp_path / "00000.tar").write_bytes(b"x" * 1000)
+    with pytest.raises(ValueError, match=r"00000\.tar"):
+        open_shards(config, 0, alone)
