@@ -18,6 +18,7 @@ from training import limits
 from training.flags import ALL
 from training.params import Config, parse
 
+SRC = Path(__file__).parents[1] / "src"
 DATA = "--train-data shards/{0..3}.tar --train-num-samples 1000"
 FASTCLIP = f"{DATA} --data_size 2000 --fastclip"
 REFERENCE = "--ref_model ViT-B-32 --ref_model_pretrained openai"
@@ -337,6 +338,7 @@ REFUSALS = {
     f"{DATA} --accum-freq 2 --ddp-static-graph": "--ddp-static-graph does not work with --accum-freq 2",
     f"{DATA} {REFERENCE} --ref_features_usage select": "--ref_filter_ratio 0.8 of --batch-size 64 is no whole",
     f"{DATA} {REFERENCE} --ref_features_usage select --batch-size 10 --ref_filter_n_chunks 3": "the 2 samples",
+    f"{DATA} {REFERENCE} --ref_features_usage select --batch-size 10 --accum-freq 4": "divide --batch-size 10",
     f"{DATA} {REFERENCE} --ref_features_usage select --batch-size 20 --accum-freq 4 --ref_filter_n_chunks 1"
     " --ref_filter_ratio 0.5": "--accum-freq 4 does not divide the 10 samples",
     # optimizer and schedule
@@ -470,5 +472,7 @@ def test_refusals_and_help_import_nothing_heavy():
         "    except SystemExit: pass\n"
         "print(sorted({'torch', 'open_clip', 'timm', 'webdataset'} & set(sys.modules)), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": "src"})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(SRC)}
+    )
     assert done.stderr.splitlines()[-1] == "[]"

@@ -86,6 +86,11 @@ IDLE = (
         "without --ref_features_usage select",
     ),
     Idle(("csv_separator", "csv_img_key", "csv_caption_key"), lambda s: "csv" not in s.kinds, "without csv data"),
+    Idle(
+        ("sample_index",),
+        lambda s: "webdataset" not in s.kinds or s.given.data_size == -1,
+        "without shards and --data_size",
+    ),
     Idle(("dataset_resampled",), lambda s: "webdataset" not in s.kinds, "without shards to draw"),
     Idle(("skip_webdataset_split_by_node",), lambda s: "webdataset" not in s.kinds, "without shards to split"),
     Idle(("beta1", "beta2"), lambda s: s.given.optimizer in ("sgd", "nesterov"), "with this optimizer"),

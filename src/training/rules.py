@@ -285,23 +285,23 @@ def check_distillation(given: Given) -> None:
 
 
 def check_batch(given: Given, usage: frozenset[str]) -> None:
-    """The batch divides into what selection keeps and what accumulation takes."""
-    kept, what = given.batch_size, given.say("batch_size")
+    """Accumulation divides the batch, and what selection keeps of it."""
+    batch, ratio, draws = given.batch_size, given.ref_filter_ratio, given.ref_filter_n_chunks
+    sizes = {given.say("batch_size"): batch}
     if "select" in usage:
-        kept = round(given.batch_size * (1 - given.ref_filter_ratio))
-        if not math.isclose(kept, given.batch_size * (1 - given.ref_filter_ratio), abs_tol=1e-6) or kept < 1:
+        kept = round(batch * (1 - ratio))
+        if kept < 1 or not math.isclose(kept, batch * (1 - ratio), abs_tol=1e-6):
             raise Refusal(
-                f"{given.say('ref_filter_ratio')} of {what} is no whole number of samples: choose a batch size "
-                "such that batch size times ratio is one"
+                f"{given.say('ref_filter_ratio')} of {given.say('batch_size')} is no whole number of samples: "
+                "choose a batch size such that batch size times ratio is one"
             )
-        if kept % given.ref_filter_n_chunks:
-            raise Refusal(
-                f"{given.say('ref_filter_n_chunks')} does not divide the {kept} samples that selection keeps of "
-                f"{what}: choose a divisor of {kept}"
-            )
-        what = f"the {kept} samples that selection keeps of {what}"
-    if kept % given.accum_freq:
-        raise Refusal(f"{given.say('accum_freq')} does not divide {what}: choose a divisor of {kept}")
+        what = f"the {kept} samples that selection keeps of {given.say('batch_size')}"
+        if kept % draws:
+            raise Refusal(f"{given.say('ref_filter_n_chunks')} does not divide {what}: choose a divisor of {kept}")
+        sizes[what] = kept
+    for what, size in sizes.items():
+        if size % given.accum_freq:
+            raise Refusal(f"{given.say('accum_freq')} does not divide {what}: choose a divisor of {size}")
     if given.ddp_static_graph and given.accum_freq > 1:
         raise Refusal(
             f"--ddp-static-graph does not work with {given.say('accum_freq')}: DDP's static graph cannot skip its "
