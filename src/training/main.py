@@ -202,10 +202,10 @@ def _train(
             state.epoch, state.epoch_step = divmod(trainer.step, per_epoch)
             state.samples_seen += (trainer.step - seen_before) * config.run.batch_size * trainer.world.world_size
             state.step = trainer.step
-            evaluation(state.model, state.epoch, final=trainer.finished)
             checkpoint.save_by_flags(
                 folder.checkpoints, state, config.run, final=trainer.finished, initial_tau=initial_tau
             )
+            evaluation(state.model, state.epoch, final=trainer.finished)
     log.info(f"trained {trainer.step} steps")
 
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from drrho_clip.schedules import Horizon
-from training.data import TrainData, prefetch
+from training.data import TrainData
 from training.distributed import World
 from training.logger import Meter, RunLog, TrainStatus, read
 from training.optimizer import LearningRates
@@ -53,7 +53,7 @@ class Trainer:
         meters: dict[str, Meter] = defaultdict(Meter)
         window = _Window()
         with self.log.progress(stop - self.step, f"epoch {epoch}", unit="step", every=math.inf) as progress:
-            for batch in prefetch(self.data.epoch(epoch), self.world.device):
+            for batch in self.data.epoch(epoch):
                 if self.step >= stop:
                     break
                 window.loaded()
