@@ -183,8 +183,10 @@ def test_resuming_at_an_epoch_is_the_uninterrupted_run(folder):
 
 
 def test_evaluation_alone(folder):
+    training = [*flags(folder, "evaluated-later"), "--workers", "0", "--epochs", "2", "--warmup", "1"]
+    assert program.main(training) == 0
     given = [*flags(folder, "evaluated", data=False), "--val-data", f"{folder}/{{00000..00003}}.tar"]
-    given += ["--epochs", "0", "--resume", str(folder / "logs" / "clip" / "checkpoints" / "epoch_2.pt")]
+    given += ["--epochs", "0", "--resume", str(folder / "logs" / "evaluated-later" / "checkpoints" / "epoch_2.pt")]
     given += ["--val-num-samples", str(SAMPLES), "--workers", "0", "--precision", "fp32"]
     assert program.main(given) == 0
     (result,) = (folder / "logs" / "evaluated" / "eval_results.jsonl").read_text().splitlines()
