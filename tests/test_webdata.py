@@ -203,6 +203,20 @@ def test_broken_shards_give_what_is_whole_in_them(tmp_path):
         assert all(name in example for example in skips.examples.values())
 
 
+@pytest.mark.parametrize("by_sample", [False, True])
+@pytest.mark.parametrize("lanes", [1, 2, 5])
+def test_a_broken_shard_is_counted_once_per_turn(tmp_path, by_sample, lanes):
+    pattern = write_shards(tmp_path, [small(i) for i in range(8)], 2)
+    (tmp_path / "00002.tar").write_bytes(b"")
+    shards = source(pattern, by_sample=by_sample)
+    counts, rows = Counter(), []
+    for lane in range(lanes):
+        skips = Skips()
+        rows += turn(shards.stream(0, Lane(lane, lanes), skips))
+        counts += skips.counts
+    assert counts == {"unreadable shard": 1} and sorted(rows) == [0, 1, 2, 3, 6, 7]
+
+
 def test_samples_never_mix_across_shards(tmp_path):
     first, second = small(0), small(0, json={"key": 5}, txt="other")
     del first["txt"], first["json"]  # as after a cut; the next shard begins with the same name
