@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import open_clip
@@ -49,3 +53,19 @@ def embed(module: nn.Module, size: int = 32) -> tuple[torch.Tensor, torch.Tensor
 
 def trained(module: nn.Module) -> set[str]:
     return {name for name, p in module.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def shrunk(*built_in: str) -> Iterator[None]:
+    """Models of open_clip as ``tiny-vit``, for a while: names and tags stay, weights fit a test."""
+    with tempfile.TemporaryDirectory() as folder:
+        for model in built_in:
+            Path(folder, f"{model}.json").write_text(json.dumps(tiny_models.CONFIGS["tiny-vit"]))
+            open_clip.add_model_config(Path(folder, f"{model}.json"))
+        try:
+            yield
+        finally:
+            for model in built_in:
+                Path(folder, f"{model}.json").unlink()
+            open_clip.add_model_config(folder)  # scans again, and finds only open_clip's own
+            assert all(open_clip.get_model_config(model)["embed_dim"] > 32 for model in built_in)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
+from drrho_clip import collectives
 from drrho_clip.losses import compositional
 from drrho_clip.losses.distillation import Distillation
 from drrho_clip.losses.registry import LossInputs
@@ -72,8 +76,6 @@ def on_this_rank(setting: str, rank: int, size: int) -> tuple[torch.Tensor, ...]
 
 
 def serve(setting: str) -> tuple[torch.Tensor, ...]:
-    import torch.distributed as dist
-
     return on_this_rank(setting, dist.get_rank(), dist.get_world_size())
 
 
@@ -157,20 +159,15 @@ def test_widths_that_do_not_add_up_are_named():
 
 
 def count_collectives(setting: str) -> tuple[list[int], list[int]]:
-    """Bytes gathered on this rank in forward, and in backward."""
-    from unittest.mock import patch
+    """Bytes gathered from this rank in forward, and in backward."""
+    seen, gather = [], collectives.all_gather
 
-    import torch.distributed as dist
-
-    seen = []
-    gather = dist.all_gather_into_tensor
-
-    def counted(output, local, *args, **kwargs):
+    def counted(local: torch.Tensor) -> torch.Tensor:
         seen.append(local.numel() * local.element_size())
-        return gather(output, local, *args, **kwargs)
+        return gather(local)
 
     mine = {name: e[:6].float().requires_grad_() for name, e in embeddings().items()}
-    with patch.object(dist, "all_gather_into_tensor", counted), patch.object(dist, "all_reduce") as reduce:
+    with patch.object(collectives, "all_gather", counted), patch.object(collectives, "all_reduce_sum") as reduce:
         value = build(setting)(LossInputs(logit_scale=torch.tensor(15.0), **mine))
         forward = list(seen)
         value.backward()

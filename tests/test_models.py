@@ -7,6 +7,7 @@ import math
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import tiny_models
@@ -45,8 +46,6 @@ def test_initialisation_is_the_seeds_alone_and_disturbs_nobody(vit):
 
 
 def _build_on_rank(model: str) -> tuple[float, ...]:
-    import torch.distributed as dist
-
     torch.manual_seed(dist.get_rank())
     world = World(dist.get_rank(), dist.get_rank(), 2, 2, torch.device("cpu"))
     module = models.build_target(config("--model", model), world).module

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tiny_models
-from building import close, embed, reference, same_weights, target
+from building import close, embed, reference, same_weights, shrunk, target
 from ranks import ranks
 from training import pretrained
 
@@ -158,13 +157,16 @@ class Cache:
         put(self.folder, repository, module.state_dict())
 
 
-def put(cache: Path, repository: str, state: dict[str, torch.Tensor]) -> None:
+def put(cache: Path, repository: str, state: dict[str, torch.Tensor]) -> Path:
+    """``state`` as the hub's client would leave it in ``cache``; the file."""
     entry = cache / f"models--{repository.replace('/', '--')}"
     snapshot = entry / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     (entry / "refs").mkdir()
     (entry / "refs" / "main").write_text("0123")
-    save_file({k: v.contiguous() for k, v in state.items()}, snapshot / "open_clip_model.safetensors")
+    file = snapshot / "open_clip_model.safetensors"
+    save_file({k: v.contiguous() for k, v in state.items()}, file)
+    return file
 
 
 @pytest.fixture
@@ -172,26 +174,9 @@ def hub(tmp_path, monkeypatch) -> Cache:
     return Cache(tmp_path / "hub", monkeypatch)
 
 
-@pytest.fixture
-def shrink(tmp_path):
-    """Makes built-in models of open_clip tiny: their names and tags stay, their weights fit a test."""
-    folder = tmp_path / "shrunk"
-    folder.mkdir()
-
-    def shrink(model: str) -> None:
-        (folder / f"{model}.json").write_text(json.dumps(tiny_models.CONFIGS["tiny-vit"]))
-        open_clip.add_model_config(folder / f"{model}.json")
-
-    yield shrink
-    for file in folder.iterdir():
-        file.unlink()
-    open_clip.add_model_config(folder)  # scans again, and finds only open_clip's own
-    assert open_clip.get_model_config("ViT-B-32")["embed_dim"] == 512
-
-
-def test_tag_that_declares_quick_gelu_is_built_with_it(tmp_path, hub, shrink):
+@shrunk("ViT-B-32")
+def test_tag_that_declares_quick_gelu_is_built_with_it(tmp_path, hub):
     """ViT-B-32 with the tag openai is the reference of the headline recipe; its config says GELU."""
-    shrink("ViT-B-32")
     source = tiny_models.build("tiny-vit", seed=7)
     hub.put("ViT-B-32", "openai", source)
     built = reference(tmp_path, "--ref_model", "ViT-B-32", "--ref_model_pretrained", "openai")
@@ -208,8 +193,8 @@ def test_tag_that_declares_quick_gelu_is_built_with_it(tmp_path, hub, shrink):
     assert close(embed(plain.module)[0], embed(source)[0])
 
 
-def test_tag_decides_normalization_and_interpolation_and_flags_override_it(tmp_path, hub, shrink):
-    shrink("ViT-L-14-CLIPA")
+@shrunk("ViT-L-14-CLIPA")
+def test_tag_decides_normalization_and_interpolation_and_flags_override_it(tmp_path, hub):
     hub.put("ViT-L-14-CLIPA", "datacomp1b", tiny_models.build("tiny-vit"))
     tag = open_clip.get_pretrained_cfg("ViT-L-14-CLIPA", "datacomp1b")
     built = target("--model", "ViT-L-14-CLIPA", "--pretrained", "datacomp1b").preprocess
@@ -221,8 +206,8 @@ def test_tag_decides_normalization_and_interpolation_and_flags_override_it(tmp_p
     assert (forced.mean, forced.std, forced.interpolation) == ((0.1, 0.2, 0.3), tag["std"], "bilinear")
 
 
-def test_checkpoint_beside_a_tag_brings_the_weights_and_the_tag_the_architecture(tmp_path, hub, shrink):
-    shrink("ViT-B-32")
+@shrunk("ViT-B-32")
+def test_checkpoint_beside_a_tag_brings_the_weights_and_the_tag_the_architecture(tmp_path, hub):
     source = tiny_models.build("tiny-vit", seed=9)
     torch.save({"state_dict": source.state_dict()}, tmp_path / "epoch_1.pt")
     flags = ["--ref_model", "ViT-B-32", "--ref_model_pretrained", "openai"]
@@ -256,33 +241,26 @@ def test_unknown_tag_lists_the_known_ones(vit):
         pretrained.find("ViT-B-32", "opennai", "--pretrained", "--model")
 
 
-def _find_on_rank(cache: str) -> tuple[str, str, float, float]:
-    """What this rank found, what it asked the network for, when its search began and ended."""
-    import torch.distributed as dist
-
-    from training.distributed import node_main_first
-
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+@shrunk("ViT-B-32")
+def _build_on_rank(folder: str) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """What this rank asked the network for, and the weights that it ended up with."""
     asked = []
 
     def download(declared: dict) -> str:
         asked.append(declared["hf_hub"])
         time.sleep(0.3)
-        put(Path(cache), declared["hf_hub"].rstrip("/"), {"weight": torch.zeros(1)})
-        return pretrained._cached(declared)
+        repository = declared["hf_hub"].rstrip("/")
+        return str(put(Path(folder, "hub"), repository, tiny_models.build("tiny-vit", seed=7).state_dict()))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", cache)
-        patch.setattr(open_clip, "download_pretrained", download)
-        with node_main_first():
-            begun = time.time()
-            weights = pretrained.find("ViT-B-32", "openai", "--pretrained", "--model")
-            ended = time.time()
-    return weights.file, ",".join(asked), begun, ended
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(Path(folder, "hub")))
+        monkeypatch.setattr(open_clip, "download_pretrained", download)
+        built = reference(Path(folder), "--ref_model", "ViT-B-32", "--ref_model_pretrained", "openai")
+    return asked, built.module.state_dict()
 
 
 def test_one_rank_per_node_downloads_and_the_others_find_it(tmp_path):
-    first, second = ranks(2).run(_find_on_rank, str(tmp_path / "hub"))
-    assert first[0] == second[0] and Path(first[0]).is_file()
-    assert (first[1], second[1]) == ("timm/vit_base_patch32_clip_224.openai/", "")
-    assert second[2] >= first[3]
+    (first, weights), (second, others) = ranks(2).run(_build_on_rank, str(tmp_path))
+    assert first == ["timm/vit_base_patch32_clip_224.openai/"] and second == []
+    source = tiny_models.build("tiny-vit", seed=7).state_dict()
+    assert all(torch.equal(source[k], weights[k]) and torch.equal(source[k], others[k]) for k in source)

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from drrho_clip.selection import select
@@ -53,8 +54,6 @@ def choose(e: list[torch.Tensor], seed: int = 0, **options) -> torch.Tensor:
 
 
 def on_this_rank() -> list[int]:
-    import torch.distributed as dist
-
     rank, share = dist.get_rank(), BATCH // dist.get_world_size()
     mine = [t[rank * share : (rank + 1) * share] for t in embeddings()]
     return (choose(mine, topk=True, n_chunks=3) + rank * share).tolist()

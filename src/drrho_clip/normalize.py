@@ -30,9 +30,7 @@ def normalize(
 
 @lru_cache(maxsize=16)
 def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    # Cached: copying constants to a GPU in every step would make the host wait for it. An evaluation in inference
-    # mode may come first and training use the same tensors, which must therefore be ordinary ones.
-    with torch.inference_mode(False):
-        factor = torch.tensor([1 / (255 * s) for s in std], device=device)
-        offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
-        return factor[:, None, None], offset[:, None, None]
+    # Cached: copying constants to a GPU in every step would make the host wait for it.
+    factor = torch.tensor([1 / (255 * s) for s in std], device=device)
+    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return factor[:, None, None], offset[:, None, None]
