@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -72,8 +73,7 @@ def global_batches(c, ranks: int, epoch: int = 0) -> list[list[int]]:
     return [flat(step) for step in zip(*per_rank, strict=True)]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 6])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (1, 6)])
 @pytest.mark.parametrize("per_shard", [12, (5, 1, 6), (7, 5)])
 def test_set_of_one_global_batch_is_seen_once_per_epoch(tmp_path, per_shard, ranks, workers):
     pattern = write_shards(tmp_path, 12, per_shard)
@@ -187,11 +187,11 @@ def test_resampling_follows_the_upsampling_factors(tmp_path):
     a = write_shards(tmp_path / "a", [sample(i, (8, 8)) for i in range(6)], 2)
     b = write_shards(tmp_path / "b", [sample(100 + i, (8, 8)) for i in range(6)], 2)
     flags = ("--dataset-resampled", "--train-data-upsampling-factors", "1::3")
-    c = config(f"{a}::{b}", *flags, samples=600, batch=100)
+    c = config(f"{a}::{b}", *flags, samples=120, batch=60)
     seen = Counter(row >= 100 for row in flat(rows(train(c).epoch(0))))
-    assert seen[True] / 600 == pytest.approx(0.75, abs=0.07)  # 300 draws of a shard: 2.8 standard deviations
+    assert seen[True] / 120 == pytest.approx(0.75, abs=0.13)  # 60 draws of a shard: 2.3 standard deviations
     assert rows(train(c).epoch(0)) == rows(train(c).epoch(0)) != rows(train(c).epoch(1))
-    halves = [flat(rows(train(config(f"{a}::{b}", *flags, samples=600, batch=50), r, 2).epoch(0))) for r in (0, 1)]
+    halves = [flat(rows(train(config(f"{a}::{b}", *flags, samples=120, batch=30), r, 2).epoch(0))) for r in (0, 1)]
     assert halves[0] != halves[1]  # each rank draws for itself
 
 
@@ -331,10 +331,11 @@ def test_synthetic():
 
 def test_loader_processes_need_no_fork(tmp_path):
     c = config(write_shards(tmp_path, 8, 4), samples=8, workers=1)
-    forked = train(c)
-    started = TrainData(forked._stream, world_size=1, workers=1, device=torch.device("cpu"), start_method="spawn")
-    (a, *_), (b, *_) = forked.epoch(0), started.epoch(0)
-    assert torch.equal(a.image, b.image) and torch.equal(a.index, b.index)
+    data = train(c)
+    stream = pickle.loads(pickle.dumps(data._stream))  # what spawn and forkserver send to a process
+    first = next(iter(stream)).batch
+    again = next(data.epoch(0))
+    assert torch.equal(first.image, again.image) and torch.equal(first.index, again.index)
 
 
 def test_parts_of_a_batch_are_put_together():

@@ -9,7 +9,7 @@ from shards import caption, write_csv
 from training.order import Lane
 from training.params import parse
 from training.samples import Skips
-from training.tabular import CsvSource, SyntheticSource, count_rows, open_csv
+from training.tabular import CsvSource, SyntheticSource, open_csv
 
 
 def flags(path, *more):
@@ -32,7 +32,7 @@ def test_csv_columns_and_separators(tmp_path):
     config = flags(other, "--csv-separator", ",", "--csv-img-key", "image", "--csv-caption-key", "what, it is")
     source = open_csv(str(other), config, 0)
     assert source.images == ["a.png", "b.png", "c.png"] and source.texts == ["a, b", "NA", ""]
-    assert count_rows(str(other), config) == 3
+    assert source.count() == 3
     with pytest.raises(ValueError, match="'id', 'image'"):
         open_csv(str(other), flags(other, "--csv-separator", ","), 0)
     other.write_text("filepath\ttitle\n")

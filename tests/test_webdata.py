@@ -104,6 +104,14 @@ def test_samples_mix_across_shards(tmp_path):
     assert len({row // 10 for row in order[:10]}) > 1
 
 
+def test_drawing_follows_the_weights(tmp_path):
+    shards = source(write_shards(tmp_path, [small(i) for i in range(3)], 1), weights=(1, 2, 5))
+    for lane in range(2):
+        stream = (raw for raw in shards.stream(0, Lane(lane, 2), Skips()) if raw is not None)
+        seen = Counter(raw.index for raw in islice(stream, 1000))
+        assert [seen[i] / 1000 for i in range(3)] == pytest.approx([0.125, 0.25, 0.625], abs=0.045)  # 3 deviations
+
+
 def test_visits_of_one_epoch_are_told_apart(tmp_path):
     pattern = write_shards(tmp_path, [small(i) for i in range(2)], 2)
     for options in ({}, {"by_sample": True}, {"weights": (1,)}):

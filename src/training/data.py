@@ -14,7 +14,7 @@ from training.images import TrainView, eval_transform
 from training.loader import Tokenizer, TrainData, TrainStream, ValData, ValStream, prefetch
 from training.params import Config
 from training.samples import Source
-from training.tabular import SyntheticSource, count_rows, open_csv
+from training.tabular import SyntheticSource, open_csv
 from training.webdata import open_shards, open_val_shards
 
 __all__ = ["TrainData", "ValData", "build_train", "build_val", "prefetch", "same_tokens", "steps_per_epoch"]
@@ -35,6 +35,7 @@ def build_train(config: Config, world: World, target: Model, reference: Model | 
     """The training data of this rank. All ranks call it together. ValueError names the flag that is wrong."""
     data, run = config.data, config.run
     source = _open(config, world, target)
+    samples = data.train_num_samples or source.count()
     own_shards = data.dataset_type == "webdataset" and data.skip_webdataset_split_by_node
     needs_ref_text = reference is not None and not same_tokens(target.tokenizer, reference.tokenizer)
     stream = TrainStream(
@@ -49,12 +50,11 @@ def build_train(config: Config, world: World, target: Model, reference: Model | 
         reference.tokenizer if needs_ref_text else None,
         seed=run.seed,
         batch_size=run.batch_size,
-        steps=steps_per_epoch(config, world.world_size),
+        steps=_steps(samples, config, world.world_size),
         rank=0 if own_shards else world.rank,
         ranks=1 if own_shards else world.world_size,
     )
     train = TrainData(stream, world_size=world.world_size, workers=data.workers, device=world.device)
-    samples = samples_per_epoch(config)
     log.info(
         "training data: %s; an epoch is %d samples in %d steps of %d, whose last %d places go on in the order",
         source.describe(stream.ranks * max(data.workers, 1)),
@@ -87,24 +87,23 @@ def build_val(config: Config, world: World, target: Model) -> ValData | None:
     return ValData(stream, workers=config.data.workers, device=world.device)
 
 
-def samples_per_epoch(config: Config) -> int:
-    """What an epoch is to see: ``--train-num-samples``, or all rows of the csv file."""
-    data = config.data
-    if data.train_num_samples is not None:
-        return data.train_num_samples
-    assert data.dataset_type == "csv", "the parser asks for --train-num-samples"
-    return count_rows(data.train_data, data)
-
-
 def steps_per_epoch(config: Config, world_size: int) -> int:
-    """ceil(samples / global batch), known without opening the shards."""
-    return math.ceil(samples_per_epoch(config) / (config.run.batch_size * world_size))
+    """ceil(samples / global batch), known without opening shards; a csv file is read where it gives the samples."""
+    samples = config.data.train_num_samples
+    if samples is None:
+        assert config.data.dataset_type == "csv", "the parser asks for --train-num-samples"
+        samples = open_csv(config.data.train_data, config.data, config.run.seed).count()
+    return _steps(samples, config, world_size)
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether two tokenizers give the same ids, and as many, for a probe of texts: then one serves both models."""
     ours, theirs = a(_PROBE), b(_PROBE)
     return ours.shape == theirs.shape and torch.equal(ours, theirs)
+
+
+def _steps(samples: int, config: Config, world_size: int) -> int:
+    return math.ceil(samples / (config.run.batch_size * world_size))
 
 
 def _open(config: Config, world: World, target: Model) -> Source:

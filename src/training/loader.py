@@ -136,20 +136,12 @@ class TrainData:
     places in all ranks' batches (the samples of the set, and those that fill the last batch).
     """
 
-    def __init__(
-        self,
-        stream: TrainStream,
-        *,
-        world_size: int,
-        workers: int,
-        device: torch.device,
-        start_method: str | None = None,
-    ) -> None:
+    def __init__(self, stream: TrainStream, *, world_size: int, workers: int, device: torch.device) -> None:
         self.steps_per_epoch = stream.steps
         self.samples_per_epoch = stream.steps * stream.batch_size * world_size
         self.skips = SkipLog()
         self._stream, self._device, self._chunks_per_step = stream, device, max(workers, 1)
-        self._loader = _loader(stream, workers, device, stream.seed, start_method)
+        self._loader = _loader(stream, workers, device, stream.seed)
         self._chunks: Iterator[Chunk] | None = None
         self._next_epoch: int | None = None
 
@@ -305,9 +297,7 @@ def _worker() -> tuple[int, int]:
     return (0, 1) if info is None else (info.id, info.num_workers)
 
 
-def _loader(
-    stream: IterableDataset, workers: int, device: torch.device, seed: int, start_method: str | None = None
-) -> DataLoader:
+def _loader(stream: IterableDataset, workers: int, device: torch.device, seed: int) -> DataLoader:
     return DataLoader(
         stream,
         batch_size=None,
@@ -315,7 +305,6 @@ def _loader(
         pin_memory=device.type == "cuda",
         prefetch_factor=_PREFETCH if workers else None,
         worker_init_fn=_start_worker,
-        multiprocessing_context=start_method if workers else None,
         generator=torch.Generator().manual_seed(seed),  # else it would draw from the run's generator
     )
 

@@ -100,8 +100,3 @@ def open_csv(path: str, config: DataConfig, seed: int) -> CsvSource:
     if not len(table):
         raise ValueError(f"{path} has no rows")
     return CsvSource(table[keys[0]].tolist(), table[keys[1]].tolist(), seed)
-
-
-def count_rows(path: str, config: DataConfig) -> int:
-    """How many rows ``open_csv`` would find."""
-    return open_csv(path, config, 0).count()
