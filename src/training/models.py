@@ -222,7 +222,9 @@ def _tokenizer(name: str, flag: str) -> Callable[[list[str]], Tensor]:
     try:
         with _quiet_open_clip():
             return open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ImportError) as error:
+    except ImportError as error:
+        raise ValueError(f"{flag}: its tokenizer needs a package, pip install {error.name}") from error
+    except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{flag}: its tokenizer cannot be had ({one_line(error)}); without a network it must be in the "
             "Hugging Face cache already"
