@@ -88,7 +88,7 @@ def build_val(config: Config, world: World, target: Model) -> ValData | None:
 
 
 def steps_per_epoch(config: Config, world_size: int) -> int:
-    """ceil(samples / global batch), known without opening shards; a csv file is read where it gives the samples."""
+    """ceil(samples / global batch), known without opening shards; a csv file is read for its rows."""
     samples = config.data.train_num_samples
     if samples is None:
         assert config.data.dataset_type == "csv", "the parser asks for --train-num-samples"
