@@ -87,13 +87,18 @@ def build_val(config: Config, world: World, target: Model) -> ValData | None:
     return ValData(stream, workers=config.data.workers, device=world.device)
 
 
+def samples_per_epoch(config: Config) -> int:
+    """What an epoch is to see: ``--train-num-samples``, or all rows of the csv file (which is read for it)."""
+    data = config.data
+    if data.train_num_samples is not None:
+        return data.train_num_samples
+    assert data.dataset_type == "csv", "the parser asks for --train-num-samples"
+    return open_csv(data.train_data, data, config.run.seed).count()
+
+
 def steps_per_epoch(config: Config, world_size: int) -> int:
-    """ceil(samples / global batch), known without opening shards; a csv file is read for its rows."""
-    samples = config.data.train_num_samples
-    if samples is None:
-        assert config.data.dataset_type == "csv", "the parser asks for --train-num-samples"
-        samples = open_csv(config.data.train_data, config.data, config.run.seed).count()
-    return _steps(samples, config, world_size)
+    """ceil(samples / global batch), known without opening shards."""
+    return _steps(samples_per_epoch(config), config, world_size)
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
