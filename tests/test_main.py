@@ -196,6 +196,11 @@ def test_evaluation_alone(folder):
     assert not list((folder / "logs" / "evaluated" / "checkpoints").iterdir())
 
 
+def test_a_batch_without_negatives_is_refused(folder, capfd):
+    assert program.main([*flags(folder, "alone", batch=1), *DRRHO]) == 2
+    assert "--batch-size 1 on 1 rank" in capfd.readouterr().err
+
+
 def test_dry_run_leaves_nothing_behind(folder, capsys):
     given = [*flags(folder, "dry"), *reference_flags(folder), *DRRHO, "--dry_run"]
     assert program.main(given) == 0

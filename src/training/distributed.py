@@ -92,6 +92,11 @@ def start(config: DistributedConfig) -> World:
     return World(place.rank, place.local_rank, place.world_size, place.local_world_size, device)
 
 
+def is_first_process() -> bool:
+    """Whether the launcher calls this process its first one, without joining the others."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+
+
 def stop() -> None:
     """End the process group, where there is one."""
     if dist.is_initialized():

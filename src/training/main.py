@@ -1,4 +1,4 @@
-"""The program: parse, build, run, close.
+"""The program: parse the flags, then plan or run.
 
 ``python src/training/main.py``, ``python -m training.main``, ``torchrun ... -m training.main`` and
 ``srun python -u src/training/main.py`` are the same.
@@ -13,208 +13,29 @@ if __package__ in (None, ""):
     # Run as a script, Python searches this file's folder first, where `data`, `logger`, ... would shadow packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
-from drrho_clip.reference import Reference
-from drrho_clip.schedules import horizon
-from training import checkpoint, data, distributed, models, objective, params, plan, precision
-from training.distributed import PeerFailed, World
-from training.evaluate import Evaluation, open_evaluation
-from training.folder import RunFolder, choose_folder
-from training.logger import RunLog, open_run
-from training.optimizer import LearningRates, create_optimizer
-from training.params import Config
-from training.profiling import open_profiler
-from training.remote_sync import remote_sync
-from training.step import Stepper
-from training.task import Task
-from training.train import Trainer
+from training import params
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what ``argv`` (default: the command line) asks for; the exit code."""
     config = params.parse(argv)
+    # Imported when the flags are known to be sound: --help and refusals do not wait for torch.
+    from training import distributed, plan, run
+
     try:
         if config.run.dry_run:
-            print(plan.describe(config))
+            if distributed.is_first_process():
+                print(plan.describe(config))
             return 0
-        world = distributed.start(config.distributed)
-        folder = choose_folder(config, world)
-        with open_run(config, world, folder) as log, remote_sync(config.run, folder.path):
-            run(config, world, folder, log)
+        run.launch(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except PeerFailed:
+    except distributed.PeerFailed:
         return 1
     finally:
         distributed.stop()
     return 0
-
-
-def run(config: Config, world: World, folder: RunFolder, log: RunLog) -> None:
-    """Train, or only evaluate, from models to ``job.done``."""
-    _set_numerics(config, world, log)
-    target = models.build_target(config, world)
-    reference = models.build_reference(config, world)
-    evaluation = open_evaluation(target, config, world, log)
-    if not config.trains:
-        _evaluate_only(config, target, evaluation, folder)
-        log.done()
-        return
-
-    train_data = data.build_train(config, world, target, reference)
-    task = _build_task(config, world, target, reference)
-    trainer = _build_trainer(config, world, folder, log, task, train_data)
-    state = checkpoint.RunState(
-        name=folder.name,
-        model=task.bare,
-        optimizer=trainer.stepper.optimizer,
-        scaler=trainer.stepper.scaler,
-        sample_state=task.loss.state,
-    )
-    _resume(config, folder, state, trainer)
-    log.watch(task.bare)
-    _train(config, folder, log, trainer, state, evaluation)
-    log.done()
-
-
-def _set_numerics(config: Config, world: World, log: RunLog) -> None:
-    for note in config.notes:
-        log.info(note)
-    if world.device.type == "cuda":
-        # TF32 for the towers' float32 products; the losses ask for exact ones themselves.
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    elif config.run.precision == "amp":
-        log.info("--precision amp on the CPU is float32; amp_bf16 works there too")
-    torch.manual_seed(config.run.seed + world.rank)
-
-
-def _build_task(
-    config: Config, world: World, target: models.BuiltModel, reference: models.BuiltModel | None
-) -> Task:
-    run_precision = precision.resolve(config.run.precision, world.device)
-    model = distributed.wrap(
-        target.module,
-        world,
-        static_graph=config.distributed.ddp_static_graph,
-        sync_bn=config.model.use_bn_sync,
-    )
-    frozen = None
-    if reference is not None:
-        pixels = reference.preprocess
-        frozen = Reference(reference.module, pixels.mean, pixels.std, run_precision.autocast_dtype)
-    if config.model.torchcompile:
-        model = torch.compile(model)
-        frozen = frozen and frozen.compile()
-    return Task(
-        model=model,
-        bare=target.module,
-        mean=target.preprocess.mean,
-        std=target.preprocess.std,
-        precision=run_precision,
-        loss=objective.build_loss(config, world.device),
-        loss_weight=config.loss.loss_weight,
-        reference=frozen,
-        margins="ref" in config.reference.usage or config.loss.name == "distill",
-        constant_scale=objective.constant_scale(config),
-        distillation=objective.build_distillation(config),
-        selection=objective.build_selection(config),
-        seed=config.run.seed,
-    )
-
-
-def _build_trainer(
-    config: Config, world: World, folder: RunFolder, log: RunLog, task: Task, train_data: data.TrainData
-) -> Trainer:
-    schedule = config.schedule
-    length = horizon(
-        train_data.steps_per_epoch,
-        epochs=schedule.epochs,
-        iters=schedule.iters,
-        stop_epochs=schedule.stop_epochs,
-        stop_iters=schedule.stop_iters,
-        epochs_cooldown=schedule.epochs_cooldown,
-    )
-    optimizer = create_optimizer(task.bare, config.optim, world.device)
-    stepper = Stepper(
-        task,
-        optimizer,
-        accum=config.run.accum_freq,
-        scaler=task.precision.scaler(),
-        grad_clip_norm=config.optim.grad_clip_norm,
-        logit_scale_bound=config.loss.logit_scale_bound,
-    )
-    return Trainer(
-        stepper,
-        LearningRates(optimizer, config.optim, schedule, length.total_steps, length.cooldown_steps),
-        train_data,
-        length,
-        world,
-        log,
-        open_profiler(config.run.profile, folder.path, world),
-        log_every=config.run.log_every_n_steps,
-    )
-
-
-def _checkpoint_to_resume(config: Config, folder: RunFolder) -> Path | None:
-    """``--resume FILE``, else with ``--resume latest`` or after a restart the furthest one in the run's folder."""
-    wanted = config.run.resume
-    if wanted is not None and wanted != "latest":
-        return Path(wanted)
-    if wanted == "latest" or folder.restarted:
-        return checkpoint.find_latest(folder.checkpoints)
-    return None
-
-
-def _resume(config: Config, folder: RunFolder, state: checkpoint.RunState, trainer: Trainer) -> None:
-    path = _checkpoint_to_resume(config, folder)
-    if path is None:
-        return
-    per_epoch = trainer.data.steps_per_epoch
-    global_batch = config.run.batch_size * trainer.world.world_size
-    checkpoint.resume(
-        path, state, steps_per_epoch=per_epoch, global_batch=global_batch, u_format=config.run.u_format
-    )
-    if state.epoch_step:
-        raise ValueError(
-            f"--resume {path}: it was saved inside an epoch, which this version continues at epoch boundaries "
-            "only; resume the epoch_N.pt before it"
-        )
-    trainer.step = state.epoch * per_epoch
-
-
-def _train(
-    config: Config,
-    folder: RunFolder,
-    log: RunLog,
-    trainer: Trainer,
-    state: checkpoint.RunState,
-    evaluation: Evaluation,
-) -> None:
-    per_epoch = trainer.data.steps_per_epoch
-    initial_tau = config.loss.temperature or 0.07
-    with trainer.profiler:
-        while not trainer.finished:
-            seen_before = trainer.step
-            trainer.train_epoch()
-            state.epoch, state.epoch_step = divmod(trainer.step, per_epoch)
-            state.samples_seen += (trainer.step - seen_before) * config.run.batch_size * trainer.world.world_size
-            state.step = trainer.step
-            checkpoint.save_by_flags(
-                folder.checkpoints, state, config.run, final=trainer.finished, initial_tau=initial_tau
-            )
-            evaluation(state.model, state.epoch, final=trainer.finished)
-    log.info(f"trained {trainer.step} steps")
-
-
-def _evaluate_only(config: Config, target: models.BuiltModel, evaluation: Evaluation, folder: RunFolder) -> None:
-    state = checkpoint.RunState(name=folder.name, model=target.module)
-    path = _checkpoint_to_resume(config, folder)
-    if path is not None:
-        checkpoint.resume(path, state, steps_per_epoch=0, global_batch=0)
-    evaluation(target.module, state.epoch, final=True)
 
 
 if __name__ == "__main__":
