@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from commands import DATA, FASTCLIP, REFERENCE, refusal
+from training.params import parse
 
 ONE_OF_TWO = "keep one of them"
 REFUSALS = {
@@ -106,3 +107,8 @@ def test_a_model_config_that_is_none(tmp_path, capsys):
     assert "cannot be read" in refusal(f"{DATA} --model {tmp_path}/broken.json", capsys)
     (tmp_path / "list.json").write_text("[]")
     assert "cannot be read (it holds a list)" in refusal(f"{DATA} --model {tmp_path}/list.json", capsys)
+
+
+@pytest.mark.parametrize("reference", ["hf-hub:org/clip", "local-dir:folder"])
+def test_a_reference_that_brings_its_weights_needs_no_others(reference):
+    assert parse(f"{FASTCLIP} --ref_model {reference}".split()).reference.ref_model == reference

@@ -14,7 +14,12 @@ from typing import Any
 
 from training.command_line import Given, Refusal
 
-_SCHEMAS = ("hf-hub:", "local-dir:")  # models that open_clip fetches, or reads from a folder
+_SCHEMES = ("hf-hub:", "local-dir:")  # models that open_clip fetches, or reads from a folder
+
+
+def brings_weights(name: str) -> bool:
+    """Whether open_clip finds weights by this name alone (``hf-hub:org/repo``, ``local-dir:folder``)."""
+    return name.startswith(_SCHEMES)
 
 
 def model_config(model: str) -> dict[str, Any] | None:
@@ -38,7 +43,7 @@ def check_model(given: Given, key: str) -> None:
         config = model_config(model)
     except (OSError, ValueError) as error:
         raise Refusal(f"{given.say(key)}: the model config cannot be read ({error})") from None
-    if config is None and not model.startswith(_SCHEMAS):
+    if config is None and not brings_weights(model):
         near = get_close_matches(model, _builtin_configs(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() lists them"
         raise Refusal(f"{given.say(key)}: open_clip has no such model; {hint}")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from training import pretrained
 from training.distributed import World, node_main_first
+from training.model_names import brings_weights
 from training.params import Config, LossConfig, ModelConfig
 from training.pretrained import Weights, one_line
 
@@ -143,7 +144,7 @@ def _create(
         "init_logit_bias": architecture.get("init_logit_bias"),
         **(initial or {}),
     }
-    own_weights = weights.file is None and pretrained.brings_weights(name)
+    own_weights = weights.file is None and brings_weights(name)
     is_timm = "timm_model_name" in architecture["vision_cfg"]
     # timm resamples position embeddings that are there already: size after weights.
     resize_later = force_image_size is not None and is_timm and weights.file is not None
@@ -256,7 +257,7 @@ def _finish(
     module: nn.Module, tokenizer: Callable, model: str, weights: Weights, world: World, *, role: str
 ) -> BuiltModel:
     name = Path(model).stem if pretrained.is_config_file(model) else model
-    source = "its own weights" if weights.file is None and pretrained.brings_weights(model) else weights.source
+    source = "its own weights" if weights.file is None and brings_weights(model) else weights.source
     parameters = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     gelu = ", QuickGELU" if weights.declared.get("quick_gelu") else ""

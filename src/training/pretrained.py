@@ -22,9 +22,8 @@ import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from torch import nn
 
+from training.model_names import brings_weights
 from training.published import load_weights
-
-_SCHEMES = ("hf-hub:", "local-dir:")
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,6 @@ class Weights:
 def is_config_file(model: str) -> bool:
     """Whether the value of ``--model`` is a path of a model config JSON rather than a name."""
     return model.endswith(".json")
-
-
-def brings_weights(name: str) -> bool:
-    """Whether open_clip finds weights by this name alone (``hf-hub:org/repo``, ``local-dir:folder``)."""
-    return name.startswith(_SCHEMES)
 
 
 def open_clip_name(model: str, flag: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.command_line import Given, Refusal
 from training.flags import ALL
-from training.model_names import check_model, is_coca
+from training.model_names import brings_weights, check_model, is_coca
 
 if TYPE_CHECKING:
     from drrho_clip.losses.registry import LossSpec
@@ -245,7 +245,7 @@ def resolve_reference(given: Given, objective: Objective) -> dict[str, Any]:
             raise Refusal(f"{given.say('loss')} needs a teacher: give --distill-model and --distill-pretrained")
         return {"ref_model": "", "ref_model_pretrained": "", "ref_model_checkpoint": "", "usage": frozenset()}
     check_model(given, "ref_model")
-    if not (given.ref_model_pretrained or given.ref_model_checkpoint):
+    if not (given.ref_model_pretrained or given.ref_model_checkpoint or brings_weights(given.ref_model)):
         raise Refusal(
             f"{given.say('ref_model')} has no weights: give --ref_model_pretrained TAG or FILE, or "
             "--ref_model_checkpoint FILE"
