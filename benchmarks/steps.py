@@ -1,0 +1,216 @@
+"""The two training steps that ``train_step.py`` compares, from a batch in host memory to new weights."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import plain
+from drrho_clip.batch import Batch
+from drrho_clip.losses.fastclip import COLUMNS
+from drrho_clip.normalize import normalize
+from drrho_clip.reference import Reference
+from training import data, distributed, models, objective, params, precision
+from training.distributed import World
+from training.models import BuiltModel
+from training.optimizer import LearningRates, create_optimizer
+from training.params import Config
+from training.step import Stepper
+from training.task import Task
+
+GAMMA, EPS = 0.5, 1e-14
+HOST_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured: ``repeats`` blocks of ``steps`` steps of each variant.
+
+    ``ref_checkpoint``  weights of the reference, random ones.
+    """
+
+    model: str
+    ref_model: str
+    batch_size: int
+    precision: str
+    torchcompile: bool
+    steps: int
+    repeats: int
+    data_size: int
+    ref_checkpoint: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A configured run on this process's device, with batches in host memory."""
+
+    config: Config
+    world: World
+    target: BuiltModel
+    reference: BuiltModel
+    batches: list[Batch]
+
+
+def prepare(options: Options) -> Setting:
+    """Models from the seed, as the trainer builds them, and batches as its loader hands them over."""
+    config = params.parse(
+        [
+            *("--dataset-type", "synthetic", "--train-num-samples", str(options.data_size)),
+            *("--data_size", str(options.data_size), "--batch-size", str(options.batch_size)),
+            *("--model", options.model, "--precision", options.precision),
+            *("--ref_model", options.ref_model, "--ref_model_checkpoint", options.ref_checkpoint),
+            *("--fastclip", "--multiply_tau", "--temperature_scheme", "global_learnable"),
+            *("--fastclip_eps", str(EPS), "--gamma", str(GAMMA), "--gamma_schedule", "constant"),
+            *("--lr_tau_scheduler", "step_thresh", "--lr", "1e-4", "--warmup", "0"),
+            *(["--torchcompile"] if options.torchcompile else []),
+        ]
+    )
+    world = distributed.start(config.distributed)
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    target, reference = models.build_target(config, world), models.build_reference(config, world)
+    return Setting(config, world, target, reference, make_batches(options, target, reference, world))
+
+
+def make_batches(options: Options, target: BuiltModel, reference: BuiltModel, world: World) -> list[Batch]:
+    """Random pixels and captions; a view or tokens of the reference's own where it needs them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pixels(size: int | tuple[int, int]) -> Tensor:
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (options.batch_size, 3, height, width)
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+
+    same_image = target.preprocess.size == reference.preprocess.size
+    same_text = data.same_tokens(target.tokenizer, reference.tokenizer)
+    batches = []
+    for _ in range(HOST_BATCHES):
+        numbers = torch.randint(10**6, (options.batch_size, 4), generator=generator).tolist()
+        captions = [f"a photo of {' and '.join(map(str, row))} things" for row in numbers]
+        batch = Batch(
+            image=pixels(target.preprocess.size),
+            text=target.tokenizer(captions),
+            index=torch.randperm(options.data_size, generator=generator)[: options.batch_size],
+            ref_image=None if same_image else pixels(reference.preprocess.size),
+            ref_text=None if same_text else reference.tokenizer(captions),
+        )
+        batches.append(batch.pin_memory() if world.device.type == "cuda" else batch)
+    return batches
+
+
+class Ours:
+    """The trainer's step, with the trainer's parts."""
+
+    def __init__(self, s: Setting) -> None:
+        run_precision = precision.resolve(s.config.run.precision, s.world.device)
+        model, pixels = s.target.module, s.reference.preprocess
+        frozen = Reference(s.reference.module, pixels.mean, pixels.std, run_precision.autocast_dtype)
+        if s.config.model.torchcompile:
+            model, frozen = torch.compile(model), frozen.compile()
+        self.task = Task(
+            model=model,
+            bare=s.target.module,
+            mean=s.target.preprocess.mean,
+            std=s.target.preprocess.std,
+            precision=run_precision,
+            loss=objective.build_loss(s.config, s.world.device),
+            reference=frozen,
+            margins=True,
+        )
+        self.task.model.train()
+        self.task.loss.set_epoch(1)  # in epoch 0 gamma is 1 and u is not read
+        optimizer = create_optimizer(s.target.module, s.config.optim, s.world.device)
+        self.rates = LearningRates(optimizer, s.config.optim, s.config.schedule, total_steps=10**6)
+        self.stepper = Stepper(self.task, optimizer, scaler=run_precision.scaler())
+        self.arriving = data.prefetch(itertools.cycle(s.batches), s.world.device)
+        self.done = 0
+
+    def step(self) -> None:
+        batch = next(self.arriving)
+        self.rates.set(self.done, (-self.task.bare.logit_scale.detach()).exp())
+        self.stepper(batch, self.done)
+        self.done += 1
+
+    def log_u(self, index: Tensor) -> Tensor:
+        """[b, 2] of the samples ``index``."""
+        _, values = self.task.loss.state.fetch(index)
+        return torch.stack([values[name] for name in COLUMNS], 1)
+
+
+class Plain:
+    """What the published loop does in a step, in this project's words."""
+
+    def __init__(self, s: Setting) -> None:
+        self.device, self.optim = s.world.device, s.config.optim
+        self.precision = precision.resolve(s.config.run.precision, self.device)
+        self.bare, self.reference = s.target.module, s.reference.module
+        self.model = torch.compile(self.bare) if s.config.model.torchcompile else self.bare
+        self.model.train()
+        groups = create_optimizer(self.bare, self.optim, self.device).param_groups
+        self.optimizer = torch.optim.AdamW(
+            [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in groups],
+            betas=(self.optim.beta1, self.optim.beta2),
+            eps=self.optim.eps,
+        )
+        self.scaler = self.precision.scaler()
+        self.table = plain.ReplicatedTable(s.config.data.data_size, self.device)
+        self.rho, self.bound = s.config.loss.rho, s.config.loss.logit_scale_bound
+        self.arriving = itertools.cycle([self._normalized(batch, s) for batch in s.batches])
+
+    def _normalized(self, batch: Batch, s: Setting) -> Batch:
+        """Pixels as the published loader makes them, float32."""
+        pixels, own = s.target.preprocess, s.reference.preprocess
+        image = normalize(batch.image, pixels.mean, pixels.std)
+        ref_image = None
+        if batch.ref_image is not None:
+            ref_image = normalize(batch.ref_image, own.mean, own.std)
+        elif (pixels.mean, pixels.std) != (own.mean, own.std):
+            ref_image = normalize(batch.image, own.mean, own.std)
+        batch = replace(batch, image=image, ref_image=ref_image)
+        return batch.pin_memory() if self.device.type == "cuda" else batch
+
+    def step(self) -> None:
+        batch = next(self.arriving).to(self.device)
+        image = batch.image.to(self.precision.pixel_dtype)
+        ref_image = image if batch.ref_image is None else batch.ref_image.to(self.precision.pixel_dtype)
+        ref_text = batch.text if batch.ref_text is None else batch.ref_text
+        tau = 1 / self.bare.logit_scale.detach().exp().item()
+        self.optimizer.param_groups[-1]["lr"] = self.optim.lr_tau / (3 if tau <= 0.03 else 1)
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            reference = self.reference(ref_image, ref_text)
+        with self.precision.autocast():
+            outputs = self.model(image, batch.text)
+            loss, log_u = plain.matrix_loss(
+                outputs["image_features"],
+                outputs["text_features"],
+                outputs["logit_scale"],
+                reference["image_features"],
+                reference["text_features"],
+                self.table.read(batch.index),
+                gamma=GAMMA,
+                eps=EPS,
+                rho=self.rho,
+            )
+            self.table.write(batch.index, log_u)
+        if self.scaler is None:
+            loss.backward()
+            self.optimizer.step()
+        else:
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        with torch.no_grad():
+            self.bare.logit_scale.clamp_(0, math.log(self.bound))
+
+    def log_u(self, index: Tensor) -> Tensor:
+        """[b, 2] of the samples ``index``."""
+        return self.table.read(index)
+
+
+VARIANTS = {"ours": Ours, "plain": Plain}
