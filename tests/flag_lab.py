@@ -81,6 +81,13 @@ class Lab:
         return shards.write_shards(self.root / "other", samples, per_shard=4)
 
     @cached_property
+    def spoiled(self) -> str:
+        """Shards with one sample that has no caption."""
+        samples = [shards.sample(i) for i in range(4)]
+        del samples[1]["txt"]
+        return shards.write_shards(self.root / "spoiled", samples, per_shard=2)
+
+    @cached_property
     def csv(self) -> str:
         return shards.write_csv(self.root / "csv", 4)
 

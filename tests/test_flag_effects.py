@@ -59,6 +59,7 @@ EFFECTS: dict[str, Effect] = {
     "workers": Effect(("1", "2"), parts.lanes),
     "data_size": Effect(("64", "65"), parts.table, FASTCLIP),
     "sample_index": Effect((None, "position"), parts.rows, "--train-data @other_shards"),
+    "max_bad_fraction": Effect(("0", "0.05"), refusal_or(parts.rows), "--train-data @spoiled"),
     "skip_webdataset_split_by_node": Effect(SWITCH, parts.stream_of_second_rank),
     "aug_cfg": Effect((None, "scale=(0.1,0.2)"), parts.stream),
     "rand_augment": Effect(SWITCH, parts.stream),

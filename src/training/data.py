@@ -13,7 +13,7 @@ from training.distributed import World
 from training.images import TrainView, eval_transform
 from training.loader import Tokenizer, TrainData, TrainStream, ValData, ValStream, prefetch
 from training.params import Config
-from training.samples import Source
+from training.samples import Source, allowance
 from training.tabular import SyntheticSource, open_csv
 from training.webdata import open_shards, open_val_shards
 
@@ -51,6 +51,7 @@ def build_train(config: Config, world: World, target: Model, reference: Model | 
         seed=run.seed,
         batch_size=run.batch_size,
         steps=_steps(samples, config, world.world_size),
+        allowed=allowance(data.max_bad_fraction, samples // world.world_size),
         rank=0 if own_shards else world.rank,
         ranks=1 if own_shards else world.world_size,
     )

@@ -59,6 +59,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "where a sample's row comes from: its json's key, or its place in the shard list",
             choices=("key", "position"),
         ),
+        Flag("--max_bad_fraction", "float", 0.05, "share of unusable samples that a run goes on with"),
         Flag("--skip_webdataset_split_by_node", "switch", False, "each node reads all shards that it is given"),
         Flag("--aug-cfg", "pairs", {}, "train augmentation, e.g. scale=(0.4,1.0) color_jitter=0.2", nargs="*"),
         Flag("--rand_augment", "switch", False, "add RandAugment to the train augmentation"),

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from drrho_clip.batch import Batch
 from training.images import TrainView, Views, decode, isolated_rng
 from training.order import Lane, lane_of, seed_of, slots
-from training.samples import NothingUsable, RawSample, SkipLog, Skips, Source
+from training.samples import Allowance, NothingUsable, RawSample, SkipLog, Skips, Source, Unusable
 from training.tabular import CsvSource
 from training.webdata import ShardSource
 
@@ -73,10 +73,12 @@ class TrainStream(IterableDataset):
         seed: int,
         batch_size: int,
         steps: int,
+        allowed: Allowance | None = None,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
         self.source, self.view = source, view
+        self.allowed = allowed or Allowance()
         self.tokenizer, self.ref_tokenizer = tokenizer, ref_tokenizer
         self.seed, self.batch_size, self.steps = seed, batch_size, steps
         self.rank, self.ranks = rank, ranks
@@ -86,7 +88,7 @@ class TrainStream(IterableDataset):
         worker, workers = _worker()
         lane = lane_of(self.rank, self.ranks, worker, workers)
         for epoch in count(self.start_epoch):
-            skips = Skips()
+            skips = Skips(limit=self.allowed.samples)
             samples = self._samples(epoch, lane, skips)
             for step in range(self.steps):
                 share = slots(step, self.batch_size, worker, workers)
@@ -139,7 +141,7 @@ class TrainData:
     def __init__(self, stream: TrainStream, *, world_size: int, workers: int, device: torch.device) -> None:
         self.steps_per_epoch = stream.steps
         self.samples_per_epoch = stream.steps * stream.batch_size * world_size
-        self.skips = SkipLog()
+        self.skips = SkipLog(stream.allowed)
         self._stream, self._device, self._chunks_per_step = stream, device, max(workers, 1)
         self._loader = _loader(stream, workers, device, stream.seed)
         self._chunks: Iterator[Chunk] | None = None
@@ -154,7 +156,7 @@ class TrainData:
         """The ``steps_per_epoch`` batches of ``epoch``, on the device (``index`` on the CPU).
 
         Epochs in a row flow on; any other epoch, or one after an epoch left early, starts the processes anew.
-        NothingUsable: the data holds no usable sample, or far too many bad ones in a row.
+        NothingUsable: the data holds no usable sample, or far too many bad ones in a row; TooManyBad.
         """
         if self._chunks is None or self._next_epoch != epoch:
             self.close()
@@ -172,10 +174,10 @@ class TrainData:
         chunks = []
         for _ in range(self._chunks_per_step):
             chunk = next(self._chunks)
-            self.skips.update(chunk.skips)
             if chunk.failure is not None:
                 self.close()
                 raise NothingUsable(chunk.failure)
+            self.skips.update(chunk.skips, 0 if chunk.batch is None else len(chunk.batch))
             chunks.append(chunk)
         return [chunk.batch for chunk in chunks if chunk.batch is not None]
 
@@ -287,6 +289,9 @@ def _move(batch: Batch | list[Batch], device: torch.device) -> Batch:
 def _decode(raw: RawSample, skips: Skips) -> Image.Image | None:
     try:
         return decode(raw.image)
+    except Unusable as fault:
+        skips.add(str(fault), raw.name)
+        return None
     except Exception as error:  # a decoder raises anything on a broken file
         skips.add("undecodable image", f"{raw.name}: {error}")
         return None

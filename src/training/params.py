@@ -67,6 +67,7 @@ class DataConfig:
     workers: int
     data_size: int
     sample_index: str
+    max_bad_fraction: float
     skip_webdataset_split_by_node: bool
     aug_cfg: Mapping[str, Any]
     rand_augment: bool

@@ -38,7 +38,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 from training.distributed import World, gather_object
 from training.order import Lane, Piece, deal, draws, permutation, seed_of, shuffled
 from training.params import DataConfig
-from training.samples import RawSample, Skips
+from training.samples import RawSample, Skips, Unusable
 
 SPLIT_BY_SAMPLE = 2**15
 WINDOW = 4096
@@ -184,10 +184,6 @@ class ShardSource:
         if not shard.first_row <= row < shard.stop_row:
             raise Unusable("key out of range")
         return RawSample(image, text, row, turn, name)
-
-
-class Unusable(Exception):
-    """A sample that cannot be used; the message is the reason under which it is counted."""
 
 
 def read_shard(url: str, report: Callable[[str, str], None]) -> Iterator[dict]:
