@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from drrho_clip.batch import Batch
+from training.image_size import check_size
 from training.images import TrainView, Views, decode, isolated_rng
 from training.order import Lane, lane_of, seed_of, slots
 from training.samples import Allowance, NothingUsable, RawSample, SkipLog, Skips, Source, Unusable
@@ -288,6 +289,8 @@ def _move(batch: Batch | list[Batch], device: torch.device) -> Batch:
 
 def _decode(raw: RawSample, skips: Skips) -> Image.Image | None:
     try:
+        if not isinstance(raw.image, Image.Image):
+            check_size(raw.image)
         return decode(raw.image)
     except Unusable as fault:
         skips.add(str(fault), raw.name)
