@@ -267,7 +267,7 @@ def open_shards(config: DataConfig, seed: int, world: World) -> ShardSource:
     sources = expand_shards(config.train_data)
     sizes = config.data_sizes or (config.data_size,)
     keeps_rows = sizes[0] > 0
-    shards = list(_with_rows(sources, sizes))
+    shards = list(with_rows(sources, sizes))
     if keeps_rows and config.sample_index == "position":
         shards = _at_positions(shards, _count_all([shard.url for shard in shards], world))
     weights = None
@@ -312,7 +312,7 @@ def _key(members: dict) -> int:
     raise Unusable("key is not an integer")
 
 
-def _with_rows(sources: list[list[str]], sizes: Sequence[int]) -> Iterator[Shard]:
+def with_rows(sources: list[list[str]], sizes: Sequence[int]) -> Iterator[Shard]:
     """One size: rows are shared by all sources. A size per source: each source has a range of its own."""
     if len(sizes) == 1:
         sizes, starts = list(sizes) * len(sources), [0] * len(sources)
