@@ -30,6 +30,7 @@ from training.webdata import ShardSource
 
 Tokenizer = Callable[[list[str]], Tensor]
 
+LONGEST_TEXT = 4096  # characters that are tokenized: CLIP's tokenizer takes minutes over a word of 100 kB
 _PREFETCH = 4  # batches that the loader processes work ahead
 _BARREN_TURNS = 20  # beyond one per lane, passes without a usable sample before a lane gives up
 
@@ -116,7 +117,7 @@ class TrainStream(IterableDataset):
             usable += 1
             skips.in_a_row = 0
             views = self.view(image, seed_of(self.seed, epoch, raw.turn, raw.index))
-            yield Sample(views, raw.text, raw.index)
+            yield Sample(views, raw.text[:LONGEST_TEXT], raw.index)
 
     def _collate(self, samples: list[Sample]) -> Batch | None:
         if not samples:
