@@ -184,7 +184,8 @@ def time_variants(options: Options) -> dict[str, list[float]]:
 def extra_memory(options: Options, name: str) -> int:
     """Bytes that one step of a variant needs at its peak, above its inputs and its state."""
     torch.set_num_threads(options.threads)
-    MAKERS[name](options, make_problem(options, SMALL))()
+    # Kernels are loaded, or compiled for their sizes, before the measurement.
+    MAKERS[name](options, make_problem(options, options.batch if options.torchcompile else SMALL))()
     step = MAKERS[name](options, make_problem(options, options.batch))
     with measure.PeakMemory(torch.device(options.device)) as peak:
         step()

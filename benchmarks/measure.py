@@ -7,6 +7,7 @@ the measurement, in a process that has done nothing else; on a GPU it is the all
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import time
@@ -48,8 +49,7 @@ def interleaved(
 class PeakMemory:
     """``with PeakMemory(device) as peak: ...`` and then ``peak.bytes``: how far memory rose above its start.
 
-    On the CPU use it in a fresh process (``in_fresh_process``): memory that the C library freed but kept would
-    otherwise be used again unseen.
+    On the CPU use it in a fresh process (``in_fresh_process``).
     """
 
     bytes: int
@@ -64,6 +64,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         else:
+            _return_free_memory()
             _RESET.write_text("5")  # the peak becomes the present size: proc_pid_clear_refs(5)
             self._before = _resident("VmRSS")
         return self
@@ -85,6 +86,13 @@ def in_fresh_process(function: Callable[..., T], *args: Any) -> T:
     context.set_forkserver_preload(["open_clip"])  # imported once, not by every process
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
+
+
+def _return_free_memory() -> None:
+    """What was freed but stays with the C library would be used again unseen."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc; others hand large blocks back by themselves
+    if trim is not None:
+        trim(0)
 
 
 def _resident(field: str) -> int:
