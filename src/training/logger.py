@@ -95,10 +95,11 @@ class TrainStatus:
     losses: Mapping[str, tuple[float, float]]
 
     def scalars(self) -> dict[str, float]:
-        """The same numbers under the published code's names for TensorBoard and W&B."""
+        """The same numbers under the published code's names, for TensorBoard and W&B; data_share is new."""
         return {
             "train/data_time": self.data_time,
             "train/batch_time": self.batch_time,
+            "train/data_share": self.data_time / self.batch_time,
             "train/samples_per_second": self.rate,
             "train/samples_per_second_per_gpu": self.rate / self.gpus,
             "train/scale": self.logit_scale,
@@ -207,7 +208,11 @@ class WandbWriter(Writer):
             resume="allow" if resumes else None,
         )
         self.log_every = config.run.log_every_n_steps
-        for axis, prefix in (("step", "train"), ("epoch", "val")):  # not W&B's own step, which may never go back
+        for axis, prefix in (
+            ("step", "train"),
+            ("epoch", "val"),
+            ("epoch", "data"),
+        ):  # not W&B's own step, which may never go back
             self.run.define_metric(axis)
             self.run.define_metric(f"{prefix}/*", step_metric=axis)
 
@@ -238,7 +243,7 @@ class RunLog:
         logger.warning(message)
 
     def scalars(self, step: int, values: Mapping[str, float], axis: str = "step") -> None:
-        """Send ``values`` (floats, named 'train/…' against 'step' or 'val/…' against 'epoch') to every writer."""
+        """Send ``values`` to every writer: 'train/…' against 'step', 'val/…' and 'data/…' against 'epoch'."""
         for writer in self.writers:
             writer.scalars(step, values, axis)
 

@@ -9,6 +9,7 @@ import torch
 from drrho_clip.reference import Reference
 from drrho_clip.schedules import horizon
 from training import checkpoint, data, distributed, models, objective, precision
+from training.data_wait import DataWait
 from training.distributed import World
 from training.evaluate import Evaluation, open_evaluation
 from training.folder import RunFolder, choose_folder
@@ -17,6 +18,7 @@ from training.optimizer import LearningRates, create_optimizer
 from training.params import Config
 from training.profiling import open_profiler
 from training.remote_sync import remote_sync
+from training.samples import Skips
 from training.step import Stepper
 from training.task import Task
 from training.train import Trainer
@@ -138,6 +140,7 @@ def _build_trainer(
         world,
         log,
         open_profiler(config.run.profile, folder.path, world),
+        DataWait(config.data.workers, world.local_world_size),
         log_every=config.run.log_every_n_steps,
     )
 
@@ -186,8 +189,19 @@ def _train_epochs(
             state.epoch, state.epoch_step = divmod(trainer.step, per_epoch)
             state.samples_seen += (trainer.step - seen_before) * config.run.batch_size * trainer.world.world_size
             state.step = trainer.step
+            _report_skips(log, train_data=trainer.data, epoch=state.epoch)
             checkpoint.save_by_flags(
                 folder.checkpoints, state, config.run, final=trainer.finished, initial_tau=initial_tau
             )
             evaluation(state.model, state.epoch, final=trainer.finished)
     log.info(f"trained {trainer.step} steps")
+
+
+def _report_skips(log: RunLog, train_data: data.TrainData, epoch: int) -> None:
+    """What all ranks have left out since the last call, after ``epoch`` epochs. All ranks call it together."""
+    total = Skips()
+    for skips in distributed.gather_object(train_data.skips.take_epoch()):
+        total.merge(skips)
+    by_reason = {f"data/skipped/{reason.replace(' ', '_')}": float(n) for reason, n in total.counts.items()}
+    log.info(f"samples left out since the last epoch: {total}")
+    log.scalars(epoch, {"data/skipped": float(total.counts.total()), **by_reason}, "epoch")

@@ -158,7 +158,7 @@ class SkipLog:
             self._epoch.merge(skips)
             seen = self.total.counts.total()
             if new_reason or seen >= self._next_report:
-                log.warning("skipped %d samples so far: %s", seen, self.total)
+                log.warning("skipped %d samples so far: %s", seen, str(self.total))
                 while self._next_report <= seen:
                     self._next_report *= 2
         self._tolerance.update(used, skips)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from drrho_clip.schedules import Horizon
 from training.data import TrainData
+from training.data_wait import DataWait
 from training.distributed import World
 from training.logger import Meter, RunLog, TrainStatus, read
 from training.optimizer import LearningRates
@@ -30,6 +31,7 @@ class Trainer:
     world: World
     log: RunLog
     profiler: Profiler
+    data_wait: DataWait
     log_every: int = 100
     step: int = 0
 
@@ -51,7 +53,7 @@ class Trainer:
         task.model.train()
         task.loss.set_epoch(epoch)
         meters: dict[str, Meter] = defaultdict(Meter)
-        window = _Window()
+        window = _Window(first=True)
         with self.log.progress(stop - self.step, f"epoch {epoch}", unit="step", every=math.inf) as progress:
             for batch in self.data.epoch(epoch):
                 if self.step >= stop:
@@ -77,6 +79,8 @@ class Trainer:
         losses = read(meters)  # waits for the device, so the window's times are complete
         seconds = window.seconds()
         scale = losses.pop("logit_scale")[0]
+        if self.world.is_main:
+            self.data_wait.update(window.data_seconds(), seconds, first=window.first)
         self.log.train(
             TrainStatus(
                 epoch=epoch,
@@ -99,7 +103,8 @@ class Trainer:
 class _Window:
     """Wall time since the last log line, and the share of it that went into waiting for data."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: bool = False) -> None:
+        self.first = first
         self.started = self._last = time.perf_counter()
         self._waited, self._steps = 0.0, 0
 
