@@ -428,6 +428,53 @@ def test_a_published_checkpoint_resumes_weights_optimizer_and_u(tmp_path):
     assert other.state.optimizer.param_groups[-1]["name"] == "logit_scale"
 
 
+@pytest.mark.parametrize("temperature", ["constant", "learnable"])
+def test_the_three_groups_of_a_published_optimizer(tmp_path, temperature):
+    """Written out as the published code lays its file out; with a constant temperature the last group is empty."""
+    shapes = {"tower.0.weight": (4, 3), "tower.0.bias": (4,), "tower.1.weight": (4,), "tower.1.bias": (4,)}
+    shapes |= {"tower.2.weight": (2, 4), "tower.2.bias": (2,), "logit_scale": ()}
+    weights = {f"module.{name}": torch.full(shape, 0.5) for name, shape in shapes.items()}
+    weights |= {"module.tower.1.running_mean": torch.zeros(4), "module.tower.1.running_var": torch.ones(4)}
+    weights["module.tower.1.num_batches_tracked"] = torch.tensor(8)
+    learned = temperature == "learnable"
+    # Vectors first, then matrices, then the temperature, each in the model's order; numbered in this order.
+    order = ["tower.0.bias", "tower.1.weight", "tower.1.bias", "tower.2.bias", "tower.0.weight", "tower.2.weight"]
+    order += ["logit_scale"] if learned else []
+    state = {
+        number: {
+            "step": torch.tensor(8.0),
+            "exp_avg": torch.full(shapes[name], 0.25 + number),
+            "exp_avg_sq": torch.full(shapes[name], 4.0 + number),
+        }
+        for number, name in enumerate(order)
+    }
+    shared = {"lr": np.float64(1e-4), "betas": (0.9, 0.98), "eps": 1e-6, "amsgrad": False, "foreach": None}
+    shared |= {"maximize": False, "capturable": False, "differentiable": False, "fused": None}
+    groups = [
+        {"weight_decay": 0.0, **shared, "params": [0, 1, 2, 3]},
+        {"weight_decay": 0.2, **shared, "params": [4, 5]},
+        {"weight_decay": 0.0, **shared, "params": [6] if learned else []},
+    ]
+    optimizer = {"state": state, "param_groups": groups}
+    torch.save({"epoch": 2, "name": "x", "state_dict": weights, "optimizer": optimizer}, tmp_path / "epoch_2.pt")
+
+    model = Model()
+    model.logit_scale.requires_grad_(learned)
+    run = RunState("run", model, create_optimizer(model, OPTIM, CPU))
+    resume(tmp_path / "epoch_2.pt", run, steps_per_epoch=4, global_batch=12)
+    parameters = dict(model.named_parameters())
+    for number, name in enumerate(order):
+        values = run.optimizer.state[parameters[name]]
+        assert values["step"] == 8, name
+        assert (values["exp_avg"] == 0.25 + number).all() and (values["exp_avg_sq"] == 4.0 + number).all(), name
+    assert len(run.optimizer.state) == len(order)
+    assert (model.tower[0].weight == 0.5).all() and run.step == 8
+    run.optimizer.zero_grad()
+    model(torch.randn(4, 3)).backward()
+    run.optimizer.step()
+    assert run.optimizer.state[model.tower[0].weight]["step"] == 9
+
+
 def test_a_file_without_sample_state_leaves_the_rows_unseen_and_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         other = Run(1).resumed(foreign(tmp_path, Run(0).epochs(1)))

@@ -278,9 +278,11 @@ def _load_optimizer(optimizer: Optimizer, held: Mapping[str, Any], path: Path) -
     kind = type(optimizer).__name__
     if held.get("optimizer_class", kind) != kind:
         raise ValueError(f"checkpoint {path} is of the optimizer {held['optimizer_class']}, --optimizer is {kind}")
-    _check_groups(saved["param_groups"], current["param_groups"], path)
+    # The published code keeps a group for the temperature also where it is constant, without a parameter.
+    saved_groups = [group for group in saved["param_groups"] if group["params"]]
+    _check_groups(saved_groups, current["param_groups"], path)
     groups = []
-    for theirs, ours in zip(saved["param_groups"], current["param_groups"], strict=True):
+    for theirs, ours in zip(saved_groups, current["param_groups"], strict=True):
         progress = {"step": theirs["step"]} if "step" in theirs else {}
         groups.append(ours | progress | {"params": theirs["params"]})
     shapes = {
