@@ -4,6 +4,7 @@ No times are checked here: ratios are for real sizes on a quiet machine.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,21 @@ def test_train_step(tmp_path):
     assert result["speedup"] > 0
     assert "small" not in result["model"]
     assert "samples/s" in text
+
+
+def test_soak():
+    result, text = run("soak.py", "--epochs", 12, "--samples", 40, "--workers", 1, "--limit", 1000)
+    assert set(result["bytes"]) == {"main", "worker 0"}
+    assert all(len(curve) == 12 and min(curve) > MIB for curve in result["bytes"].values())
+    assert "growth: main" in text and "worker 0" in text
+
+
+def test_soak_sees_a_leak():
+    import soak
+
+    assert soak.growth([9 * MIB] * 10 + [5 * MIB] * 40) == 0
+    assert soak.growth([5 * MIB + epoch * MIB for epoch in range(50)]) == 30 * MIB
+    assert soak.private_bytes(os.getpid()) > 10 * MIB
 
 
 def test_cards_by_name(monkeypatch):
