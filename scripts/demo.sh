@@ -15,8 +15,8 @@ sets=data/emoji
 logs=logs/demo
 target=assets/models/emoji-resnet10.json
 reference=assets/models/emoji-resnet10.json
-epochs=30
-reference_epochs=48
+epochs=24
+reference_epochs=36
 
 # The loader's process shares the cores with the threads of the model: one that waits must not keep its core busy.
 export OMP_WAIT_POLICY=PASSIVE
@@ -38,9 +38,9 @@ train() {
     --train-data "$sets/$set/{00000..$(printf %05d $((shards - 1)))}.tar"
     --train-num-samples "$pictures" --data_size "$rows"
     --batch-size 128 --workers 1 --precision fp32 --seed 0
-    --lr 1e-3 --beta2 0.98 --wd 0.1 --warmup 50 --aug-cfg "scale=(0.9,1.0)"
+    --lr 1.5e-3 --beta2 0.98 --wd 0.1 --warmup 50 --aug-cfg "scale=(0.9,1.0)"
     --val-data "$sets/twitter-test/{00000..00003}.tar" --imagenet-val "$sets/wds_emoji_test"
-    --val-frequency 6 --zeroshot-frequency 6 --save-frequency 0 --log-every-n-steps 13
+    --val-frequency 6 --zeroshot-frequency 6 --save-frequency 0 --log-every-n-steps 1000
     --logs "$logs" --name "$name" "$@"
   )
   made_by=$(printf '%s\n' "${flags[@]}" && cat "$sets"/*/set.json)
