@@ -82,6 +82,9 @@ def in_fresh_process(function: Callable[..., T], *args: Any) -> T:
 
     All must be picklable. An exception there is raised here.
     """
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()  # what this process only keeps in reserve is the other's to use
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["open_clip"])  # imported once, not by every process
     with ProcessPoolExecutor(1, mp_context=context) as pool:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import sys
 import tempfile
@@ -150,6 +151,7 @@ def peak_flops(device: torch.device, name: str) -> float | None:
 
 
 def main() -> None:
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are meant here
     with tempfile.TemporaryDirectory() as folder:
         options, as_json = parse(Path(folder))
         report.say("checking that both give the same gradients")
