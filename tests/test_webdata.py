@@ -51,7 +51,7 @@ def test_what_we_rely_on_in_webdataset(tmp_path):
 
 
 def test_expanding_sources(tmp_path):
-    for name in ("b1.tar", "b0.tar", "c.tar"):
+    for name in ("b1.tar", "b0.tar", "c.tar", "x00.tar", "x01.tar", "x02.tar"):
         write_tar(tmp_path / name, [])
     assert expand_shards(f"{tmp_path}/b?.tar::{tmp_path}/x{{00..02}}.tar::pipe:cat {tmp_path}/*.tar") == [
         [f"{tmp_path}/b0.tar", f"{tmp_path}/b1.tar"],
@@ -61,6 +61,21 @@ def test_expanding_sources(tmp_path):
     for wrong in (f"{tmp_path}/d*.tar", f"{tmp_path}/c.tar::"):
         with pytest.raises(ValueError, match="--train-data"):
             expand_shards(wrong)
+
+
+def test_shards_that_are_not_there(tmp_path, caplog):
+    caplog.set_level("INFO")
+    write_tar(tmp_path / "01.tar", [])
+    write_tar(tmp_path / "02.tar", [])
+    pattern = f"{tmp_path}/{{00..04}}.tar"
+    assert len(expand_shards(pattern)[0]) == 5
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"--train-data {pattern}: 3 of 5 shards are not there, {tmp_path}/00.tar first"
+    for wrong in (f"{tmp_path}/{{03..09}}.tar", f"{pattern}::{tmp_path}/nowhere/{{03..09}}.tar"):
+        first = wrong.split("::")[-1].replace("{03..09}", "03")
+        with pytest.raises(ValueError, match=rf"--val-data .*not one of these shards is there, {first} first"):
+            expand_shards(wrong, "--val-data")
+    assert expand_shards("pipe:cat {0..1}.tar::https://nowhere/{0..1}.tar")  # known only when they are opened
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3, 4])

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +41,8 @@ from training.distributed import World, gather_object
 from training.order import Lane, Piece, deal, draws, permutation, seed_of, shuffled
 from training.params import DataConfig
 from training.samples import RawSample, Skips, Unusable
+
+_log = logging.getLogger(__name__)
 
 SPLIT_BY_SAMPLE = 2**15
 WINDOW = 4096
@@ -245,7 +249,7 @@ def count_samples(url: str) -> int:
 def expand_shards(shards: str, flag: str = "--train-data") -> list[list[str]]:
     """The urls of each ``::`` source of ``flag``'s value, in order: sources as given, globs sorted.
 
-    ValueError: a source without any shard.
+    ValueError: a source without any shard. Where some of a brace range are not there, the log says how many.
     """
     sources = []
     for source in shards.split("::"):
@@ -255,8 +259,32 @@ def expand_shards(shards: str, flag: str = "--train-data") -> list[list[str]]:
             urls.extend(sorted(glob.glob(url)) if is_pattern else [url] if url else [])
         if not urls:
             raise ValueError(f"{flag} {shards}: no shard matches {source!r}; check the path")
+        missing = _missing(urls)
+        if len(missing) == len(urls):
+            raise ValueError(
+                f"{flag} {source}: not one of these shards is there, {missing[0]} first; check the path"
+            )
+        if missing:
+            _log.info(
+                "%s %s: %d of %d shards are not there, %s first", flag, source, len(missing), len(urls), missing[0]
+            )
         sources.append(urls)
     return sources
+
+
+def _missing(urls: list[str]) -> list[str]:
+    """The local ones that are not there. Folders are listed, since to ask for each of 30,000 files takes long."""
+    listed: dict[str, set[str]] = {}
+    missing = []
+    for url in urls:
+        if _REMOTE.match(url):
+            continue
+        folder, name = os.path.split(url)
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+        if name not in listed[folder]:
+            missing.append(url)
+    return missing
 
 
 def open_shards(config: DataConfig, seed: int, world: World) -> ShardSource:
