@@ -20,14 +20,13 @@ import torch
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
-from drrho_clip import schedules
 from drrho_clip.losses import LossInputs
 from drrho_clip.selection import select
 from flag_lab import CPU, OTHER_NODE, WORLD, Lab
 from ranks import ranks
 from training import data, distributed, models, objective
 from training.distributed import World
-from training.optimizer import LearningRates, create_optimizer
+from training.optimizer import LearningRates, create_optimizer, horizon
 from training.params import parse
 from training.pretrained import Weights
 
@@ -313,17 +312,9 @@ def stepped(lab: Lab, words: list[str]) -> list[float]:
 def rates(lab: Lab, words: list[str]) -> list[tuple[float, float]]:
     """The learning rates of model and temperature at every step that a run takes."""
     config = parse(words)
-    schedule = config.schedule
-    length = schedules.horizon(
-        data.steps_per_epoch(config, 1),
-        epochs=schedule.epochs,
-        iters=schedule.iters,
-        stop_epochs=schedule.stop_epochs,
-        stop_iters=schedule.stop_iters,
-        epochs_cooldown=schedule.epochs_cooldown,
-    )
+    length = horizon(config.schedule, data.steps_per_epoch(config, 1))
     optimizer = create_optimizer(Toy(), config.optim, CPU)
-    current = LearningRates(optimizer, config.optim, schedule, length.total_steps, length.cooldown_steps)
+    current = LearningRates(optimizer, config.optim, config.schedule, length.total_steps, length.cooldown_steps)
     found = []
     for step in range(length.end_step):
         current.set(step, torch.tensor(0.02))

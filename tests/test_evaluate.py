@@ -17,7 +17,7 @@ import tiny_models
 from ranks import ranks
 from test_classification import write_folders
 from training.distributed import World
-from training.evaluate import open_evaluation
+from training.evaluate import open_evaluation, open_sets
 from training.folder import RunFolder, choose_folder
 from training.logger import open_run
 from training.models import BuiltModel, build_target
@@ -80,7 +80,7 @@ def open_picture(data: bytes) -> Image.Image:
 def run_evaluation(config, built: BuiltModel, world=MAIN, epoch=0, **options):
     """A whole evaluation as the trainer does it; the metrics."""
     with open_run(config, world, choose_folder(config, world)) as log:
-        return open_evaluation(built, config, world, log)(built.module, epoch, **options)
+        return open_evaluation(built, config, world, log, open_sets(config))(built.module, epoch, **options)
 
 
 def on_rank(config, weights=None):
@@ -216,7 +216,7 @@ def test_training_goes_on_as_if_nothing_had_happened(data, trained, tmp_path):
     modes = [m.training for m in model.modules()]
     numbers = torch.get_rng_state()
     with open_run(config, MAIN, RunFolder(tmp_path / "run", "run")) as log:
-        evaluation = open_evaluation(trained, config, MAIN, log)
+        evaluation = open_evaluation(trained, config, MAIN, log, open_sets(config))
         first = evaluation(model, 0)
         assert evaluation(model, 0) == first
     assert [m.training for m in model.modules()] == modes
@@ -224,11 +224,11 @@ def test_training_goes_on_as_if_nothing_had_happened(data, trained, tmp_path):
     assert torch.equal(torch.get_rng_state(), numbers)
 
 
-def test_bad_folders_are_refused_before_training(data, trained, tmp_path):
+def test_bad_folders_are_refused(data, tmp_path):
     (tmp_path / "empty").mkdir()
     config = config_of((data[0], data[1], str(tmp_path / "empty")), tmp_path)
     with pytest.raises(ValueError, match="--imagenet-val"):
-        open_evaluation(trained, config, MAIN, log=None)
+        open_sets(config)
 
 
 def test_errors_surface(data, trained, tmp_path):

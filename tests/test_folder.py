@@ -1,13 +1,14 @@
 """A run's folder: its name, who may go on in it, what is put there."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ranks import ranks
 from training.distributed import World
-from training.folder import choose_folder, create_folder, default_name, launch_identity
+from training.folder import checkpoint_to_resume, choose_folder, create_folder, default_name, launch_identity
 from training.params import parse
 
 MAIN = World(0, 0, 1, 1, torch.device("cpu"))
@@ -53,11 +54,60 @@ def test_params_are_sorted_names_and_values(tmp_path):
 
 
 def test_a_second_run_into_the_folder_is_refused_with_the_choices(tmp_path):
-    start(config_of(tmp_path, "--name", "a"))
-    with pytest.raises(ValueError, match=r"--name a: .*--resume latest.*another --name"):
-        choose_folder(config_of(tmp_path, "--name", "a"), MAIN)
+    folder = start(config_of(tmp_path, "--name", "a"))
+    for mark in (folder.checkpoints / "epoch_1.pt", folder.done):
+        mark.write_text("")
+        with pytest.raises(ValueError, match=r"--name a: .*--resume latest.*another --name"):
+            choose_folder(config_of(tmp_path, "--name", "a"), MAIN)
+        mark.unlink()
     resumed = choose_folder(config_of(tmp_path, "--name", "a", "--resume", "latest"), MAIN)
     assert resumed.path == tmp_path / "a" and not resumed.restarted
+
+
+def test_what_failed_at_its_start_leaves_the_name_free(tmp_path):
+    first = start(config_of(tmp_path, "--name", "a", "--lr", "0.25"))
+    (first.path / "out.log").write_text("the run ended with an error")
+    assert start(config_of(tmp_path, "--name", "a", "--lr", "0.5")) == first
+    assert "lr: 0.5\n" in (first.path / "params.txt").read_text()
+
+
+def test_the_end_of_an_earlier_part_is_forgotten(tmp_path):
+    folder = start(config_of(tmp_path, "--name", "a"))
+    folder.done.write_text("")
+    start(config_of(tmp_path, "--name", "a", "--resume", "latest"))
+    assert not folder.done.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence_about_logs(tmp_path):
+    (tmp_path / "file").write_text("")
+    for logs in ("/proc/nowhere", str(tmp_path / "file")):
+        with pytest.raises(ValueError, match=f"--logs {logs}: .*cannot be written"):
+            start(config_of(tmp_path, "--name", "a", "--logs", logs))
+
+
+def save(folder, epoch):
+    torch.save({"epoch": epoch, "name": "a", "state_dict": {}}, folder.checkpoints / f"epoch_{epoch}.pt")
+
+
+def test_which_checkpoint_a_run_goes_on_from(tmp_path):
+    latest = config_of(tmp_path, "--name", "a", "--resume", "latest")
+    folder = start(config_of(tmp_path, "--name", "a"))
+    for place in (folder, replace(folder, path=tmp_path / "typo"), replace(folder, restarted=True)):
+        with pytest.raises(
+            ValueError, match=rf"--resume latest: .*{place.checkpoints}.*--name.*leave the flag out"
+        ):
+            checkpoint_to_resume(latest, place)
+    unasked = config_of(tmp_path, "--name", "a")
+    assert checkpoint_to_resume(unasked, replace(folder, restarted=True)) is None
+    save(folder, 1)
+    save(folder, 2)
+    assert checkpoint_to_resume(latest, folder) == folder.checkpoints / "epoch_2.pt"
+    assert checkpoint_to_resume(unasked, replace(folder, restarted=True)) == folder.checkpoints / "epoch_2.pt"
+    assert checkpoint_to_resume(unasked, folder) is None
+    given = folder.checkpoints / "epoch_1.pt"
+    assert checkpoint_to_resume(config_of(tmp_path, "--resume", str(given)), folder) == given
+    with pytest.raises(ValueError, match=r"--resume .*no such file"):
+        checkpoint_to_resume(config_of(tmp_path, "--resume", str(tmp_path)), folder)
 
 
 def test_unnamed_runs_of_one_second_are_told_apart(tmp_path, monkeypatch):
@@ -98,6 +148,7 @@ def test_a_restarted_job_finds_its_folder(tmp_path, monkeypatch, name, first, ag
     for key, value in first.items():
         monkeypatch.setenv(key, value)
     folder = start(config)
+    save(folder, 1)
     os.utime(folder.path / "launch.json", (1, 1))
     start(config_of(tmp_path, "--name", "another"))  # the same job's second run, by its name
     (tmp_path / "another" / "launch.json").write_text("{}")
@@ -148,6 +199,6 @@ def choose_on_rank(logs, *flags):
 def test_ranks_agree_on_the_name_and_on_the_refusal(tmp_path):
     names = ranks(2).run(choose_on_rank, tmp_path)
     assert names[0] == names[1] and "model_RN50" in names[0]
-    start(config_of(tmp_path, "--name", "a"))
+    save(start(config_of(tmp_path, "--name", "a")), 1)
     refusals = ranks(2).run(choose_on_rank, tmp_path, "--name", "a")
     assert refusals[0] == refusals[1] and "already holds a run" in refusals[0]

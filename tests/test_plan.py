@@ -118,7 +118,7 @@ def test_nothing_is_written(tmp_path):
 
 def test_a_folder_that_holds_another_run_is_refused_as_by_the_run_itself(tmp_path):
     (tmp_path / "logs/run").mkdir(parents=True)
-    (tmp_path / "logs/run/params.txt").write_text("")
+    (tmp_path / "logs/run/job.done").write_text("")
     with pytest.raises(ValueError, match="--name run: logs/run already holds a run"):
         plan.describe(config("", tmp_path))
 

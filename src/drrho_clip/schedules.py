@@ -71,13 +71,11 @@ class Horizon:
     ``total_steps``     what the schedules are laid out for.
     ``end_step``        where this run ends, at most ``total_steps``; earlier with ``stop_epochs``, ``stop_iters``.
     ``cooldown_steps``  the last of ``total_steps`` that const-cooldown spends falling.
-    ``epochs``          epochs that this run enters, the last one perhaps not to its end.
     """
 
     total_steps: int
     end_step: int
     cooldown_steps: int
-    epochs: int
 
 
 def horizon(
@@ -102,4 +100,4 @@ def horizon(
     if stop_iters > 0:
         end = min(end, stop_iters)
     cooldown = min(total, (epochs_cooldown or 0) * steps_per_epoch)
-    return Horizon(total, end, cooldown, math.ceil(end / steps_per_epoch) if end else 0)
+    return Horizon(total, end, cooldown)

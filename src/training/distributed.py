@@ -188,10 +188,7 @@ def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -
         return model
     on_cuda = world.device.type == "cuda"
     if sync_bn:
-        if not on_cuda:
-            raise ValueError(
-                "--use-bn-sync needs GPUs: torch synchronizes no BatchNorm on the CPU; leave the flag out"
-            )
+        check_sync_bn(world)
         from timm.layers import convert_sync_batchnorm  # seconds to import, for a rare flag
 
         model = convert_sync_batchnorm(model)  # unlike torch's it keeps the activation of timm's BatchNormAct
@@ -203,6 +200,14 @@ def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -
         gradient_as_bucket_view=True,
         static_graph=static_graph,
     )
+
+
+def check_sync_bn(world: World) -> None:
+    """ValueError: ``world`` cannot have BatchNorm with statistics over all ranks."""
+    if world.distributed and world.device.type != "cuda":
+        raise ValueError(
+            "--use-bn-sync needs GPUs: torch synchronizes no BatchNorm on the CPU; leave the flag out"
+        )
 
 
 def _find_place(env: Mapping[str, str], config: DistributedConfig) -> _Place:

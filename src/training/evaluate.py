@@ -151,15 +151,19 @@ class Evaluation:
         return precision.resolve(self.config.run.precision, self.world.device)
 
 
-def open_evaluation(built: BuiltModel, config: Config, world: World, log: RunLog) -> Evaluation:
-    """Open what the flags name; ValueError where it is not what it should be, before any training."""
-    sets = {}
-    for name, flag, folder in (
-        ("imagenet", "--imagenet-val", config.evaluation.imagenet_val),
-        ("imagenetv2", "--imagenet-v2", config.evaluation.imagenet_v2),
-    ):
-        if folder:
-            sets[name] = open_set(folder, flag)
+def open_sets(config: Config) -> dict[str, ClassificationSet]:
+    """The sets for zero-shot accuracy that the flags name; ValueError where one is not what it should be."""
+    named = {
+        "imagenet": ("--imagenet-val", config.evaluation.imagenet_val),
+        "imagenetv2": ("--imagenet-v2", config.evaluation.imagenet_v2),
+    }
+    return {name: open_set(folder, flag) for name, (flag, folder) in named.items() if folder}
+
+
+def open_evaluation(
+    built: BuiltModel, config: Config, world: World, log: RunLog, sets: dict[str, ClassificationSet]
+) -> Evaluation:
+    """With ``sets`` from ``open_sets``, and ``--val-data``; ValueError where that is not what it should be."""
     return Evaluation(built, config, world, log, build_val(config, world, built), sets)
 
 

@@ -1,4 +1,4 @@
-"""A run's folder, ``LOGS/NAME/``: which one this run uses, and what is put there at its start.
+"""A run's folder, ``LOGS/NAME/``: which one this run uses, what it goes on from, what is put there at its start.
 
     out.log              the log (``--log-local``: ``out-RANK.log``, one per node)
     params.txt           every flag, ``name: value``, sorted
@@ -11,6 +11,9 @@
 Without ``--name`` the name is made of the time and the main settings. A job that Slurm requeues or torchrun
 restarts would then start another run each time; it is recognized by ``launch.json`` and goes on in the folder
 that it had.
+
+A folder is protected from another run once there is something to lose, a checkpoint or the end. What a command
+left that failed before that, the next one of that name takes over; its log is appended to.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.distributed import World, broadcast_object
+from training.checkpoint import find_latest
+from training.distributed import World, broadcast_object, node_main_first
 from training.params import Config
 
 
@@ -64,12 +68,45 @@ def choose_folder(config: Config, world: World) -> RunFolder:
 
 
 def create_folder(folder: RunFolder, config: Config, world: World) -> None:
-    """Make the folder on rank 0 (``--log-local``: on every node) and fill in what is known at the start."""
-    if world.is_main or (config.run.log_local and world.is_local_main):
-        folder.path.mkdir(parents=True, exist_ok=True)
-    if not world.is_main:
-        return
-    folder.checkpoints.mkdir(exist_ok=True)
+    """Make the folder on rank 0 (``--log-local``: on every node) and fill in what is known at the start.
+
+    All ranks call it together. ValueError on the rank that cannot write there, PeerFailed on the others.
+    """
+    with node_main_first():
+        try:
+            if world.is_main:
+                _fill(folder, config)
+            elif config.run.log_local and world.is_local_main:
+                folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--logs {config.run.logs}: the run's folder cannot be written ({error})") from error
+
+
+def checkpoint_to_resume(config: Config, folder: RunFolder) -> Path | None:
+    """``--resume FILE``, else with ``--resume latest`` or after a restart the furthest one in the run's folder.
+
+    None: the run starts at its beginning. A launcher may restart a job before its first checkpoint; that a user
+    asks for one that is not there is a ValueError. All ranks call it together.
+    """
+    wanted = config.run.resume
+    if wanted is not None and wanted != "latest":
+        if not Path(wanted).is_file():
+            raise ValueError(f"--resume {wanted}: there is no such file, check the path")
+        return Path(wanted)
+    if wanted is None and not folder.restarted:
+        return None
+    latest = find_latest(folder.checkpoints)
+    if latest is None and wanted == "latest":
+        raise ValueError(
+            f"--resume latest: no complete checkpoint in {folder.checkpoints}; check --logs and --name, give a "
+            "file, or leave the flag out to start at the beginning"
+        )
+    return latest
+
+
+def _fill(folder: RunFolder, config: Config) -> None:
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    folder.done.unlink(missing_ok=True)  # of the part before: this one has yet to reach its end
     (folder.path / "params.txt").write_text(
         "".join(f"{name}: {value}\n" for name, value in sorted(config.flags.items()))
     )
@@ -171,8 +208,10 @@ def _find_launched(logs: Path, launchers: Mapping[str, str]) -> Path | None:
 def _free_name(logs: Path, name: str) -> str:
     """``name``, numbered where runs of the same second have it."""
     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-    return next(free for free in names if not _holds_run(logs / free))
+    return next(free for free in names if not (logs / free).exists())
 
 
 def _holds_run(path: Path) -> bool:
-    return any((path / mark).exists() for mark in ("params.txt", "checkpoints", "out.log", "job.done"))
+    """Whether something would be lost; what a start that failed leaves is not worth protecting."""
+    checkpoints = path / "checkpoints"
+    return (path / "job.done").exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from drrho_clip import collectives, losses, schedules
+from drrho_clip import losses, schedules
 from drrho_clip.losses import Loss, fastclip, individual
 from drrho_clip.losses.compositional import Kernels
 from drrho_clip.losses.distillation import Distillation
@@ -16,17 +16,8 @@ from training.task import Selection
 
 
 def build_loss(config: Config, device: torch.device) -> Loss:
-    """The loss that ``config.loss`` names; losses with sample state carry it as ``state``.
-
-    ValueError: a global batch in which a compositional loss has no negatives.
-    """
+    """The loss that ``config.loss`` names; losses with sample state carry it as ``state``."""
     spec, c = losses.get(config.loss.name), config.loss
-    ranks = collectives.world_size()
-    if spec.sample_state and config.run.batch_size * ranks < 2:
-        raise ValueError(
-            f"--batch-size {config.run.batch_size} on {ranks} rank: {spec.name} compares a sample with the others "
-            "of its global batch, which needs at least 2"
-        )
     gather = {"local_loss": c.local_loss, "gather_with_grad": c.gather_with_grad}
     if spec.name in ("fastclip", "fastclip_individual"):
         return spec.build(**_fastclip_settings(config, device))

@@ -90,6 +90,18 @@ def _group_of(name: str, parameter: Tensor) -> str:
     return "no_decay" if spared else "decay"
 
 
+def horizon(schedule: ScheduleConfig, steps_per_epoch: int) -> schedules.Horizon:
+    """The length of the run that ``schedule`` describes."""
+    return schedules.horizon(
+        steps_per_epoch,
+        epochs=schedule.epochs,
+        iters=schedule.iters,
+        stop_epochs=schedule.stop_epochs,
+        stop_iters=schedule.stop_iters,
+        epochs_cooldown=schedule.epochs_cooldown,
+    )
+
+
 class LearningRates:
     """Sets the rate of every group before each step.
 

@@ -18,9 +18,10 @@ from typing import Any
 import open_clip
 import torch
 
-from drrho_clip import schedules
-from training import data, folder, objective, pretrained
+from drrho_clip.schedules import Horizon
+from training import data, folder, objective, preflight, pretrained
 from training.distributed import World
+from training.optimizer import horizon
 from training.params import Config
 
 
@@ -45,6 +46,8 @@ def describe(config: Config, world_size: int | None = None) -> str:
     ranks = launched_ranks(config, os.environ) if world_size is None else world_size
     sections = [*_models(config)]
     if config.trains:
+        preflight.check_batch(config, ranks)
+        preflight.check_teachers(config)
         sections = [("loss", _loss(config)), *sections, *_training(config, ranks)]
     sections += [*_evaluation(config), *_files(config)]
     width = max(len(name) for name, _ in sections) + 2
@@ -103,27 +106,19 @@ def _model(name: str, parameters: int | None, weights: str) -> str:
 
 
 def _training(config: Config, ranks: int) -> Iterator[tuple[str, str]]:
-    run, schedule = config.run, config.schedule
+    run = config.run
     steps = data.steps_per_epoch(config, ranks)
     yield "data", f"{config.data.dataset_type} {config.data.train_data or ''}".rstrip()
     per_rank = f"{run.batch_size}" + (f" in {run.accum_freq} micro-batches" if run.accum_freq > 1 else "")
     yield "global batch", f"{run.batch_size * ranks:,} samples: {_count(ranks, 'rank')} with {per_rank} each"
     yield "epoch", f"{data.samples_per_epoch(config):,} samples in {_count(steps, 'step')}"
-    length = schedules.horizon(
-        steps,
-        epochs=schedule.epochs,
-        iters=schedule.iters,
-        stop_epochs=schedule.stop_epochs,
-        stop_iters=schedule.stop_iters,
-        epochs_cooldown=schedule.epochs_cooldown,
-    )
-    yield "steps", _steps(config, length)
+    yield "steps", _steps(config, horizon(config.schedule, steps))
     state = state_size(config, ranks)
     what = f"{state.rows:,} rows of {state.columns} numbers, {state.bytes_per_rank / 1e6:,.3g} MB per rank"
     yield "sample state", what if state.columns else "none"
 
 
-def _steps(config: Config, length: schedules.Horizon) -> str:
+def _steps(config: Config, length: Horizon) -> str:
     warmup = config.schedule.warmup
     parts = [f"{length.total_steps:,} in {_count(config.schedule.epochs, 'epoch')}"]
     if config.schedule.iters > 0:
@@ -156,8 +151,9 @@ def _files(config: Config) -> Iterator[tuple[str, str]]:
     if "tensorboard" in config.run.report_to:
         names.append("tensorboard/")
     yield "files", ", ".join(names)
-    if config.run.resume:
-        yield "resumes", config.run.resume
+    resumes = folder.checkpoint_to_resume(config, chosen)
+    if resumes:
+        yield "resumes", str(resumes)
 
 
 def _count(number: int, noun: str) -> str:

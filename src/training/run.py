@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from drrho_clip.reference import Reference
-from drrho_clip.schedules import horizon
-from training import checkpoint, data, distributed, models, objective, precision
+from training import checkpoint, data, distributed, models, objective, precision, preflight
+from training.classification import ClassificationSet
 from training.data_wait import DataWait
 from training.distributed import World
-from training.evaluate import Evaluation, open_evaluation
-from training.folder import RunFolder, choose_folder
+from training.evaluate import Evaluation, open_evaluation, open_sets
+from training.folder import RunFolder, checkpoint_to_resume, choose_folder
 from training.logger import RunLog, open_run
-from training.optimizer import LearningRates, create_optimizer
+from training.optimizer import LearningRates, create_optimizer, horizon
 from training.params import Config
 from training.profiling import open_profiler
 from training.remote_sync import remote_sync
@@ -24,32 +25,50 @@ from training.task import Task
 from training.train import Trainer
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with, checked before anything is built or written.
+
+    ``sets``: what zero-shot accuracy is measured on. ``checkpoint``: where it goes on; None at its beginning.
+    """
+
+    config: Config
+    world: World
+    folder: RunFolder
+    sets: dict[str, ClassificationSet]
+    checkpoint: Path | None
+
+
 def launch(config: Config) -> None:
     """Join the other ranks and do what ``config`` asks for. ValueError: what the user can mend."""
     world = distributed.start(config.distributed)
+    preflight.check(config, world)
     folder = choose_folder(config, world)
+    start = Start(config, world, folder, open_sets(config), checkpoint_to_resume(config, folder))
     with open_run(config, world, folder) as log, remote_sync(config.run, folder.path):
+        if folder.restarted and start.checkpoint is None:
+            log.info("restarted before the first checkpoint: starts at the beginning")
         _set_numerics(config, world, log)
-        (train if config.trains else evaluate)(config, world, folder, log)
+        (train if config.trains else evaluate)(start, log)
         log.done()
 
 
-def evaluate(config: Config, world: World, folder: RunFolder, log: RunLog) -> None:
+def evaluate(start: Start, log: RunLog) -> None:
     """Evaluate the model, as built or as ``--resume`` has it, without training."""
-    target = models.build_target(config, world)
-    evaluation = open_evaluation(target, config, world, log)
-    state = checkpoint.RunState(name=folder.name, model=target.module)
-    path = _checkpoint_to_resume(config, folder)
-    if path is not None:
-        checkpoint.resume(path, state, steps_per_epoch=0, global_batch=0)
+    target = models.build_target(start.config, start.world)
+    evaluation = open_evaluation(target, start.config, start.world, log, start.sets)
+    state = checkpoint.RunState(name=start.folder.name, model=target.module)
+    if start.checkpoint is not None:
+        checkpoint.resume(start.checkpoint, state, steps_per_epoch=0, global_batch=0)
     evaluation(target.module, state.epoch, final=True)
 
 
-def train(config: Config, world: World, folder: RunFolder, log: RunLog) -> None:
+def train(start: Start, log: RunLog) -> None:
     """Train epoch by epoch, from the beginning or from a checkpoint."""
+    config, world, folder = start.config, start.world, start.folder
     target = models.build_target(config, world)
     reference = models.build_reference(config, world)
-    evaluation = open_evaluation(target, config, world, log)
+    evaluation = open_evaluation(target, config, world, log, start.sets)
     train_data = data.build_train(config, world, target, reference)
     task = _build_task(config, world, target, reference)
     trainer = _build_trainer(config, world, folder, log, task, train_data)
@@ -60,7 +79,8 @@ def train(config: Config, world: World, folder: RunFolder, log: RunLog) -> None:
         scaler=trainer.stepper.scaler,
         sample_state=task.loss.state,
     )
-    _resume(config, folder, state, trainer)
+    if start.checkpoint is not None:
+        _resume(start.checkpoint, config, state, trainer)
     log.watch(task.bare)
     _train_epochs(config, folder, log, trainer, state, evaluation)
 
@@ -114,15 +134,7 @@ def _build_task(
 def _build_trainer(
     config: Config, world: World, folder: RunFolder, log: RunLog, task: Task, train_data: data.TrainData
 ) -> Trainer:
-    schedule = config.schedule
-    length = horizon(
-        train_data.steps_per_epoch,
-        epochs=schedule.epochs,
-        iters=schedule.iters,
-        stop_epochs=schedule.stop_epochs,
-        stop_iters=schedule.stop_iters,
-        epochs_cooldown=schedule.epochs_cooldown,
-    )
+    length = horizon(config.schedule, train_data.steps_per_epoch)
     optimizer = create_optimizer(task.bare, config.optim, world.device)
     stepper = Stepper(
         task,
@@ -134,7 +146,7 @@ def _build_trainer(
     )
     return Trainer(
         stepper,
-        LearningRates(optimizer, config.optim, schedule, length.total_steps, length.cooldown_steps),
+        LearningRates(optimizer, config.optim, config.schedule, length.total_steps, length.cooldown_steps),
         train_data,
         length,
         world,
@@ -145,20 +157,7 @@ def _build_trainer(
     )
 
 
-def _checkpoint_to_resume(config: Config, folder: RunFolder) -> Path | None:
-    """``--resume FILE``, else with ``--resume latest`` or after a restart the furthest one in the run's folder."""
-    wanted = config.run.resume
-    if wanted is not None and wanted != "latest":
-        return Path(wanted)
-    if wanted == "latest" or folder.restarted:
-        return checkpoint.find_latest(folder.checkpoints)
-    return None
-
-
-def _resume(config: Config, folder: RunFolder, state: checkpoint.RunState, trainer: Trainer) -> None:
-    path = _checkpoint_to_resume(config, folder)
-    if path is None:
-        return
+def _resume(path: Path, config: Config, state: checkpoint.RunState, trainer: Trainer) -> None:
     per_epoch = trainer.data.steps_per_epoch
     global_batch = config.run.batch_size * trainer.world.world_size
     checkpoint.resume(

@@ -1,0 +1,54 @@
+"""What a run is refused for once its ranks are known, before anything is built or written.
+
+The parser has said what the flags alone tell; here they meet the number of ranks, the device and the files.
+"""
+
+from __future__ import annotations
+
+from drrho_clip import losses
+from training import distributed, pretrained
+from training.distributed import World
+from training.params import Config
+from training.webdata import expand_shards
+
+
+def check(config: Config, world: World) -> None:
+    """ValueError: the first thing that is wrong."""
+    if config.trains:
+        check_batch(config, world.world_size)
+        check_teachers(config)
+        if config.model.use_bn_sync:
+            distributed.check_sync_bn(world)
+        if config.data.dataset_type == "webdataset":
+            expand_shards(config.data.train_data)
+    if config.evaluation.val_dataset_type == "webdataset":
+        expand_shards(config.evaluation.val_data, "--val-data")
+
+
+def check_batch(config: Config, ranks: int) -> None:
+    """ValueError: a global batch in which a compositional loss has no negatives."""
+    spec = losses.get(config.loss.name)
+    if spec.sample_state and config.run.batch_size * ranks < 2:
+        raise ValueError(
+            f"--batch-size {config.run.batch_size} on {ranks} rank: {spec.name} compares a sample with the others "
+            "of its global batch, which needs at least 2"
+        )
+
+
+def check_teachers(config: Config) -> None:
+    """ValueError: the teachers' widths do not add up to the reference's.
+
+    A reference whose config would have to be downloaded first is left to the loss.
+    """
+    reference, widths = config.reference, config.loss.distill_teacher_dimension
+    if "distill" not in reference.usage or config.loss.name == "distill" or widths == (-1,):
+        return
+    name = pretrained.open_clip_name(reference.ref_model, "--ref_model")
+    if ":" in name:  # hf-hub: and the like
+        return
+    width = pretrained.architecture(name, f"--ref_model {reference.ref_model}")["embed_dim"]
+    if sum(widths) != width:
+        raise ValueError(
+            f"--distill_teacher_dimension {' '.join(map(str, widths))}: these widths add up to {sum(widths)}, but "
+            f"the embeddings of --ref_model {reference.ref_model} are {width} wide"
+        )

@@ -1,0 +1,53 @@
+"""What is refused once the ranks are known."""
+
+import pytest
+import torch
+
+import tiny_models
+from commands import REFERENCE, config
+from training import preflight
+from training.distributed import World
+
+SYNTHETIC = "--dataset-type synthetic --train-num-samples 8"
+FASTCLIP = f"{SYNTHETIC} --data_size 8 --fastclip"
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def check(line: str, ranks: int = 1, device: torch.device = CPU) -> None:
+    preflight.check(config(line), World(0, 0, ranks, ranks, device))
+
+
+def test_a_batch_without_negatives():
+    with pytest.raises(ValueError, match=r"--batch-size 1 on 1 rank: fastclip .* at least 2"):
+        check(f"{FASTCLIP} --batch-size 1")
+    check(f"{FASTCLIP} --batch-size 1", ranks=2)
+    check(f"{SYNTHETIC} --batch-size 1 --siglip")
+
+
+def test_sync_bn_without_gpus():
+    line = f"{FASTCLIP} --batch-size 2 --use-bn-sync"
+    with pytest.raises(ValueError, match="--use-bn-sync needs GPUs"):
+        check(line, ranks=2)
+    check(line, ranks=1)
+    check(line, ranks=2, device=GPU)
+
+
+@pytest.mark.parametrize("usage", ["distill", "ref,distill"])
+def test_teachers_whose_widths_do_not_add_up(tmp_path, usage):
+    (tmp_path / "weights.pt").write_text("")
+    own = f"--ref_model {tiny_models.path('tiny-vit-reference', tmp_path)}"
+    own += f" --ref_model_checkpoint {tmp_path}/weights.pt"
+    for reference, right in ((own, "8 16"), (REFERENCE, "256 256")):
+        line = f"{FASTCLIP} --batch-size 2 {reference} --ref_features_usage {usage}"
+        check(f"{line} --distill_teacher_dimension {right}")
+        check(line)
+        with pytest.raises(ValueError, match=r"dimension 8 8: .*add up to 16, .* --ref_model .* are \d+ wide"):
+            check(f"{line} --distill_teacher_dimension 8 8")
+
+
+def test_shards_that_are_not_there(tmp_path):
+    train = f"--train-data {tmp_path}/{{0..3}}.tar --train-num-samples 8"
+    with pytest.raises(ValueError, match=rf"--train-data .*{tmp_path}/0\.tar first"):
+        check(train)
+    with pytest.raises(ValueError, match=rf"--val-data .*{tmp_path}/5\.tar first"):
+        check(f"--epochs 0 --val-data {tmp_path}/{{5..7}}.tar")
