@@ -125,4 +125,4 @@ def test_picture_shows_right_near_and_wrong(demo, tmp_path: Path) -> None:
     drawing.draw(tmp_path / "a" / "report.png", demo["report"].TITLES, runs, features, tests, chance)
     image = Image.open(tmp_path / "a" / "report.png")
     assert image.width > 1000 and len(image.convert("RGB").getcolors(2**24)) > 50
-    assert math.isclose(image.width / image.height, 19 / 13, rel_tol=0.01)
+    assert math.isclose(image.width / image.height, 19 / 14, rel_tol=0.01)

@@ -34,7 +34,8 @@ def draw(
     chance: dict[str, float],
 ) -> None:
     """``titles``: run → its name; ``curves``: run → its evaluations; ``features``: of the runs to compare."""
-    figure = plt.figure(figsize=(19, 13), layout="constrained")
+    figure = plt.figure(figsize=(19, 14), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2.6), wspace=0.03)
     _draw_curves(left, titles, curves, chance)
     _draw_grid(right, titles, features, tests)
@@ -62,14 +63,14 @@ def _draw_grid(figure: SubFigure, titles: dict, features: dict[str, Features], t
     chosen = sorted(random.Random(0).sample(range(len(tests.names)), rows * columns))
     answers = {run: (f.image[chosen] @ f.text.T).topk(5).indices for run, f in features.items()}
     figure.suptitle(
-        f"Pictures drawn at random from the {len(tests.names):,}, and each model's first caption:  "
-        "✓ right   ○ right one among its first five   ✗ wrong",
+        f"{len(chosen)} test pictures drawn at random, each model's first caption:   "
+        "✓ right   ○ right among its first five   ✗ wrong   († a name not in training)",
         fontsize=12,
     )
     for place, (axes, picture) in enumerate(zip(figure.subplots(rows, columns).flat, chosen)):
         axes.imshow(tests.pictures[picture], interpolation="lanczos")
         axes.axis("off")
-        unseen = " (name never seen)" if tests.held_out[picture] else ""
+        unseen = " †" if tests.held_out[picture] else ""
         axes.set_title(_shorten(tests.names[picture]) + unseen, fontsize=10, fontweight="bold")
         for line, run in enumerate(features):
             best = answers[run][place]
