@@ -31,7 +31,7 @@ number() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.a
 
 # train NAME SET FLAGS...: one run of the trainer, unless it is there: done, with these flags and on these shards.
 train() {
-  local name=$1 set=$2 folder=$logs/$1 shards pictures rows flags made_by start
+  local name=$1 set=$2 folder=$logs/$1 shards pictures rows flags inputs made_by start
   shift 2
   shards=$(number "$set" shards) pictures=$(number "$set" pictures) rows=$(number "$set" samples)
   flags=(
@@ -43,7 +43,9 @@ train() {
     --val-frequency 6 --zeroshot-frequency 6 --save-frequency 0 --log-every-n-steps 1000
     --logs "$logs" --name "$name" "$@"
   )
-  made_by=$(printf '%s\n' "${flags[@]}" && cat "$sets"/*/set.json)
+  inputs=("$sets"/*/set.json)
+  if [[ " $* " == *" --ref_model_checkpoint "* ]]; then inputs+=("$logs/reference/made_by"); fi
+  made_by=$(printf '%s\n' "${flags[@]}" && cat "${inputs[@]}")
   if [ -e "$folder/job.done" ] && [ "$(cat "$folder/made_by" 2>/dev/null)" = "$made_by" ]; then
     echo "$folder: there already, trained in $(cat "$folder/seconds") s"
     return

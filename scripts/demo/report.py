@@ -122,6 +122,7 @@ def table(results: dict, tests: TestSet) -> str:
         f"Always answering with the largest subcategory would score {100 * largest['all']:.1f} / "
         f"{100 * largest['without_flags']:.1f}.",
         f"Unseen names: the {int(tests.held_out.sum())} pictures whose names no training set has.",
+        f"Trained: {sum(row['seconds'] for row in results['rows'].values())} s for all four.",
     ]
     return "\n".join([*lines, *notes]) + "\n"
 
