@@ -305,21 +305,22 @@ def test_collectives_and_their_bytes(name):
 
 @pytest.mark.parametrize("scales", [False, True], ids=["shared", "individual"])
 def test_kernels_compile_without_a_graph_break(scales):
-    x, y, groups = unit(12, 16, 0), unit(12, 16, 1), torch.arange(12)
-    row, column = (torch.rand(12) + 1, torch.rand(12) + 1) if scales else (None, None)
+    embeddings = [(unit(12, 16, s), unit(12, 24, s + 1)) for s in (0, 2)]
+    groups = torch.arange(12)
+    scale = (torch.rand(12) + 1, torch.rand(12) + 1) if scales else (torch.tensor(3.0),) * 2
+    block = compositional.Block(*embeddings, groups, groups, *scale)
     options = {"columns": True, "budget": Budget(4 * 12 * 5, 0)}
     statistics = torch.compile(compositional.pair_statistics, fullgraph=True, backend="aot_eager")
     gradient = torch.compile(compositional.pair_gradient, fullgraph=True, backend="aot_eager")
-    block = (x, y, groups, groups, row, column)
-    eager = compositional.pair_statistics(*block, moments=True, **options)
-    compiled = statistics(*block, moments=True, **options)
+    eager = compositional.pair_statistics(block, moments=True, **options)
+    compiled = statistics(block, moments=True, **options)
     for ours, theirs in zip(compiled[:2], eager[:2], strict=True):
         torch.testing.assert_close(ours.lse, theirs.lse)
         torch.testing.assert_close(ours.mean, theirs.mean)
     shift = (eager[0].lse, eager[1].lse)
     torch.testing.assert_close(
-        gradient(*block, *shift, width=10, kept=None, **options),
-        compositional.pair_gradient(*block, *shift, width=10, kept=None, **options),
+        gradient(block, *shift, kept=None, **options),
+        compositional.pair_gradient(block, *shift, kept=None, **options),
     )
 
 

@@ -1,18 +1,16 @@
 """The finite-sum coupled compositional (FCCO) core: inner estimates, their moving average, the gradient.
 
-Notation of ``docs/objective.md``. With target and reference embeddings joined as
+Notation of ``docs/objective.md``. Both margins are differences of one matrix of pairs, q = s - r:
 
-    x_i = [image_i, -ref_image_i]        y_j = [text_j, ref_text_j]        q_ij = <x_i, y_j> = s_ij - r_ij
-
-both margins are differences of one matrix: a_ij = q_ij - q_ii for image anchors and c_ij = q_ji - q_ii for text
-anchors. DRRho-CLIP is therefore FastCLIP on joined embeddings; the reference's half gets no gradient.
+    q_ij = <image_i, text_j> - <ref_image_i, ref_text_j>        a_ij = q_ij - q_ii        c_ij = q_ji - q_ii
 
 ``q`` is never stored as a whole. Two passes over row tiles suffice: the first takes the log-sum-exp of rows and
 columns, which gives log g and, averaged over visits, log u; the second gives
 
     dF/dS_ij  ~  W1_ij + W2_ji,    W1_ij = exp(a_ij / tau_i) / u1_i,    W2_ji = exp(c_ji / tau_j) / u2_j.
 
-Where all tiles fit ``keep_bytes`` the first pass keeps them and the second does not multiply again.
+That is six products of tiles with embeddings (two for q in each pass, two for the gradients), four without a
+reference. Where all tiles fit ``keep_bytes`` the first pass keeps them and the second does not multiply again.
 
 One process sees each pair once and takes rows and columns from the same tile. A rank of many owns ``b`` rows and
 ``b`` columns; it visits its rows, then its columns as the rows of the transposed problem. Everything is float32,
@@ -27,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from drrho_clip import collectives
 from drrho_clip.losses.registry import LossInputs
@@ -44,10 +43,51 @@ class Budget:
 
     @classmethod
     def default(cls, device: torch.device) -> Budget:
-        """A tile that a CPU's caches hold; on a GPU one large enough to fill it."""
+        """A tile that a CPU's caches hold; on a GPU one large enough to fill it (docs/benchmarks.md)."""
         if device.type == "cpu":
-            return cls(tile_bytes=2 << 20, keep_bytes=64 << 20)
+            return cls(tile_bytes=4 << 20, keep_bytes=16 << 20)
         return cls(tile_bytes=128 << 20, keep_bytes=512 << 20)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The pairs of ``n`` anchors, the rows, with ``m`` samples of the other modality.
+
+    ``rows``, ``columns``              the target's embeddings [n, d] and [m, d], then the reference's, if any.
+    ``row_groups``, ``column_groups``  ``duplicate_groups`` of the samples, [n] and [m].
+    ``row_scale``, ``column_scale``    1/tau: 0-d and the same where one temperature is shared, else [n] and [m].
+    """
+
+    rows: tuple[Tensor, ...]
+    columns: tuple[Tensor, ...]
+    row_groups: Tensor
+    column_groups: Tensor
+    row_scale: Tensor
+    column_scale: Tensor
+
+    @property
+    def shared(self) -> bool:
+        """Whether the pairs' exponents are the same seen from the row and from the column."""
+        return self.row_scale.ndim == 0
+
+    def pairs(self, tile: slice, out: Tensor) -> Tensor:
+        """``q`` of the rows ``tile`` in ``out`` [t, m], scaled where the temperature is shared.
+
+        A sample's pairs with itself and with its copies are excluded.
+        """
+        target, *reference = [r[tile] * self.row_scale if self.shared else r[tile] for r in self.rows]
+        torch.mm(target, self.columns[0].T, out=out)
+        for rows, columns in zip(reference, self.columns[1:], strict=True):
+            out.addmm_(rows, columns.T, alpha=-1)
+        return out.masked_fill_(self.row_groups[tile, None] == self.column_groups, _EXCLUDED)
+
+    def row_exponents(self, tile: slice, q: Tensor, out: Tensor) -> Tensor:
+        """``q / tau`` of the rows' temperatures; ``q`` itself where it is scaled already."""
+        return q if self.shared else torch.mul(q, self.row_scale[tile, None], out=out)
+
+    def column_exponents(self, q: Tensor, out: Tensor) -> Tensor:
+        """``q / tau`` of the columns' temperatures."""
+        return q if self.shared else torch.mul(q, self.column_scale, out=out)
 
 
 @dataclass(frozen=True)
@@ -93,65 +133,35 @@ def _tiles(rows: int, columns: int, budget: Budget) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _fits(rows: int, columns: int, budget: Budget) -> bool:
-    return 4 * rows * columns <= budget.keep_bytes
-
-
-def _margins(x: Tensor, y: Tensor, groups_x: Tensor, groups_y: Tensor, out: Tensor) -> Tensor:
-    """q of a tile, with a sample's pairs with itself and with its copies excluded."""
-    torch.mm(x, y.T, out=out)
-    return out.masked_fill_(groups_x[:, None] == groups_y, _EXCLUDED)
-
-
-def _scaled(q: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
-    return q if scale is None else torch.mul(q, scale, out=out)
-
-
 def pair_statistics(
-    x: Tensor,
-    y: Tensor,
-    groups_x: Tensor,
-    groups_y: Tensor,
-    row_scale: Tensor | None,
-    column_scale: Tensor | None,
-    *,
-    columns: bool,
-    moments: bool,
-    budget: Budget,
+    block: Block, *, columns: bool, moments: bool, budget: Budget
 ) -> tuple[Anchors, Anchors | None, Tensor | None]:
-    """First pass. ``x`` [n, D], ``y`` [m, D], ``groups_*`` from ``duplicate_groups``, [n] and [m].
-
-    Exponents are ``q_ij * row_scale_i`` for the rows and ``q_ij * column_scale_j`` for the columns; a scale of
-    None stands for 1, where the caller has scaled ``x``. Returns the rows' statistics, the columns' where
-    ``columns`` is set, and ``q`` [n, m] where it fits ``budget.keep_bytes``.
-    """
-    n, m = len(x), len(y)
+    """First pass: the rows' statistics, the columns' where ``columns`` is set, and the pairs [n, m] where they fit
+    ``budget.keep_bytes``. Without ``moments`` the means stay zero."""
+    x, n, m = block.rows[0], len(block.rows[0]), len(block.columns[0])
     tiles = _tiles(n, m, budget)
-    kept = x.new_empty(n, m) if _fits(n, m, budget) else None
-    margins = None if kept is not None else x.new_empty(tiles[0].stop, m)
-    work, scratch = x.new_empty(tiles[0].stop, m), None
-    if row_scale is not None:
-        scratch = torch.empty_like(work)
+    kept = x.new_empty(n, m) if 4 * n * m <= budget.keep_bytes else None
+    buffer = None if kept is not None else x.new_empty(tiles[0].stop, m)
+    work = x.new_empty(tiles[0].stop, m)
+    scaled = work if block.shared else torch.empty_like(work)
     row_lse, row_mean = [], []
     peak = x.new_full((m,), -torch.inf)
     total, weighted = x.new_zeros(m), x.new_zeros(m)
     for tile in tiles:
         height = tile.stop - tile.start
-        out = kept[tile] if kept is not None else margins[:height]
-        q = _margins(x[tile], y, groups_x[tile], groups_y, out)
-        part, spare = work[:height], scratch if scratch is None else scratch[:height]
+        q = block.pairs(tile, kept[tile] if kept is not None else buffer[:height])
 
-        e = _scaled(q, None if row_scale is None else row_scale[tile, None], spare)
+        e = block.row_exponents(tile, q, scaled[:height])
         top = e.amax(1)
-        p = torch.sub(e, top[:, None], out=part).exp_()
+        p = torch.sub(e, top[:, None], out=work[:height]).exp_()
         s = p.sum(1)
         row_lse.append(top + s.log())
         row_mean.append(torch.einsum("ij,ij->i", p, e) / s if moments else torch.zeros_like(s))
 
         if columns:
-            e = _scaled(q, column_scale, spare)
+            e = block.column_exponents(q, scaled[:height])
             top = torch.maximum(peak, e.amax(0))
-            p = torch.sub(e, top, out=part).exp_()
+            p = torch.sub(e, top, out=work[:height]).exp_()
             fade = (peak - top).exp()
             total = total * fade + p.sum(0)
             if moments:
@@ -162,47 +172,31 @@ def pair_statistics(
 
 
 def pair_gradient(
-    x: Tensor,
-    y: Tensor,
-    groups_x: Tensor,
-    groups_y: Tensor,
-    row_scale: Tensor | None,
-    column_scale: Tensor | None,
-    row_shift: Tensor,
-    column_shift: Tensor,
-    *,
-    width: int,
-    columns: bool,
-    kept: Tensor | None,
-    budget: Budget,
+    block: Block, row_shift: Tensor, column_shift: Tensor, *, columns: bool, kept: Tensor | None, budget: Budget
 ) -> tuple[Tensor, Tensor | None]:
-    """Second pass: ``G y[:, :width]`` [n, width] and, where ``columns`` is set, ``G^T x[:, :width]`` [m, width].
+    """Second pass: ``G columns`` [n, d] of the target's embeddings, and ``G^T rows`` [m, d] where ``columns``
+    is set.
 
-    ``G_ij = exp(q_ij row_scale_i - row_shift_i) + exp(q_ij column_scale_j - column_shift_j)``, zero for pairs of
-    a sample with itself. ``kept`` is ``q`` of the first pass, or None: then it is multiplied again.
+    ``G_ij = exp(q_ij / tau_i - row_shift_i) + exp(q_ij / tau_j - column_shift_j)``, zero for a sample with itself.
+    ``kept``: the pairs that the first pass kept, or None: then they are multiplied again.
     """
-    n, m = len(x), len(y)
-    tiles = _tiles(n, m, budget)
+    x, y = block.rows[0], block.columns[0]
+    tiles = _tiles(len(x), len(y), budget)
     height = tiles[0].stop
-    margins = None if kept is not None else x.new_empty(height, m)
-    left, right = x.new_empty(height, m), x.new_empty(height, m)
-    grad_x = x.new_empty(n, width)
-    grad_y = x.new_zeros(m, width) if columns else None
+    buffer = None if kept is not None else x.new_empty(height, len(y))
+    left, right = x.new_empty(height, len(y)), x.new_empty(height, len(y))
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_y = torch.zeros_like(y, memory_format=torch.contiguous_format) if columns else None
     for tile in tiles:
         height = tile.stop - tile.start
-        if kept is not None:
-            q = kept[tile]
-        else:
-            q = _margins(x[tile], y, groups_x[tile], groups_y, margins[:height])
+        q = kept[tile] if kept is not None else block.pairs(tile, buffer[:height])
         g, h = left[:height], right[:height]
-        e = _scaled(q, None if row_scale is None else row_scale[tile, None], g)
-        torch.sub(e, row_shift[tile, None], out=g).exp_()
-        e = _scaled(q, column_scale, h)
-        torch.sub(e, column_shift, out=h).exp_()
+        torch.sub(block.row_exponents(tile, q, g), row_shift[tile, None], out=g).exp_()
+        torch.sub(block.column_exponents(q, h), column_shift, out=h).exp_()
         g.add_(h)
-        torch.mm(g, y[:, :width], out=grad_x[tile])
+        torch.mm(g, y, out=grad_x[tile])
         if grad_y is not None:
-            grad_y.addmm_(g.T, x[tile, :width])
+            grad_y.addmm_(g.T, x[tile])
     return grad_x, grad_y
 
 
@@ -226,7 +220,8 @@ class Solution:
 
     ``log_u``       [B, 2], after the update, duplicates merged; equal on all ranks.
     ``pull``        [b, 2], sum_j W_ij m_ij / (tau_i (B - 1)) of this rank's anchors; zeros without ``moments``.
-    ``grad_image``  [b, d], this rank's rows of dF/dImage for W weighted by ``weight``; ``grad_text`` the same.
+    ``grad_image``  [b, d], ``grad_text`` [b, d]: this rank's rows of the gradient of F with ``weight`` 1 or 1/tau,
+                    times K, since DDP averages what the ranks hold parts of.
     """
 
     log_u: Tensor
@@ -256,40 +251,33 @@ def solve(
 
     Two collectives: the embeddings, then the 2B values of log u. Call it without gradients, in ``exact_float32``.
     """
-    image, text = inputs.image.detach().float(), inputs.text.detach().float()
-    width = image.shape[1]
-    x, y = image, text
+    images, texts = [inputs.image.detach().float()], [inputs.text.detach().float()]
     if inputs.ref_image is not None:
-        x = torch.cat([image, -inputs.ref_image.float()], 1)
-        y = torch.cat([text, inputs.ref_text.float()], 1)
-    k, b = collectives.world_size(), len(x)
+        images.append(inputs.ref_image.float())
+        texts.append(inputs.ref_text.float())
+    k, b = collectives.world_size(), len(images[0])
     batch = k * b
     own = slice(collectives.rank() * b, (collectives.rank() + 1) * b)
-    if k == 1:
-        all_x, all_y = x, y
-    else:
-        all_x, all_y = collectives.all_gather(torch.cat([x, y], 1)).chunk(2, dim=1)
-    diagonal = torch.einsum("ij,ij->i", all_x, all_y)
+    all_images, all_texts = _gather(images, texts)
+    diagonal, *reference = [torch.einsum("ij,ij->i", x, y) for x, y in zip(all_images, all_texts, strict=True)]
+    for r in reference:
+        diagonal = diagonal - r
     groups = duplicate_groups(index)
-
-    # A shared temperature scales x once instead of every pair; the text gradient is divided by it at the end.
-    shared = inverse_tau.ndim == 0
-    if shared:
-        all_x = all_x * inverse_tau
-        row_scales = column_scales = (None, None)
+    if inverse_tau.ndim == 0:
+        own_scales = all_scales = (inverse_tau, inverse_tau)
         exponent = (diagonal * inverse_tau)[:, None].expand(-1, 2)
     else:
-        row_scales, column_scales = inverse_tau[own].unbind(1), inverse_tau.unbind(1)
+        own_scales, all_scales = inverse_tau[own].unbind(1), inverse_tau.unbind(1)
         exponent = diagonal[:, None] * inverse_tau
-    own_x = all_x[own]
 
-    options = {"columns": k == 1, "budget": kernels.budget or Budget.default(x.device)}
     # Rows of the first block are image anchors; of the second, which one process does not need, text anchors.
-    blocks = [(own_x, all_y, groups[own], groups, row_scales[0], column_scales[1])]
+    g = groups.int()
+    blocks = [Block(tuple(images), tuple(all_texts), g[own], g, own_scales[0], all_scales[1])]
     if k > 1:
-        blocks.append((y, all_x, groups[own], groups, row_scales[1], column_scales[0]))
+        blocks.append(Block(tuple(texts), tuple(all_images), g[own], g, own_scales[1], all_scales[0]))
+    options = {"columns": k == 1, "budget": kernels.budget or Budget.default(diagonal.device)}
 
-    first = [kernels.statistics(*block, moments=moments, **options) for block in blocks]
+    first = [kernels.statistics(block, moments=moments, **options) for block in blocks]
     image_anchors, text_anchors = first[0][:2] if k == 1 else (first[0][0], first[1][0])
     lse = torch.stack([image_anchors.lse, text_anchors.lse], 1)
     mean = torch.stack([image_anchors.mean, text_anchors.mean], 1)
@@ -300,35 +288,46 @@ def solve(
     shift = exponent + log_u - log_weight
 
     second = [
-        kernels.gradient(*block, shift[own, i], shift[:, 1 - i], width=width, kept=first[i][2], **options)
+        kernels.gradient(block, shift[own, i], shift[:, 1 - i], kept=first[i][2], **options)
         for i, block in enumerate(blocks)
     ]
     grad_image, grad_text = second[0] if k == 1 else (second[0][0], second[1][0])
-    if shared:
-        grad_text = grad_text / inverse_tau
-
     # The diagonal: every margin contains -q_ii.
     centre = (lse - shift[own]).exp().sum(1, keepdim=True)
-    factor = 1.0 / (2 * batch * (batch - 1))
+    factor = k / (2 * batch * (batch - 1))
     return Solution(
         log_u=log_u,
         pull=(log_g - log_u[own]).exp() * (mean - exponent[own]),
-        grad_image=grad_image.sub_(centre * text).mul_(factor),
-        grad_text=grad_text.sub_(centre * image).mul_(factor),
+        grad_image=grad_image.addcmul_(centre, texts[0], value=-1).mul_(factor),
+        grad_text=grad_text.addcmul_(centre, images[0], value=-1).mul_(factor),
     )
 
 
+def _gather(images: list[Tensor], texts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """All ranks' embeddings, in one collective."""
+    if collectives.world_size() == 1:
+        return images, texts
+    parts = [*images, *texts]
+    gathered = collectives.all_gather(torch.cat(parts, 1)).split([part.shape[1] for part in parts], 1)
+    return list(gathered[: len(images)]), list(gathered[len(images) :])
+
+
 class AttachGradient(torch.autograd.Function):
-    """A value whose gradients are known: forward returns it, backward hands each input its own, times grad."""
+    """A value whose gradients are known: forward returns it, backward hands each input its own, times grad.
+
+    The gradients are scaled in place and given away, so backward runs once.
+    """
 
     @staticmethod
     def forward(ctx, value: Tensor, *inputs_and_grads: Tensor) -> Tensor:
         n = len(inputs_and_grads) // 2
-        ctx.save_for_backward(*inputs_and_grads[n:])
+        ctx.grads = inputs_and_grads[n:]
         ctx.dtypes = [t.dtype for t in inputs_and_grads[:n]]
         return value.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
-        grads = [(grad * g).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        assert ctx.grads is not None, "this loss was differentiated already"
+        grads, ctx.grads = [g.mul_(grad).to(dtype) for g, dtype in zip(ctx.grads, ctx.dtypes, strict=True)], None
         return (None, *grads, *([None] * len(grads)))

@@ -75,13 +75,7 @@ class FastCLIP(Loss):
             value = solution.log_u.mean()
             if self.multiply_tau:
                 value = (value + self.rho) / scale
-            # DDP averages over ranks; each rank holds its own part of the sum.
-            k = collectives.world_size()
-            gradients = (
-                k * solution.grad_image,
-                k * solution.grad_text,
-                k * self._grad_scale(solution, scale).to(inputs.logit_scale.dtype),
-            )
+            gradients = solution.grad_image, solution.grad_text, self._grad_scale(solution, scale)
         loss = compositional.AttachGradient.apply(value, inputs.image, inputs.text, inputs.logit_scale, *gradients)
         update = StateUpdate(index, dict(zip(COLUMNS, solution.log_u.unbind(1), strict=True)))
         return LossOutput({"contrastive_loss": loss}, update if self.state is not None else None)
@@ -94,15 +88,15 @@ class FastCLIP(Loss):
         return index.to(device, non_blocking=True), old.to(device, non_blocking=True)
 
     def _grad_scale(self, solution: compositional.Solution, scale: Tensor) -> Tensor:
-        """This rank's part of dF/d(1/tau) = -tau^2 dF/dtau."""
-        batch = len(solution.log_u)
+        """This rank's part of dF/d(1/tau) = -tau^2 dF/dtau, times K as in ``Solution``."""
+        batch, k = len(solution.log_u), collectives.world_size()
         tau = 1 / scale
         pair = self._pair_factor * solution.pull.sum() / (2 * batch)
         if not self.multiply_tau:
-            return tau * pair
+            return k * tau * pair
         first = collectives.rank() * len(solution.pull)
         log_u = solution.log_u[first : first + len(solution.pull)].sum() / (2 * batch)
-        return -(tau**2) * (log_u + self.rho / collectives.world_size() - pair)
+        return -(tau**2) * (k * (log_u - pair) + self.rho)
 
 
 register(LossSpec("fastclip", FastCLIP, sample_state=True, reference="optional"))

@@ -96,9 +96,8 @@ class IndividualFastCLIP(Loss):
                 moments=True,
                 kernels=self._kernels,
             )
-            k = collectives.world_size()
             value = (tau * (solution.log_u + self.rho)).mean()
-            gradients = k * solution.grad_image, k * solution.grad_text
+            gradients = solution.grad_image, solution.grad_text
             stepped = self._step_temperatures(index, tau, pair(M_COLUMNS), pair(V_COLUMNS), solution)
         loss = compositional.AttachGradient.apply(value, inputs.image, inputs.text, *gradients)
         if self._keeps_u:
