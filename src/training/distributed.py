@@ -19,8 +19,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -30,12 +31,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from training import launcher
 from training.params import DistributedConfig
 
 T = TypeVar("T")
 
 _CPU = torch.device("cpu")
 _TIMEOUT = timedelta(minutes=30)  # a rank may have to wait for another's download or evaluation
+_PATIENCE = timedelta(seconds=5)
+
+
+class OwnRefusal(ValueError):
+    """What is wrong with this rank alone, before the ranks have met."""
 
 
 class PeerFailed(RuntimeError):
@@ -92,9 +99,29 @@ def start(config: DistributedConfig) -> World:
     return World(place.rank, place.local_rank, place.world_size, place.local_world_size, device)
 
 
-def is_first_process() -> bool:
-    """Whether the launcher calls this process its first one, without joining the others."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+def tell(error: ValueError) -> None:
+    """Print the ``error`` with which this rank ends, unless another rank does.
+
+    What all ranks are refused for is told once: by rank 0, and before the ranks have met by the first one of each
+    node. What rank 0 does not say as well within seconds is told by the rank that has it. A rank that fails can
+    take part in no collective, so they compare at the store where they met.
+    """
+    rank = launcher.rank()
+    line = f"error (rank {rank}): {error}" if rank else f"error: {error}"
+    if not dist.is_initialized():
+        if launcher.local_rank() == 0 or isinstance(error, OwnRefusal):
+            print(line, file=sys.stderr)
+    elif rank == 0:
+        print(line, file=sys.stderr, flush=True)
+        with suppress(KeyError, RuntimeError):
+            _let_others_compare(str(error))
+    elif not _first_says(str(error)):
+        print(line, file=sys.stderr)
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether ``error`` is a collective's, and says that another process has ended."""
+    return dist.is_initialized() and bool(re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)))
 
 
 def stop() -> None:
@@ -289,7 +316,7 @@ def _choose_device(place: _Place, config: DistributedConfig) -> torch.device:
         return _CPU
     number = 0 if config.no_set_device_rank else place.local_rank
     if number >= torch.cuda.device_count():
-        raise ValueError(
+        raise OwnRefusal(
             f"local rank {place.local_rank} has no GPU: this process sees {torch.cuda.device_count()}. Start "
             "fewer ranks per node, or give --no-set-device-rank where each rank is shown only its own GPU"
         )
@@ -316,6 +343,32 @@ def _start_group(place: _Place, device: torch.device, config: DistributedConfig)
         timeout=_TIMEOUT,
         device_id=device if "nccl" in backend else None,
     )
+
+
+def _meeting_store() -> dist.Store:
+    """A connection to the store of ``env://``. KeyError: they met elsewhere. RuntimeError: it is gone."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, timeout=_PATIENCE, wait_for_workers=False)
+    return dist.PrefixStore(f"refusal/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _let_others_compare(message: str) -> None:
+    store = _meeting_store()
+    store.set("message", message)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        store.wait(["compared"], _PATIENCE)  # the store ends with this process
+
+
+def _first_says(message: str) -> bool:
+    """Whether rank 0 ends with ``message``, or does so within seconds."""
+    try:
+        store = _meeting_store()
+        same = store.get("message").decode() == message
+        if store.add("count", 1) == dist.get_world_size() - 1:
+            store.set("compared", "")
+    except (KeyError, RuntimeError):
+        return False
+    return same
 
 
 def _any_rank(flag: bool) -> bool:

@@ -13,7 +13,7 @@ if __package__ in (None, ""):
     # Run as a script, Python searches this file's folder first, where `data`, `logger`, ... would shadow packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from training import params
+from training import launcher, params
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,16 +22,22 @@ def main(argv: list[str] | None = None) -> int:
     # Imported when the flags are known to be sound: --help and refusals do not wait for torch.
     from training import distributed, plan, run
 
+    rank = launcher.rank()
     try:
         if config.run.dry_run:
-            if distributed.is_first_process():
+            if rank == 0:
                 print(plan.describe(config))
             return 0
         run.launch(config)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        distributed.tell(error)
         return 2
     except distributed.PeerFailed:
+        return 1
+    except RuntimeError as error:
+        if not distributed.lost_peer(error):
+            raise
+        print(f"rank {rank} ends, since another rank has: its own message says why", file=sys.stderr)
         return 1
     finally:
         distributed.stop()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from training import limits, model_names, notes, rules
+from training import launcher, limits, model_names, notes, rules
 from training.command_line import Given, Refusal, read
 
 T = TypeVar("T")
@@ -274,7 +274,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     try:
         return configure(read(sys.argv[1:] if argv is None else argv))
     except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
+        if launcher.local_rank() == 0:  # its neighbours are refused for the same
+            print(f"error: {refusal}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

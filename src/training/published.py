@@ -161,7 +161,7 @@ def _reason(error: Exception) -> str:
     refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     if refused:
         return f"it holds a {refused[1]}, which is neither a tensor nor a plain value; nothing of it was run"
-    if "Weights only load failed" in str(error):
+    if "Weights only load failed" in str(error) or isinstance(error, LookupError):
         return "it was not written by torch.save"
     return str(error).strip().partition(". ")[0] or "it ends too early"
 
