@@ -23,6 +23,8 @@ HALF = (0.5, 0.5, 0.5)
 CPU = torch.device("cpu")
 FCCO = {"gamma": lambda epoch: 0.7, "eps": 1e-8, "rho": 6.5}
 
+WITH_GRADIENT = {"local_loss": True, "gather_with_grad": True}  # through other ranks' pairs too
+
 
 def make_loss(name):
     if name in ("fastclip", "drrho"):
@@ -32,10 +34,10 @@ def make_loss(name):
         adam = {"temperature": 0.05, "betas": (0.9, 0.98), "adam_eps": 1e-8, "lr_tau": 0.01}
         return individual.IndividualFastCLIP(state=state, **FCCO, **adam)
     return {
-        "clip": lambda: baselines.Clip(local_loss=True, gather_with_grad=True),
+        "clip": lambda: baselines.Clip(**WITH_GRADIENT),
         "siglip": baselines.SigLip,
-        "coca": lambda: baselines.CoCa(contrastive_weight=1.0, caption_weight=2.0),
-        "distill": lambda: baselines.Distill(weight=0.7, teacher_scale=50.0),
+        "coca": lambda: baselines.CoCa(contrastive_weight=1.0, caption_weight=2.0, **WITH_GRADIENT),
+        "distill": lambda: baselines.Distill(weight=0.7, teacher_scale=50.0, **WITH_GRADIENT),
     }[name]()
 
 
@@ -194,7 +196,7 @@ def _ddp_gradients(name, accum):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, len(reductions)
 
 
-@pytest.mark.parametrize("name", ["clip", "drrho", "fastclip_individual"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "coca", "distill", "drrho", "fastclip_individual"])
 def test_ranks_with_accumulation_reduce_once_and_match_one_process(name):
     whole, _ = _ddp_gradients(name, 1)
     reductions = {}
@@ -235,6 +237,39 @@ def test_a_step_that_the_scaler_skips_leaves_u_alone():
         assert torch.equal(values.isnan(), before[column].isnan())
     Stepper(make_task(model, loss, "drrho"), optimizer)(make_batch(), 0)
     assert not loss.state.state_dict()["log_u_image"].isnan().all()
+
+
+@pytest.mark.parametrize("accum", [1, 3])
+def test_gradients_that_overflow_and_then_do_not(accum):
+    """torch's scaler: steps with infinite gradients change nothing but its scale, the first finite one is a step
+    like any other, clipped after its gradients were brought back to their own scale."""
+
+    def train(scaler, steps):
+        model, loss = build("drrho"), make_loss("drrho")
+        loss.set_epoch(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        task = make_task(model, loss, "drrho")
+        stepper = Stepper(task, optimizer, accum=accum, scaler=scaler, grad_clip_norm=0.5)
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
+        taken = []
+        while not taken or not taken[-1]:
+            assert len(taken) < steps
+            stepper(make_batch(), 0)
+            moved = any(not torch.equal(p, start[n]) for n, p in model.named_parameters())
+            seen = not loss.state.state_dict()["log_u_image"].isnan().all()
+            assert seen == moved
+            taken.append(moved)
+        moved = {n: p.detach() - start[n] for n, p in model.named_parameters()}
+        return moved, loss.state.state_dict(), len(taken)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
+    moved, rows, attempts = train(scaler, 40)
+    expected, expected_rows, _ = train(None, 1)
+    assert attempts > 1 and scaler.get_scale() == 2.0 ** (128 - attempts)
+    assert torch.stack([m.norm() for m in expected.values()]).norm().item() == pytest.approx(0.05, rel=1e-4)
+    assert_same(moved, expected)
+    for column, values in expected_rows.items():
+        torch.testing.assert_close(rows[column], values, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_clipping_and_the_temperature_bound():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from drrho_clip import collectives
 from drrho_clip.batch import Batch
 from drrho_clip.losses import LossOutput
 from training.task import Task
@@ -58,7 +59,7 @@ class Stepper:
         outputs = self.task.outputs(batch)
         reference = self.task.reference_features(batch)
         result = self.task.objective(self.task.inputs(outputs, batch.index, reference))
-        local = {name: s / n for name, (s, n) in self.task.loss.local_terms(outputs).items()}
+        local = {name: s / _per_rank(n) for name, (s, n) in self.task.loss.local_terms(outputs).items()}
         result = replace(result, terms={**result.terms, **local})
         self._scaled(sum(result.terms.values())).backward()
         return result
@@ -88,7 +89,7 @@ class Stepper:
         result = task.objective(task.inputs(leaves, batch.index, reference))
         self._scaled(sum(result.terms.values())).backward()
 
-        counts = {name: sum(local[name][1] for _, local in embedded) for name in embedded[0][1]}
+        counts = {name: _per_rank(sum(local[name][1] for _, local in embedded)) for name in embedded[0][1]}
         for j, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
             _set_random_state(device, state)
             last = j == self.accum - 1
@@ -136,6 +137,11 @@ class Stepper:
         self.scaler.update()
         # The scaler lowers its scale exactly when it found a non-finite gradient and skipped the step.
         return torch.tensor(self.scaler.get_scale() >= scale)
+
+
+def _per_rank(count: Tensor) -> Tensor:
+    """What a rank divides its sum by, so that DDP's average over ranks is the mean over all that was counted."""
+    return collectives.all_reduce_sum(count.clone()) / collectives.world_size()
 
 
 def _embeddings_of(outputs: dict[str, Tensor]) -> list[str]:

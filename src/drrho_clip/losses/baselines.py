@@ -46,8 +46,8 @@ class Clip(_ClipBased):
 class CoCa(_ClipBased):
     """InfoNCE and the captioner's cross-entropy (arXiv:2205.01917), each with its weight.
 
-    ``pad_id``: the token that carries no caption loss. The caption term is a mean over the tokens of this
-    rank's batch, so micro-batches are summed and divided by their tokens.
+    ``pad_id``: the token that carries no caption loss. The caption term is a mean over the tokens of the
+    global batch, so micro-batches and ranks are summed and divided by all their tokens.
     """
 
     def __init__(self, *, contrastive_weight: float, caption_weight: float, pad_id: int = 0, **gather) -> None:

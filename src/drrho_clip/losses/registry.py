@@ -67,8 +67,8 @@ class Loss(nn.Module):
     def local_terms(self, outputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Terms that need more of the model than embeddings: name -> (sum over the micro-batch, count).
 
-        They are evaluated on each micro-batch and divided by the summed count, so that accumulation weighs
-        them as the full batch does. Most losses have none.
+        They are evaluated on each micro-batch and divided by the count over all micro-batches and ranks, so that
+        both weigh them as one batch does. Most losses have none.
         """
         return {}
 
