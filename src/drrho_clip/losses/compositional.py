@@ -156,7 +156,7 @@ def pair_statistics(
         p = torch.sub(e, top[:, None], out=work[:height]).exp_()
         s = p.sum(1)
         row_lse.append(top + s.log())
-        row_mean.append(torch.einsum("ij,ij->i", p, e) / s if moments else torch.zeros_like(s))
+        row_mean.append(p.mul_(e).sum(1) / s if moments else torch.zeros_like(s))
 
         if columns:
             e = block.column_exponents(q, scaled[:height])
@@ -165,7 +165,7 @@ def pair_statistics(
             fade = (peak - top).exp()
             total = total * fade + p.sum(0)
             if moments:
-                weighted = weighted * fade + torch.einsum("ij,ij->j", p, e)
+                weighted = weighted * fade + p.mul_(e).sum(0)
             peak = top
     rows = Anchors(torch.cat(row_lse), torch.cat(row_mean))
     return rows, Anchors(peak + total.log(), weighted / total) if columns else None, kept
@@ -178,22 +178,21 @@ def pair_gradient(
     is set.
 
     ``G_ij = exp(q_ij / tau_i - row_shift_i) + exp(q_ij / tau_j - column_shift_j)``, zero for a sample with itself.
-    ``kept``: the pairs that the first pass kept, or None: then they are multiplied again.
+    ``kept``: the pairs that the first pass kept, which are overwritten, or None: then they are multiplied again.
     """
     x, y = block.rows[0], block.columns[0]
     tiles = _tiles(len(x), len(y), budget)
     height = tiles[0].stop
     buffer = None if kept is not None else x.new_empty(height, len(y))
-    left, right = x.new_empty(height, len(y)), x.new_empty(height, len(y))
+    work = x.new_empty(height, len(y))
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_y = torch.zeros_like(y, memory_format=torch.contiguous_format) if columns else None
     for tile in tiles:
         height = tile.stop - tile.start
         q = kept[tile] if kept is not None else block.pairs(tile, buffer[:height])
-        g, h = left[:height], right[:height]
+        g = work[:height]
         torch.sub(block.row_exponents(tile, q, g), row_shift[tile, None], out=g).exp_()
-        torch.sub(block.column_exponents(q, h), column_shift, out=h).exp_()
-        g.add_(h)
+        g.add_(block.column_exponents(q, q).sub_(column_shift).exp_())
         torch.mm(g, y, out=grad_x[tile])
         if grad_y is not None:
             grad_y.addmm_(g.T, x[tile])
