@@ -80,6 +80,7 @@ REFUSALS = {
     f"{DATA} --lr_tau_scheduler linear": "--lr_tau_scheduler linear: unknown",
     f"{DATA} --lr-scheduler const-cooldown": "--lr-scheduler const-cooldown needs --epochs-cooldown",
     f"{DATA} --lr-scheduler const-cooldown --epochs-cooldown 9 --epochs 4": "--epochs-cooldown 9 is longer than",
+    f"{DATA} --lr_min 1e-4 --lr_tau 1e-5": "--lr_tau 1e-05 lies below --lr_min 0.0001",
     f"{DATA} --lr 1e-4 --lr_min 1e-3": "--lr_min 0.001 lies above the learning rate 0.0001",
     f"{DATA} --iters 0": "--iters 0: zero has no meaning here",
     f"{DATA} --stop_epochs 0": "--stop_epochs 0: zero has no meaning here",

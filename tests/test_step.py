@@ -2,6 +2,7 @@
 
 import copy
 
+import open_clip
 import pytest
 import torch
 from torch import nn
@@ -237,6 +238,21 @@ def test_a_step_that_the_scaler_skips_leaves_u_alone():
         assert torch.equal(values.isnan(), before[column].isnan())
     Stepper(make_task(model, loss, "drrho"), optimizer)(make_batch(), 0)
     assert not loss.state.state_dict()["log_u_image"].isnan().all()
+
+
+@pytest.mark.parametrize("precision", ["amp_bf16", "bf16", "pure_bf16"])
+def test_embeddings_have_unit_norm_in_every_precision(precision):
+    model = build("clip")
+    if precision == "bf16":
+        open_clip.convert_weights_to_lp(model, dtype=torch.bfloat16)
+    elif precision == "pure_bf16":
+        model.to(torch.bfloat16)
+    task = make_task(model, make_loss("clip"), "clip")
+    task.precision = resolve(precision, CPU)
+    outputs = task.outputs(make_batch())
+    for name in ("image_features", "text_features"):
+        assert outputs[name].dtype == torch.float32
+        assert (outputs[name].norm(dim=1) - 1).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("accum", [1, 3])

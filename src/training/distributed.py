@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from training import launcher
@@ -226,6 +227,8 @@ def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -
         device_ids=[world.device] if on_cuda else None,
         gradient_as_bucket_view=True,
         static_graph=static_graph,
+        # Only running statistics differ between ranks; open_clip's attention masks need no broadcast per forward.
+        broadcast_buffers=any(isinstance(module, _BatchNorm) for module in model.modules()),
     )
 
 

@@ -322,6 +322,11 @@ def check_schedule(given: Given, lr: float) -> None:
         raise Refusal(
             f"{given.say('lr_min')} lies above the learning rate {lr:g}: the cosine would rise, lower it"
         )
+    if given.lr_tau_scheduler == "cosine" and 0 < given.lr_tau < given.lr_min:
+        raise Refusal(
+            f"{given.say('lr_tau')} lies below --lr_min {given.lr_min:g}, which its cosine shares: it would rise; "
+            "lower --lr_min, or use --lr_tau_scheduler const"
+        )
     if given.optimizer == "nesterov" and given.momentum == 0:
         raise Refusal("--momentum 0 with --optimizer nesterov: it needs a momentum above 0, or use sgd")
 

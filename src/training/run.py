@@ -81,7 +81,8 @@ def train(start: Start, log: RunLog) -> None:
     )
     if start.checkpoint is not None:
         _resume(start.checkpoint, config, state, trainer)
-    log.watch(task.bare)
+    if config.run.debug:
+        log.watch(task.bare)
     _train_epochs(config, folder, log, trainer, state, evaluation)
 
 

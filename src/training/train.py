@@ -1,6 +1,7 @@
 """The loop over one epoch: set rates, take a step, now and then say so.
 
-Nothing here waits for the device between two log lines: meters add up where the values are.
+Nothing here waits for the device between two log lines: meters add up where the values are. (With float16 the
+gradient scaler does, to learn whether it may step.)
 """
 
 from __future__ import annotations

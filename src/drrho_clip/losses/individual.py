@@ -108,7 +108,7 @@ class IndividualFastCLIP(Loss):
     def _step_temperatures(
         self, index: Tensor, tau: Tensor, m: Tensor, v: Tensor, solution: compositional.Solution
     ) -> dict[tuple[str, str], Tensor]:
-        """One Adam step for the B samples, all [B, 2]. A third collective: this rank's b gradients."""
+        """One Adam step for the B samples, all [B, 2]. One more collective: this rank's b gradients."""
         b = len(solution.pull)
         first = collectives.rank() * b
         own = solution.log_u[first : first + b] + self.rho - solution.pull
