@@ -5,6 +5,7 @@ import torch
 
 import tiny_models
 from commands import REFERENCE, config
+from shards import write_tar
 from training import preflight
 from training.distributed import World
 
@@ -13,8 +14,8 @@ FASTCLIP = f"{SYNTHETIC} --data_size 8 --fastclip"
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def check(line: str, ranks: int = 1, device: torch.device = CPU) -> None:
-    preflight.check(config(line), World(0, 0, ranks, ranks, device))
+def check(line: str, ranks: int = 1, device: torch.device = CPU) -> list[str]:
+    return preflight.check(config(line), World(0, 0, ranks, ranks, device))
 
 
 def test_a_batch_without_negatives():
@@ -47,7 +48,9 @@ def test_teachers_whose_widths_do_not_add_up(tmp_path, usage):
 
 def test_shards_that_are_not_there(tmp_path):
     train = f"--train-data {tmp_path}/{{0..3}}.tar --train-num-samples 8"
-    with pytest.raises(ValueError, match=rf"--train-data .*{tmp_path}/0\.tar first"):
+    with pytest.raises(ValueError, match=rf"--train-data .*: there is no {tmp_path}/0\.tar"):
         check(train)
-    with pytest.raises(ValueError, match=rf"--val-data .*{tmp_path}/5\.tar first"):
+    with pytest.raises(ValueError, match=rf"--val-data .*: there is no {tmp_path}/5\.tar"):
         check(f"--epochs 0 --val-data {tmp_path}/{{5..7}}.tar")
+    write_tar(tmp_path / "2.tar", [])
+    assert check(train) == [f"--train-data: 3 of 4 shards are not there, {tmp_path}/0.tar first"]

@@ -9,20 +9,22 @@ from drrho_clip import losses
 from training import distributed, pretrained
 from training.distributed import World
 from training.params import Config
-from training.webdata import expand_shards
+from training.webdata import look_for_shards
 
 
-def check(config: Config, world: World) -> None:
-    """ValueError: the first thing that is wrong."""
+def check(config: Config, world: World) -> list[str]:
+    """Sentences for the log. ValueError: the first thing that is wrong."""
+    remarks = []
     if config.trains:
         check_batch(config, world.world_size)
         check_teachers(config)
         if config.model.use_bn_sync:
             distributed.check_sync_bn(world)
         if config.data.dataset_type == "webdataset":
-            expand_shards(config.data.train_data)
+            remarks += look_for_shards(config.data.train_data, "--train-data")
     if config.evaluation.val_dataset_type == "webdataset":
-        expand_shards(config.evaluation.val_data, "--val-data")
+        remarks += look_for_shards(config.evaluation.val_data, "--val-data")
+    return remarks
 
 
 def check_batch(config: Config, ranks: int) -> None:

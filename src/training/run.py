@@ -42,12 +42,14 @@ class Start:
 def launch(config: Config) -> None:
     """Join the other ranks and do what ``config`` asks for. ValueError: what the user can mend."""
     world = distributed.start(config.distributed)
-    preflight.check(config, world)
+    remarks = preflight.check(config, world)
     folder = choose_folder(config, world)
     start = Start(config, world, folder, open_sets(config), checkpoint_to_resume(config, folder))
     with open_run(config, world, folder) as log, remote_sync(config.run, folder.path):
         if folder.restarted and start.checkpoint is None:
             log.info("restarted before the first checkpoint: starts at the beginning")
+        for remark in (*config.notes, *remarks):
+            log.info(remark)
         _set_numerics(config, world, log)
         (train if config.trains else evaluate)(start, log)
         log.done()
@@ -87,8 +89,6 @@ def train(start: Start, log: RunLog) -> None:
 
 
 def _set_numerics(config: Config, world: World, log: RunLog) -> None:
-    for note in config.notes:
-        log.info(note)
     if world.device.type == "cuda":
         # TF32 for the towers' float32 products; the losses ask for exact ones themselves.
         torch.set_float32_matmul_precision("high")

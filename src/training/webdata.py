@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import glob
 import json
-import logging
 import os
 import re
 import tarfile
@@ -41,8 +40,6 @@ from training.distributed import World, gather_object
 from training.order import Lane, Piece, deal, draws, permutation, seed_of, shuffled
 from training.params import DataConfig
 from training.samples import RawSample, Skips, Unusable
-
-_log = logging.getLogger(__name__)
 
 SPLIT_BY_SAMPLE = 2**15
 WINDOW = 4096
@@ -249,7 +246,7 @@ def count_samples(url: str) -> int:
 def expand_shards(shards: str, flag: str = "--train-data") -> list[list[str]]:
     """The urls of each ``::`` source of ``flag``'s value, in order: sources as given, globs sorted.
 
-    ValueError: a source without any shard. Where some of a brace range are not there, the log says how many.
+    ValueError: a source without any shard.
     """
     sources = []
     for source in shards.split("::"):
@@ -259,17 +256,23 @@ def expand_shards(shards: str, flag: str = "--train-data") -> list[list[str]]:
             urls.extend(sorted(glob.glob(url)) if is_pattern else [url] if url else [])
         if not urls:
             raise ValueError(f"{flag} {shards}: no shard matches {source!r}; check the path")
-        missing = _missing(urls)
-        if len(missing) == len(urls):
-            raise ValueError(
-                f"{flag} {source}: not one of these shards is there, {missing[0]} first; check the path"
-            )
-        if missing:
-            _log.info(
-                "%s %s: %d of %d shards are not there, %s first", flag, source, len(missing), len(urls), missing[0]
-            )
         sources.append(urls)
     return sources
+
+
+def look_for_shards(shards: str, flag: str) -> list[str]:
+    """A sentence on each source of which some shards are not there; training counts them as unreadable.
+
+    ValueError: a source of which none is there. Of URLs and commands this is known when they are opened.
+    """
+    remarks = []
+    for urls in expand_shards(shards, flag):
+        missing = _missing(urls)
+        if len(missing) == len(urls):
+            raise ValueError(f"{flag} {shards}: there is no {missing[0]}, nor another shard of it; check the path")
+        if missing:
+            remarks.append(f"{flag}: {len(missing)} of {len(urls)} shards are not there, {missing[0]} first")
+    return remarks
 
 
 def _missing(urls: list[str]) -> list[str]:
