@@ -18,6 +18,7 @@ PUBLISHED = list(csv.DictReader((Path(__file__).parent / "data/upstream_flags.ts
 NEW = {
     "--dry_run",
     "--loss",
+    "--max_bad_fraction",
     "--sample_index",
     "--sample_state_device",
     "--save_published_state",
