@@ -19,11 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def demo():
     """The modules of scripts/demo, imported as report.py imports them."""
+    names = ("measure", "drawing", "report")
+    earlier = {name: sys.modules.pop(name) for name in names if name in sys.modules}  # of the benchmarks
     sys.path.insert(0, str(ROOT / "scripts" / "demo"))
     try:
-        yield {name: importlib.import_module(name) for name in ("measure", "drawing", "report")}
+        yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(ROOT / "scripts" / "demo"))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(earlier)
 
 
 def a_test_set(measure, count: int = 12):
