@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+from open_clip import SimpleTokenizer
+from open_clip.transform import PreprocessCfg
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import shards
-from flag_lab import Lab
+from flag_lab import WORLD, Lab
+from spoiled import SAMPLES, SHARDS
+from training.data import build_train
+from training.params import parse
 from training.samples import Allowance, SkipLog, Skips, Tolerance, TooManyBad, allowance
+
+ROWS = 1000
+PIXELS = ("undecodable image", "image too large")
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
@@ -80,6 +90,83 @@ def test_edges_of_the_fraction():
 def test_window_is_an_epoch_within_limits():
     assert [allowance(0.1, n).window for n in (5, 1000, 54_321, 10**9)] == [1000, 1000, 54_321, 100_000]
     assert allowance(0.05, 5).samples == 50
+
+
+# --------------------------------------------------------------------------------------------------- the loader
+
+
+def epoch(pattern: str, samples: int, *flags: str, seed: int = 0) -> tuple[list[int], Counter, SkipLog]:
+    """Rows of the batches of one epoch of ``samples``; what was left out, by reason; the log of it."""
+    words = ["--train-data", pattern, "--train-num-samples", samples, "--data_size", ROWS, "--model", "RN50"]
+    words += ["--batch-size", 1, "--workers", 0, "--max_bad_fraction", 1, "--seed", seed, *flags]
+    model = SimpleNamespace(preprocess=PreprocessCfg(size=8), tokenizer=SimpleTokenizer(context_length=16))
+    data = build_train(parse([str(word) for word in words]), WORLD, model, None)
+    rows = [row for batch in data.epoch(0) for row in batch.index.tolist()]
+    return rows, Counter(data.skipped), data.skips
+
+
+def test_every_kind_of_bad_sample_stays_out_and_is_counted(tmp_path, caplog):
+    members, planted, good = [shards.sample(i, (8, 8)) for i in range(100, 120)], Counter(), set(range(100, 120))
+    for i, fault in enumerate(SAMPLES.values()):
+        members.append(shards.sample(i, (8, 8)))
+        fault.spoil(members[-1])
+        planted += Counter([fault.reason] if fault.reason else [])
+        good |= set() if fault.reason else {i}
+    assert len(planted) == 10
+    pattern = shards.write_shards(tmp_path, members, 9)
+    met = Counter()
+    for seed in range(4):
+        rows, counts, log = epoch(pattern, len(good), seed=seed)
+        assert sorted(rows) == sorted(good)
+        # The pixels of those behind the epoch's last good one are not looked at any more.
+        assert all(counts[r] == n or (r in PIXELS and counts[r] <= n) for r, n in planted.items())
+        assert counts.keys() <= planted.keys()
+        assert all(str(tmp_path) in name and ".tar/" in name for name in log.total.examples.values())
+        met |= counts
+    assert met == planted
+    assert "key is not an integer (e.g. " in caplog.text and "image too large (e.g. " in caplog.text
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_broken_shards_give_what_is_whole_in_them(name, tmp_path):
+    shards.write_shards(tmp_path, [shards.sample(i, (8, 8)) for i in range(6)], 3)
+    SHARDS[name].make(tmp_path / "00002.tar", [10, 11, 12, 13])
+    expected = [*range(6), *range(10, 10 + SHARDS[name].whole)]
+    rows, counts, log = epoch(f"{tmp_path}/{{00000..00002}}.tar", len(expected))
+    assert sorted(rows) == expected and counts == SHARDS[name].reasons
+    assert all("00002.tar" in example for example in log.total.examples.values())
+
+
+def test_a_shard_that_vanishes(tmp_path):
+    pattern = shards.write_shards(tmp_path, [shards.sample(i, (8, 8)) for i in range(9)], 3)
+    words = ["--train-data", pattern, "--train-num-samples", 9, "--data_size", 9, "--model", "RN50"]
+    words += ["--batch-size", 3, "--workers", 0, "--max_bad_fraction", 1]
+    model = SimpleNamespace(preprocess=PreprocessCfg(size=8), tokenizer=SimpleTokenizer(context_length=16))
+    data = build_train(parse([str(word) for word in words]), WORLD, model, None)
+    assert sorted(i for batch in data.epoch(0) for i in batch.index.tolist()) == list(range(9))
+    (tmp_path / "00001.tar").unlink()
+    rows = [i for batch in data.epoch(1) for i in batch.index.tolist()]
+    assert set(rows) == {0, 1, 2, 6, 7, 8} and len(rows) == 9
+    assert (
+        set(data.skipped) == {"unreadable shard"} and "00001.tar" in data.skips.total.examples["unreadable shard"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "rows", "counts"),
+    [
+        ("sleep 0.5; cat {0}", range(3), {}),
+        ("head -c 700 {0}; sleep 0.3; tail -c +701 {0}", range(3), {}),
+        ("cat {0}; exit 3", range(3), {"unreadable shard": 1}),
+        ("no-such-command {0} 2>/dev/null", [], {"unreadable shard": 1}),
+        ("true", [], {"unreadable shard": 1}),
+    ],
+)
+def test_slow_and_failing_commands(command, rows, counts, tmp_path):
+    path = shards.write_tar(tmp_path / "0.tar", [shards.sample(i, (8, 8)) for i in range(3)])
+    beside = shards.write_tar(tmp_path / "1.tar", [shards.sample(i, (8, 8)) for i in range(10, 13)])
+    met, found, _ = epoch(f"pipe:{command.format(path)}::{beside}", 3 + len(rows), "--dataset-type", "webdataset")
+    assert sorted(met) == [*rows, 10, 11, 12] and found == counts
 
 
 # --------------------------------------------------------------------------------------------------- whole runs
