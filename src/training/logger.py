@@ -208,11 +208,8 @@ class WandbWriter(Writer):
             resume="allow" if resumes else None,
         )
         self.log_every = config.run.log_every_n_steps
-        for axis, prefix in (
-            ("step", "train"),
-            ("epoch", "val"),
-            ("epoch", "data"),
-        ):  # not W&B's own step, which may never go back
+        # Not W&B's own step, which may never go back.
+        for axis, prefix in (("step", "train"), ("epoch", "val"), ("epoch", "data")):
             self.run.define_metric(axis)
             self.run.define_metric(f"{prefix}/*", step_metric=axis)
 
