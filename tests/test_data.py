@@ -14,9 +14,8 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
-from drrho_clip.batch import Batch
 from shards import caption, encode, picture, sample, write_csv, write_shards, write_tar
-from training.data import build_train, build_val, prefetch, same_tokens, steps_per_epoch
+from training.data import build_train, build_val, same_tokens, steps_per_epoch
 from training.distributed import World
 from training.loader import TrainData
 from training.params import parse
@@ -91,7 +90,7 @@ def test_small_sets_have_one_order_whatever_ranks_and_workers(tmp_path, kind):
 
     def order(ranks, workers, epoch=1):
         c = config(data, samples=22, batch=8 // ranks, workers=workers)
-        return [sorted(step) for step in global_batches(c, ranks, epoch)]
+        return global_batches(c, ranks, epoch)
 
     alone = order(1, 0)
     assert len(alone) == 3 and all(len(step) == 8 for step in alone)
@@ -200,8 +199,9 @@ def test_sources_with_ranges_and_with_shared_rows(tmp_path):
     b = write_shards(tmp_path / "b", [sample(i) for i in range(4)], 3)
     own = config(f"{a}::{b}", samples=8, batch=8, rows="6::4")
     assert sorted(rows(train(own).epoch(0))[0]) == [0, 1, 2, 3, 6, 7, 8, 9]
-    shared = config(f"{a}::{b}", samples=8, batch=8, rows=4)
-    assert sorted(rows(train(shared).epoch(0))[0]) == [0, 0, 1, 1, 2, 2, 3, 3]
+    c = write_shards(tmp_path / "c", [sample(4 + i) for i in range(4)], 4)
+    shared = config(f"{a}::{c}", samples=8, batch=8, rows=8)
+    assert sorted(rows(train(shared).epoch(0))[0]) == list(range(8))
     short = config(f"{a}::{b}", samples=6, batch=6, rows="2::9")
     data = train(short)
     assert sorted(rows(data.epoch(0))[0]) == [0, 1, 2, 3, 4, 5] and data.skipped == {"key out of range": 2}
@@ -271,8 +271,9 @@ def test_bad_samples_are_left_out_and_counted_by_reason(tmp_path, workers, caplo
     with caplog.at_level(logging.WARNING):
         (batch,) = data.epoch(0)
     assert set(batch.index.tolist()) == set(range(9, 21))
-    for reason, met in data.skipped.items():  # two turns were begun, and are read in windows
-        assert met == 2 * planted[reason] or (reason == "undecodable image" and met in (1, 2)), reason
+    for reason, n in planted.items():  # two turns are begun by one lane, more by two, and read in windows
+        met = data.skipped[reason]
+        assert n <= met if workers or reason == "undecodable image" else met == 2 * n, reason
     assert "undecodable image" in caplog.text and "00001.tar/000008" in caplog.text
 
 
@@ -326,7 +327,8 @@ def test_synthetic():
     assert first.image.shape == (4, 3, 16, 16) and first.image.dtype == torch.uint8 and first.text.shape == (4, 40)
     assert torch.equal(first.image, again.image) and first.image.float().std() > 10
     assert len({text_of(t) for t in first.text}) == 4
-    assert sorted(flat(rows(train(c).epoch(0))))[:10] == [0, 0, 1, 1, 2, 3, 4, 5, 6, 7]
+    seen = Counter(flat(rows(train(c).epoch(0))))
+    assert set(seen) == set(range(10)) and seen.total() == 12 and max(seen.values()) == 2
 
 
 def test_loader_processes_need_no_fork(tmp_path):
@@ -336,15 +338,6 @@ def test_loader_processes_need_no_fork(tmp_path):
     first = next(iter(stream)).batch
     again = next(data.epoch(0))
     assert torch.equal(first.image, again.image) and torch.equal(first.index, again.index)
-
-
-def test_parts_of_a_batch_are_put_together():
-    def part(n):
-        return Batch(torch.full((n, 3, 2, 2), n, dtype=torch.uint8), torch.full((n, 5), n), torch.full((n,), n))
-
-    (joined, single) = prefetch(iter([[part(2), part(1)], part(3)]), torch.device("cpu"))
-    assert joined.index.tolist() == [2, 2, 1] and joined.image[:, 0, 0, 0].tolist() == [2, 2, 1]
-    assert joined.ref_image is None and single.index.tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "csv"])

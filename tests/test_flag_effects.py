@@ -53,6 +53,8 @@ EFFECTS: dict[str, Effect] = {
     "train_num_samples": Effect(("4", "6"), parts.rows),
     "dataset_type": Effect(("auto", "synthetic"), parts.stream),
     "dataset_resampled": Effect(SWITCH, parts.rows, "--train-num-samples 16"),
+    "epoch_policy": Effect((None, "exact"), parts.rows, "--train-num-samples 5"),
+    "lanes": Effect((None, "1,2"), parts.lanes),
     "csv_separator": Effect((",", "\\t"), refusal_or(parts.stream), "--train-data @comma_csv"),
     "csv_img_key": Effect((None, "other_path"), parts.stream, CSV),
     "csv_caption_key": Effect((None, "other_title"), parts.stream, CSV),

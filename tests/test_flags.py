@@ -17,6 +17,8 @@ from training.command_line import Refusal, read
 PUBLISHED = list(csv.DictReader((Path(__file__).parent / "data/upstream_flags.tsv").open(), delimiter="\t"))
 NEW = {
     "--dry_run",
+    "--epoch_policy",
+    "--lanes",
     "--loss",
     "--max_bad_fraction",
     "--sample_index",

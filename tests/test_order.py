@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-from collections import Counter
-from itertools import islice
-
 import numpy as np
 import pytest
 
-from training.order import Lane, Piece, deal, draws, lane_of, permutation, seed_of, shuffled, slots
+from training.order import Lane, Piece, deal, deal_exactly, draws, permutation, seed_of
 
 
 def test_the_published_order_does_not_drift():
@@ -28,25 +25,21 @@ def test_draws_follow_the_weights():
     assert frequencies == pytest.approx([0.125, 0.375, 0.5], abs=0.01)  # 4 standard deviations
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(8, 1), (8, 3), (2, 6), (7, 7), (1, 4)])
-def test_slots_fill_every_batch_and_load_workers_evenly(batch_size, workers):
-    per_step = [[slots(t, batch_size, w, workers) for w in range(workers)] for t in range(20)]
-    assert all(sum(step) == batch_size for step in per_step)
-    totals = np.sum(per_step, axis=0)
-    assert totals.max() - totals.min() <= 1
-    owners = Counter((3 * batch_size + s) % workers for s in range(batch_size))
-    assert per_step[3] == [owners[w] for w in range(workers)]
-
-
-def test_a_list_dealt_by_sample_fills_the_global_batches_in_order():
-    ranks, workers, batch_size = 2, 3, 5
-    for rank in range(ranks):
-        lanes = [lane_of(rank, ranks, w, workers) for w in range(workers)]
-        streams = [iter(range(lane.number, 10**6, lane.count)) for lane in lanes]
-        for step in range(7):
-            got = [p for w in range(workers) for p in islice(streams[w], slots(step, batch_size, w, workers))]
-            first = step * batch_size * ranks
-            assert sorted(got) == list(range(first + rank, first + batch_size * ranks, ranks))
+@pytest.mark.parametrize(("ranks", "workers", "share"), [(1, 1, 3), (2, 3, 5), (3, 2, 1), (4, 1, 2)])
+def test_a_list_dealt_by_sample_fills_the_global_batches_in_order(ranks, workers, share):
+    batch = ranks * share
+    lanes = [Lane(p, ranks, q, workers, share) for q in range(workers) for p in range(ranks)]
+    assert [lane.number for lane in lanes] == list(range(lanes[0].count))
+    owner = {}
+    for lane in lanes:
+        own = [i for i in range(20 * batch) if lane.owns(i)]
+        assert own == [lane.position(k) for k in range(len(own))]
+        assert len(own) == lane.samples(20)
+        owner |= dict.fromkeys(own, lane)
+    for step in range(20):
+        places = range(step * batch, (step + 1) * batch)
+        assert [owner[i].rank for i in places] == [p for p in range(ranks) for _ in range(share)]
+        assert {owner[i].worker for i in places} == {step % workers}
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 5, 7, 12, 13])
@@ -68,19 +61,22 @@ def test_pieces_of_short_shards_are_complete_too():
     pieces = [p for number in range(4) for p in deal([0, 1, 2], Lane(number, 4))]
     held = [(p.shard, i) for p in pieces for i in range(3) if p.holds(i)]
     assert sorted(held) == [(shard, i) for shard in range(3) for i in range(3)]
-    assert Piece(0, 0, 1, 1).holds(12345)
+    assert Piece(0).holds(12345)
 
 
-def test_shuffling_in_windows():
-    out = list(shuffled(range(25), 10, 1, 2))
-    assert [sorted(out[i : i + 10]) for i in (0, 10, 20)] == [[*range(10)], [*range(10, 20)], [*range(20, 25)]]
-    assert out[:10] != list(range(10)) and out[10:20] != [i + 10 for i in out[:10]]
-    assert out == list(shuffled(iter(range(25)), 10, 1, 2)) != list(shuffled(range(25), 10, 1, 3))
-    assert list(shuffled([], 10, 1)) == []
-
-
-def test_shuffling_reads_one_window_ahead_at_most():
-    read = []
-    stream = shuffled((read.append(i) or i for i in range(100)), 10, 0)
-    next(stream)
-    assert len(read) == 10
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 1), (1, 3), (4, 2)])
+def test_dealing_exactly_gives_every_lane_what_it_delivers(ranks, workers):
+    sizes = [7, 1, 0, 30, 12, 5, 5]
+    steps, share = sum(sizes) // (ranks * 2), 2
+    got = []
+    for q in range(workers):
+        for p in range(ranks):
+            lane = Lane(p, ranks, q, workers, share)
+            pieces = deal_exactly(permutation(7, 3), sizes, lane, steps)
+            own = [(piece.shard, i) for piece in pieces for i in range(sizes[piece.shard]) if piece.holds(i)]
+            assert len(own) == lane.samples(steps)
+            assert all(piece.ends_before(i) for piece in pieces for i in range(piece.stop, 40))
+            partial = [piece for piece in pieces if (piece.first, piece.stop) != (0, sizes[piece.shard])]
+            assert len(partial) <= 2
+            got += own
+    assert len(set(got)) == len(got) == steps * ranks * share

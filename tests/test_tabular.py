@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import islice, takewhile
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -9,18 +9,18 @@ from shards import caption, write_csv
 from training.order import Lane
 from training.params import parse
 from training.samples import Skips
-from training.tabular import CsvSource, SyntheticSource, open_csv
+from training.tabular import CsvSource, SyntheticSource, Table, open_csv
 
 
 def flags(path, *more):
     return parse(["--model", "RN50", "--train-data", str(path), *more]).data
 
 
-ALONE = Lane(0, 1)
+ALONE = Lane()
 
 
 def samples(source, lane=ALONE, epoch=0, n=None):
-    return list(islice((raw for raw in source.stream(epoch, lane, Skips()) if raw is not None), n))
+    return list(islice((raw for raw, _ in source.stream(epoch, lane, Skips()) if raw is not None), n))
 
 
 def test_csv_columns_and_separators(tmp_path):
@@ -40,18 +40,45 @@ def test_csv_columns_and_separators(tmp_path):
         open_csv(str(other), flags(other), 0)
 
 
+def table(kind: str, rows: int, **options) -> Table:
+    if kind == "csv":
+        return CsvSource([f"{i}.jpg" for i in range(rows)], ["t"] * rows, 3, **options)
+    return SyntheticSource(rows, (4, 4), 3, **options)
+
+
 @pytest.mark.parametrize("kind", ["csv", "synthetic"])
-@pytest.mark.parametrize("lanes", [1, 2, 3])
-def test_lanes_share_the_rows_turn_after_turn(kind, lanes):
-    source = CsvSource([f"{i}.jpg" for i in range(7)], ["t"] * 7, 3) if kind == "csv" else None
-    source = source or SyntheticSource(7, (4, 4), 3)
-    whole = [(raw.index, raw.turn) for raw in samples(source, n=21)]
-    assert sorted(whole) == [(row, turn) for row in range(7) for turn in range(3)]
-    for lane in range(lanes):
-        share = [(raw.index, raw.turn) for raw in samples(source, Lane(lane, lanes), n=7)]
-        assert share == whole[lane::lanes][:7]
-    first = list(takewhile(lambda raw: raw is not None, source.stream(0, Lane(0, lanes), Skips())))
-    assert len(first) == len(range(0, 7, lanes))  # the end of a turn is marked
+@pytest.mark.parametrize(("ranks", "workers", "share"), [(1, 1, 1), (2, 1, 3), (1, 3, 2), (2, 2, 1)])
+def test_lanes_deliver_the_rows_step_by_step(kind, ranks, workers, share):
+    source = table(kind, 7)
+    whole = [(raw.index, raw.turn) for raw in samples(source, n=28)]
+    assert sorted(whole) == [(row, turn) for row in range(7) for turn in range(4)]
+    assert [row for row, _ in whole[:7]] != [row for row, _ in whole[7:14]] != list(range(7))
+    lanes = [[Lane(p, ranks, q, workers, share) for p in range(ranks)] for q in range(workers)]
+    streams = {lane: iter(samples(source, lane, n=30)) for row in lanes for lane in row}
+    for step in range(28 // (ranks * share)):
+        got = [raw for lane in lanes[step % workers] for raw in islice(streams[lane], share)]
+        first = step * ranks * share
+        assert [(raw.index, raw.turn) for raw in got] == whole[first : first + ranks * share]
+
+
+def test_a_stream_goes_on_from_any_place():
+    source, lane = table("csv", 5), Lane(1, 2, 0, 2, 2)
+    items = list(islice(source.stream(3, lane, Skips()), 20))
+    assert sum(raw is None for raw, _ in items) > 2  # the ends of turns are marked
+    for i, (_, place) in enumerate(items[:10]):
+        rest = list(islice(source.stream(3, lane, Skips(), place), 25))
+        assert [raw for raw, _ in rest if raw is not None][:5] == [
+            raw for raw, _ in items[i + 1 :] if raw is not None
+        ][:5]
+
+
+@pytest.mark.parametrize("kind", ["csv", "synthetic"])
+def test_resampling_draws_with_replacement(kind):
+    drawn = samples(table(kind, 50, resampled=True), n=50)
+    rows = [raw.index for raw in drawn]
+    assert 20 < len(set(rows)) < 42  # 50 (1 - 1/e) = 32 are expected
+    assert len({(raw.index, raw.turn) for raw in drawn}) == 50  # and each draw has a view of its own
+    assert rows != [raw.index for raw in samples(table(kind, 50, resampled=True), epoch=1, n=50)]
 
 
 def test_csv_order_depends_on_seed_and_epoch():
@@ -65,7 +92,7 @@ def test_csv_order_depends_on_seed_and_epoch():
 
 def test_synthetic_samples_are_fixed_and_of_the_right_shape():
     source = SyntheticSource(5, (6, 8), 1)
-    first, again = samples(source, n=5), samples(source, epoch=1, n=5)
+    first, again = (sorted(samples(source, epoch=e, n=5), key=lambda raw: raw.index) for e in (0, 1))
     pixels = [np.asarray(raw.image) for raw in first]
     assert all(p.shape == (6, 8, 3) for p in pixels)
     assert all(np.array_equal(p, np.asarray(raw.image)) for p, raw in zip(pixels, again))

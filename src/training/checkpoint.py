@@ -57,6 +57,7 @@ class RunState:
     ``epoch``         completed epochs.
     ``epoch_step``    steps taken of the epoch after those; 0 at an epoch's boundary.
     ``step``          optimizer steps in all. ``samples_seen``: samples of all ranks in these steps.
+    ``stream``        where the training data stands, plain values of all ranks (``loader.TrainData.state_dict``).
     """
 
     name: str
@@ -68,6 +69,7 @@ class RunState:
     epoch_step: int = 0
     step: int = 0
     samples_seen: int = 0
+    stream: Mapping[str, Any] | None = None
 
     @property
     def stem(self) -> str:
@@ -143,6 +145,7 @@ def resume(
     state.epoch_step = int(held.get("epoch_step", 0))
     state.step = int(held.get("step", state.epoch * steps_per_epoch))
     state.samples_seen = int(held.get("samples_seen", state.step * global_batch))
+    state.stream = held.get("stream")
     _log.info("resumed %s: %d epochs, %d steps", path, state.epoch, state.step)
 
 
@@ -182,6 +185,8 @@ def _held(state: RunState, rows: str | None) -> dict[str, Any]:
         held["scaler"] = state.scaler.state_dict()
     if rows is not None:
         held["sample_state"] = rows
+    if state.stream is not None:
+        held["stream"] = state.stream
     return held
 
 

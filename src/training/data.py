@@ -11,10 +11,13 @@ from open_clip.transform import PreprocessCfg
 
 from training.distributed import World
 from training.images import TrainView, eval_transform
-from training.loader import Tokenizer, TrainData, TrainStream, ValData, ValStream, prefetch
+from training.lanes import Layout, default_layout
+from training.loader import TrainData, ValData, ValStream, prefetch
 from training.params import Config
 from training.samples import Source, allowance
+from training.stream import TrainStream
 from training.tabular import SyntheticSource, open_csv
+from training.tokens import Tokenizer
 from training.webdata import open_shards, open_val_shards
 
 __all__ = ["TrainData", "ValData", "build_train", "build_val", "prefetch", "same_tokens", "steps_per_epoch"]
@@ -34,9 +37,10 @@ class Model(Protocol):
 def build_train(config: Config, world: World, target: Model, reference: Model | None) -> TrainData:
     """The training data of this rank. All ranks call it together. ValueError names the flag that is wrong."""
     data, run = config.data, config.run
-    source = _open(config, world, target)
-    samples = data.train_num_samples or source.count()
-    own_shards = data.dataset_type == "webdataset" and data.skip_webdataset_split_by_node
+    samples = samples_per_epoch(config)
+    steps = _steps(samples, config, world.world_size)
+    layout = _layout(config, world)
+    source = _open(config, world, target, steps)
     needs_ref_text = reference is not None and not same_tokens(target.tokenizer, reference.tokenizer)
     stream = TrainStream(
         source,
@@ -50,19 +54,24 @@ def build_train(config: Config, world: World, target: Model, reference: Model | 
         reference.tokenizer if needs_ref_text else None,
         seed=run.seed,
         batch_size=run.batch_size,
-        steps=_steps(samples, config, world.world_size),
+        steps=steps,
+        layout=layout,
         allowed=allowance(data.max_bad_fraction, samples // world.world_size),
-        rank=0 if own_shards else world.rank,
-        ranks=1 if own_shards else world.world_size,
+        rank=world.rank,
+        ranks=world.world_size,
+        own_shards=_own_shards(config),
     )
-    train = TrainData(stream, world_size=world.world_size, workers=data.workers, device=world.device)
+    train = TrainData(
+        stream,
+        world_size=world.world_size,
+        workers=data.workers,
+        device=world.device,
+        fixed=data.lanes is not None,
+    )
     log.info(
-        "training data: %s; an epoch is %d samples in %d steps of %d, whose last %d places go on in the order",
-        source.describe(stream.ranks * max(data.workers, 1)),
-        samples,
-        train.steps_per_epoch,
-        run.batch_size * world.world_size,
-        train.samples_per_epoch - samples,
+        "training data: %s; lanes %s (virtual ranks, workers); an epoch is %d samples in %d steps of %d, %s",
+        *(source.describe(stream.lanes), layout, samples, steps, run.batch_size * world.world_size),
+        _remainder(train.samples_per_epoch - samples),
     )
     return train
 
@@ -98,7 +107,10 @@ def samples_per_epoch(config: Config) -> int:
 
 
 def steps_per_epoch(config: Config, world_size: int) -> int:
-    """ceil(samples / global batch), known without opening shards."""
+    """Steps of one global batch that an epoch has, known without opening shards.
+
+    ceil(samples / global batch); with ``--epoch_policy exact`` without the last one that would not be full.
+    """
     return _steps(samples_per_epoch(config), config, world_size)
 
 
@@ -109,21 +121,61 @@ def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 def _steps(samples: int, config: Config, world_size: int) -> int:
-    return math.ceil(samples / (config.run.batch_size * world_size))
+    batch = config.run.batch_size * world_size
+    if config.data.epoch_policy != "exact":
+        return math.ceil(samples / batch)
+    if samples < batch:
+        raise ValueError(
+            f"--epoch_policy exact: an epoch of {samples} samples has no full batch of {batch}; give a smaller "
+            "--batch-size, or --epoch_policy wrap"
+        )
+    return samples // batch
 
 
-def _open(config: Config, world: World, target: Model) -> Source:
+def _remainder(beyond: int) -> str:
+    """What becomes of the samples that do not fill a batch, from how many places there are beyond the samples."""
+    if beyond < 0:
+        return f"{-beyond} others left out of each epoch"
+    return f"{beyond} repeated to fill the last" if beyond else "none repeated, none left out"
+
+
+def _own_shards(config: Config) -> bool:
+    return config.data.dataset_type == "webdataset" and config.data.skip_webdataset_split_by_node
+
+
+def _layout(config: Config, world: World) -> Layout:
+    """The lanes of ``--lanes``, or one for each loader process."""
+    lanes, ranks = config.data.lanes, world.world_size
+    if lanes is None:
+        return default_layout(ranks, config.data.workers)
+    layout = Layout(*lanes)
+    misfit = layout.misfit(ranks, config.data.workers, config.run.batch_size * ranks)
+    if misfit is None and _own_shards(config) and layout.ranks != ranks:
+        misfit = f"with --skip_webdataset_split_by_node there are as many virtual ranks as ranks, {ranks}"
+    if misfit:
+        raise ValueError(f"--lanes {layout}: {misfit}; give multiples of the ranks and of --workers")
+    return layout
+
+
+def _open(config: Config, world: World, target: Model, steps: int) -> Source:
     data, seed = config.data, config.run.seed
     if data.dataset_type == "webdataset":
-        return open_shards(data, seed, world)
+        return open_shards(data, seed, world, steps)
     if data.dataset_type == "csv":
         source = open_csv(data.train_data, data, seed)
-        if 0 < data.data_size < source.count():
+        rows = source.count()
+        if 0 < data.data_size < rows:
             raise ValueError(
-                f"--data_size {data.data_size}: {data.train_data} has {source.count()} rows, and "
+                f"--data_size {data.data_size}: {data.train_data} has {rows} rows, and "
                 "each has its place in the sample state; give at least as many"
+            )
+        if data.epoch_policy == "exact" and (data.train_num_samples or 0) > rows:
+            raise ValueError(
+                f"--train-num-samples {data.train_num_samples}: {data.train_data} has {rows} rows, and "
+                "--epoch_policy exact takes none twice; give at most as many"
             )
         return source
     size = target.preprocess.size
     samples = data.train_num_samples if data.data_size < 0 else min(data.train_num_samples, data.data_size)
-    return SyntheticSource(samples, (size, size) if isinstance(size, int) else tuple(size), seed)
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    return SyntheticSource(samples, shape, seed, resampled=data.epoch_policy == "resample")

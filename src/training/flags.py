@@ -47,6 +47,20 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             choices=("webdataset", "csv", "synthetic", "auto"),
         ),
         Flag("--dataset-resampled", "switch", False, "draw shards with replacement"),
+        Flag(
+            "--epoch_policy",
+            "str",
+            None,
+            "what an epoch takes: wrap (default: the next samples of the order fill its last batch), exact (none "
+            "twice; what fills no batch is left out), resample (shards or rows drawn with replacement)",
+            choices=("wrap", "exact", "resample"),
+        ),
+        Flag(
+            "--lanes",
+            "str",
+            None,
+            "P,Q: virtual ranks and workers that fix the order; default: the first launch's",
+        ),
         Flag("--csv-separator", "str", "\t", "separator of csv columns"),
         Flag("--csv-img-key", "str", "filepath", "csv column with image paths"),
         Flag("--csv-caption-key", "str", "title", "csv column with captions"),

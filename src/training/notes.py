@@ -91,7 +91,6 @@ IDLE = (
         lambda s: "webdataset" not in s.kinds or s.given.data_size == -1,
         "without shards and --data_size",
     ),
-    Idle(("dataset_resampled",), lambda s: "webdataset" not in s.kinds, "without shards to draw"),
     Idle(("skip_webdataset_split_by_node",), lambda s: "webdataset" not in s.kinds, "without shards to split"),
     Idle(("beta1", "beta2"), lambda s: s.given.optimizer in ("sgd", "nesterov"), "with this optimizer"),
     Idle(("eps",), lambda s: s.given.optimizer not in ("adamw", "lamb"), "with this optimizer"),

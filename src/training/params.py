@@ -54,13 +54,16 @@ class DataConfig:
     ``dataset_type`` is resolved: 'webdataset', 'csv', 'synthetic', or 'none' where there is nothing to train on.
     ``data_size`` is the number of rows of the sample state, -1 where none was given; ``data_sizes`` its parts,
     several where each ``::`` source has its own. ``train_num_samples`` None: all rows of the csv file.
+    ``epoch_policy`` is resolved: 'resample' with ``--dataset-resampled`` too. ``lanes``: (virtual ranks, virtual
+    workers), None where the launch decides.
     """
 
     train_data: str | None
     train_data_upsampling_factors: tuple[float, ...] | None
     train_num_samples: int | None
     dataset_type: str
-    dataset_resampled: bool
+    epoch_policy: str
+    lanes: tuple[int, int] | None
     csv_separator: str
     csv_img_key: str
     csv_caption_key: str
@@ -339,6 +342,8 @@ def _data(given: Given, dataset_type: str, trains: bool) -> tuple[DataConfig, Ev
         DataConfig,
         given,
         dataset_type=dataset_type,
+        epoch_policy=rules.epoch_policy(given),
+        lanes=rules.lanes(given),
         train_data_upsampling_factors=rules.upsampling_factors(given, dataset_type) if trains else None,
         data_size=sum(sizes) if sizes else -1,
         data_sizes=sizes,

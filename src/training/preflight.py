@@ -9,7 +9,7 @@ from drrho_clip import losses
 from training import distributed, pretrained
 from training.distributed import World
 from training.params import Config
-from training.webdata import look_for_shards
+from training.shards import look_for_shards
 
 
 def check(config: Config, world: World) -> list[str]:

@@ -73,12 +73,38 @@ def upsampling_factors(given: Given, dataset_type: str) -> tuple[float, ...] | N
         raise Refusal(f"{say}: expected numbers joined with ::, e.g. 1::2.5") from None
     if not all(0 < factor < math.inf for factor in factors):
         raise Refusal(f"{say}: every weight must be above 0, drop the source from --train-data instead")
-    if dataset_type != "webdataset" or not given.dataset_resampled:
+    if dataset_type != "webdataset" or epoch_policy(given) != "resample":
         raise Refusal(f"{say}: sources are only weighted in webdataset training with --dataset-resampled, add it")
     sources = given.train_data.count("::") + 1
     if len(factors) != sources:
         raise Refusal(f"{say}: {len(factors)} weights for {sources} --train-data sources, give one per source")
     return factors
+
+
+def epoch_policy(given: Given) -> str:
+    """'wrap', 'exact' or 'resample', which the published ``--dataset-resampled`` asks for too."""
+    policy = given.epoch_policy or ("resample" if given.dataset_resampled else "wrap")
+    if given.dataset_resampled and policy != "resample":
+        raise Refusal(
+            f"{given.say('epoch_policy')} contradicts --dataset-resampled, which is --epoch_policy resample: "
+            "leave one of them out"
+        )
+    if policy == "exact" and given.skip_webdataset_split_by_node:
+        raise Refusal(
+            "--epoch_policy exact deals the samples of one shard list to all ranks, which contradicts "
+            "--skip_webdataset_split_by_node: leave one of them out"
+        )
+    return policy
+
+
+def lanes(given: Given) -> tuple[int, int] | None:
+    """``--lanes P,Q`` as numbers; None: the launch decides."""
+    if given.lanes is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,5},[1-9]\d{0,5}", given.lanes):
+        raise Refusal(f"{given.say('lanes')}: expected virtual ranks and virtual workers, two numbers like 8,4")
+    ranks, workers = given.lanes.split(",")
+    return int(ranks), int(workers)
 
 
 def check_training_data(given: Given, dataset_type: str) -> None:

@@ -164,12 +164,8 @@ def _resume(path: Path, config: Config, state: checkpoint.RunState, trainer: Tra
     checkpoint.resume(
         path, state, steps_per_epoch=per_epoch, global_batch=global_batch, u_format=config.run.u_format
     )
-    if state.epoch_step:
-        raise ValueError(
-            f"--resume {path}: it was saved inside an epoch, which this version continues at epoch boundaries "
-            "only; resume the epoch_N.pt before it"
-        )
-    trainer.step = state.epoch * per_epoch
+    begun = trainer.data.resume(state.stream, state.epoch, state.epoch_step)
+    trainer.step = state.epoch * per_epoch + begun
 
 
 def _train_epochs(
@@ -190,6 +186,7 @@ def _train_epochs(
             state.samples_seen += (trainer.step - seen_before) * config.run.batch_size * trainer.world.world_size
             state.step = trainer.step
             _report_skips(log, train_data=trainer.data, epoch=state.epoch)
+            state.stream = trainer.data.state_dict()
             checkpoint.save_by_flags(
                 folder.checkpoints, state, config.run, final=trainer.finished, initial_tau=initial_tau
             )

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from training.order import Lane
+from training.order import BEGIN, Lane, Place
 
 log = logging.getLogger(__name__)
 
@@ -171,12 +171,17 @@ class SkipLog:
 class Source(Protocol):
     """Training data as a stream of samples in a fixed order. Picklable: loader processes get a copy."""
 
-    def stream(self, epoch: int, lane: Lane, skips: Skips) -> Iterator[RawSample | None]:
-        """The lane's samples of an epoch, turn after turn without an end; None at the end of every turn.
+    def stream(
+        self, epoch: int, lane: Lane, skips: Skips, place: Place = BEGIN
+    ) -> Iterator[tuple[RawSample | None, Place]]:
+        """The lane's samples of an epoch from ``place`` on, turn after turn without an end, None after each turn.
 
-        Unusable samples are counted in ``skips`` and left out; ``skips.check()`` between shards stops a source in
-        which there is nothing else.
+        With each comes the place behind it, where another stream may go on. Unusable samples are counted in
+        ``skips`` and left out; ``skips.check()`` between shards stops a source in which there is nothing else.
         """
 
     def describe(self, lanes: int) -> str:
         """One line for the log: what there is and how it is dealt to ``lanes`` lanes."""
+
+    def identity(self) -> list[str | int]:
+        """What the order follows from besides seed, lanes, steps and batch size: a place is one of this order."""

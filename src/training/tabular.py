@@ -1,7 +1,9 @@
 """Training samples from a csv file, and synthetic ones for benchmarks.
 
-Both have all their samples at hand, so an epoch is one random order of the rows, fixed by (seed, epoch, turn), and
-dealt to the lanes one by one (see ``order``). The row number is the sample's row of the sample state.
+Both have all their samples at hand, so a turn is one random order of the rows, fixed by (seed, epoch, turn), or
+with ``--epoch_policy resample`` as many rows drawn with replacement. Turn after turn they are dealt to the lanes
+one by one (see ``order``), so that the global batches do not depend on the lanes. The row number is the
+sample's row of the sample state.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from training.order import Lane, permutation, seed_of
+from training.order import BEGIN, Lane, Part, Place, draws, permutation, seed_of
 from training.params import DataConfig
 from training.samples import RawSample, Skips
 
@@ -23,61 +25,87 @@ _WORDS = (
 )
 
 
-class CsvSource:
-    """The rows of a csv file: ``images`` are paths, ``texts`` captions."""
+class Table:
+    """Samples 0 … ``samples`` - 1 in a random order; ``resampled``: drawn with replacement."""
 
-    def __init__(self, images: list[str], texts: list[str], seed: int) -> None:
-        assert len(images) == len(texts)
-        self.images, self.texts, self.seed = images, texts, seed
+    kind = "rows"
 
-    def stream(self, epoch: int, lane: Lane, skips: Skips) -> Iterator[RawSample | None]:
+    def __init__(self, samples: int, seed: int, *, resampled: bool = False) -> None:
+        self.samples, self.seed, self.resampled = samples, seed, resampled
+        self._last: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def stream(
+        self, epoch: int, lane: Lane, skips: Skips, place: Place = BEGIN
+    ) -> Iterator[tuple[RawSample | None, Place]]:
         """See ``samples.Source``."""
-        position = 0
-        for turn in count():
-            skips.check()
-            rows = permutation(len(self.images), self.seed, epoch, turn)
-            for row in rows[(lane.number - position) % lane.count :: lane.count]:
-                yield self._sample(int(row), turn)
-            position += len(rows)  # goes on over turns: where one ends, the next continues the deal
-            yield None
-
-    def in_order(self, lane: Lane, skips: Skips) -> Iterator[RawSample]:
-        """Every ``lane.count``-th row from row ``lane.number`` on, once, in the file's order."""
-        for row in range(lane.number, len(self.images), lane.count):
-            yield self._sample(row, 0)
+        turn, rows = None, None
+        for taken in count(place.taken):
+            position = lane.position(taken)
+            now, within = divmod(position, self.samples)
+            if now != turn:
+                if turn is not None:
+                    yield None, Place(taken=taken)
+                skips.check()
+                turn, rows = now, self._order(epoch, now)
+            visit = position if self.resampled else turn
+            yield self.sample(int(rows[within]), visit), Place(taken=taken + 1)
 
     def count(self) -> int:
         """The number of rows."""
-        return len(self.images)
+        return self.samples
 
     def describe(self, lanes: int) -> str:
         """See ``samples.Source``."""
-        return f"{len(self.images)} rows, dealt to {lanes} lanes"
+        how = "drawn with replacement and dealt" if self.resampled else "dealt"
+        return f"{self.samples} {self.kind}, {how} to {lanes} lanes by sample"
 
-    def _sample(self, row: int, turn: int) -> RawSample:
+    def identity(self) -> list[str | int]:
+        """See ``samples.Source``."""
+        return ["drawn" if self.resampled else "dealt by sample", self.samples]
+
+    def sample(self, row: int, turn: int) -> RawSample:
+        """Sample ``row`` in its ``turn``-th visit."""
+        raise NotImplementedError
+
+    def _order(self, epoch: int, turn: int) -> np.ndarray:
+        """The rows of a turn; the last one is kept, since the lanes of a process come to it together."""
+        if self._last is None or self._last[0] != (epoch, turn):
+            key = (self.seed, epoch, turn)
+            n = self.samples
+            rows = draws(n, np.ones(n), *key) if self.resampled else permutation(n, *key)
+            self._last = (epoch, turn), rows
+        return self._last[1]
+
+
+class CsvSource(Table):
+    """The rows of a csv file: ``images`` are paths, ``texts`` captions."""
+
+    def __init__(self, images: list[str], texts: list[str], seed: int, *, resampled: bool = False) -> None:
+        assert len(images) == len(texts)
+        super().__init__(len(images), seed, resampled=resampled)
+        self.images, self.texts = images, texts
+
+    def in_order(self, part: Part, skips: Skips) -> Iterator[RawSample]:
+        """Every ``part.count``-th row from row ``part.number`` on, once, in the file's order."""
+        for row in range(part.number, self.samples, part.count):
+            yield self.sample(row, 0)
+
+    def sample(self, row: int, turn: int) -> RawSample:
+        """See ``Table``."""
         return RawSample(self.images[row], self.texts[row], row, turn, f"row {row}: {self.images[row]}")
 
 
-class SyntheticSource:
-    """``samples`` pictures of noise, ``size`` = (height, width), with captions of a few words; rows in order."""
+class SyntheticSource(Table):
+    """``samples`` pictures of noise, ``size`` = (height, width), with captions of a few words."""
 
-    def __init__(self, samples: int, size: tuple[int, int], seed: int) -> None:
-        self.samples, self.size, self.seed = samples, size, seed
+    kind = "synthetic samples"
 
-    def stream(self, epoch: int, lane: Lane, skips: Skips) -> Iterator[RawSample | None]:
-        """See ``samples.Source``."""
-        position = 0
-        for turn in count():
-            for row in range((lane.number - position) % lane.count, self.samples, lane.count):
-                yield self._sample(row, turn)
-            position += self.samples
-            yield None
+    def __init__(self, samples: int, size: tuple[int, int], seed: int, *, resampled: bool = False) -> None:
+        super().__init__(samples, seed, resampled=resampled)
+        self.size = size
 
-    def describe(self, lanes: int) -> str:
-        """See ``samples.Source``."""
-        return f"{self.samples} synthetic samples for {lanes} lanes"
-
-    def _sample(self, row: int, turn: int) -> RawSample:
+    def sample(self, row: int, turn: int) -> RawSample:
+        """See ``Table``."""
         height, width = self.size
         seed = seed_of(self.seed, row)
         noise = np.random.Philox(key=seed).random_raw(-(-height * width * 3 // 8)).view(np.uint8)
@@ -99,4 +127,5 @@ def open_csv(path: str, config: DataConfig, seed: int) -> CsvSource:
         ) from None
     if not len(table):
         raise ValueError(f"{path} has no rows")
-    return CsvSource(table[keys[0]].tolist(), table[keys[1]].tolist(), seed)
+    resampled = config.epoch_policy == "resample"
+    return CsvSource(table[keys[0]].tolist(), table[keys[1]].tolist(), seed, resampled=resampled)

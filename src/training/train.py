@@ -10,6 +10,7 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import islice
 
 from drrho_clip.schedules import Horizon
 from training.data import TrainData
@@ -56,9 +57,8 @@ class Trainer:
         meters: dict[str, Meter] = defaultdict(Meter)
         window = _Window(first=True)
         with self.log.progress(stop - self.step, f"epoch {epoch}", unit="step", every=math.inf) as progress:
-            for batch in self.data.epoch(epoch):
-                if self.step >= stop:
-                    break
+            begun = self.step - epoch * per_epoch
+            for batch in islice(self.data.epoch(epoch, begun), stop - self.step):
                 window.loaded()
                 self.rates.set(self.step, (-task.bare.logit_scale.detach()).exp())
                 task.loss.set_temperature_rate(self.rates.lr_tau)

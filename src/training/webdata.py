@@ -1,18 +1,19 @@
 """Training samples from webdataset shards: tar files of ``NAME.jpg|jpeg|png|webp``, ``NAME.txt``, ``NAME.json``.
 
 ``--train-data`` names the shards: brace ranges, globs, URLs, ``pipe:`` commands, several sources joined with
-``::``. webdataset opens them (``gopen``), walks the tar and groups its members into samples.
+``::``; ``shards`` reads them.
 
 The order of an epoch (see ``order`` for lanes and turns):
 
 - Every turn visits the shards in a random order, fixed by (seed, epoch, turn).
 - Up to ``SPLIT_BY_SAMPLE`` samples per epoch, every lane reads all shards and decodes only its own samples, which
   are dealt one by one. An epoch of N samples is then each of N samples once, whatever the shards' sizes, and the
-  global batches do not depend on the number of ranks and workers. Reading is cheap beside decoding at this size.
-- Beyond it the shards are dealt: each lane reads its own. The epoch is exact where shards have equal sizes;
-  elsewhere a lane with less than its share goes on with its next turn while another does not finish.
-- Samples are shuffled, undecoded, in windows of ``WINDOW``.
-- ``--dataset-resampled`` draws shards with replacement instead, each lane for itself.
+  global batches do not even depend on the lanes. Reading is cheap beside decoding at this size.
+- Beyond it the shards are dealt: each lane reads its own. Where lanes have unequal shares, one goes on with its
+  next turn while another does not finish; ``--epoch_policy exact`` counts the samples first and deals as many to
+  each as it delivers.
+- Samples are shuffled, undecoded, in windows of ``WINDOW``, by (seed, epoch, turn, lane, window).
+- ``--epoch_policy resample`` draws shards with replacement instead, each lane for itself.
 
 A sample's row of the sample state is the ``key`` in its json, or with ``--sample_index position`` its place among
 all samples of the unshuffled list. That needs every shard's size: the tar headers of all shards are read at
@@ -21,44 +22,39 @@ start-up, shared out among the ranks (about 0.1 ms per sample and rank; remote s
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 import re
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import count
-
-import webdataset as wds
-from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple
 
 from training.distributed import World, gather_object
-from training.order import Lane, Piece, deal, draws, permutation, seed_of, shuffled
+from training.keys import Rows
+from training.order import BEGIN, Lane, Part, Piece, Place, deal, deal_exactly, draws, permutation, seed_of
 from training.params import DataConfig
 from training.samples import RawSample, Skips, Unusable
+from training.shards import UNREADABLE, Group, Shard, count_samples, expand_shards, read_shard
 
 SPLIT_BY_SAMPLE = 2**15
 WINDOW = 4096
 IMAGES = ("jpg", "jpeg", "png", "webp")
 
 _KEY = re.compile(r"-?[0-9]{1,18}")
-_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset takes for metadata
-_REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
-_UNREADABLE = (OSError, ValueError, ImportError, tarfile.TarError)
 _READERS = 8  # threads that wait for files while counting
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One tar file. Its samples have rows ``first_row + key`` (or position), all below ``stop_row``."""
+class SharedKey(ValueError):
+    """Two shards have a sample with the same key."""
 
-    url: str
-    first_row: int
-    stop_row: int
+
+class Visit(NamedTuple):
+    """The samples of ``piece``, in one lane's list for a turn; ``turn`` tells visits of an epoch apart."""
+
+    piece: Piece
+    turn: int
 
 
 class ShardSource:
@@ -67,6 +63,7 @@ class ShardSource:
     ``sample_index``: 'key' or 'position'; None where the run keeps no rows, so that no json is needed.
     ``weights``: one per shard to draw them with replacement; None to visit each once per turn.
     ``by_sample``: deal samples, not shards, to the lanes.
+    ``sizes``: samples per shard, to deal as many as the ``steps`` of an epoch take and none twice.
     """
 
     def __init__(
@@ -77,23 +74,24 @@ class ShardSource:
         sample_index: str | None = "key",
         weights: Sequence[float] | None = None,
         by_sample: bool = False,
+        sizes: Sequence[int] | None = None,
+        steps: int = 0,
         window: int = WINDOW,
     ) -> None:
         self.shards = tuple(shards)
         self.seed, self.sample_index, self.window = seed, sample_index, window
         self.weights = None if weights is None else tuple(weights)
         self.by_sample = by_sample and weights is None
+        self.sizes, self.steps = sizes, steps
+        self._rows = Rows()
 
-    def stream(self, epoch: int, lane: Lane, skips: Skips) -> Iterator[RawSample | None]:
+    def stream(
+        self, epoch: int, lane: Lane, skips: Skips, place: Place = BEGIN
+    ) -> Iterator[tuple[RawSample | None, Place]]:
         """See ``samples.Source``."""
-        read = self._read_all if self.by_sample else self._read_drawn if self.weights else self._read_dealt
-        position = 0
-        for turn in count():
-            for sample in read(epoch, turn, lane, skips):
-                if not self.by_sample or position % lane.count == lane.number:
-                    yield sample
-                position += 1  # goes on over turns: where one ends, the next continues the deal
-            yield None
+        while True:
+            place = yield from self._turn(epoch, lane, skips, place)
+            yield None, place
 
     def describe(self, lanes: int) -> str:
         """See ``samples.Source``."""
@@ -103,13 +101,19 @@ class ShardSource:
             return f"{len(self.shards)} shards, read by all {lanes} lanes and dealt by sample"
         return f"{len(self.shards)} shards, {len(self.shards) / lanes:.4g} for each of {lanes} lanes"
 
-    def in_order(self, lane: Lane, skips: Skips) -> Iterator[RawSample]:
-        """Every ``lane.count``-th sample from sample ``lane.number`` on, once, in the order of the list."""
+    def identity(self) -> list[str | int]:
+        """See ``samples.Source``. Where the shards lie is not part of it: they may be moved."""
+        names = seed_of(*"\n".join(shard.url.rsplit("/", 1)[-1] for shard in self.shards).encode())
+        kind = "drawn" if self.weights else "dealt by sample" if self.by_sample else "dealt"
+        return [kind, len(self.shards), names, self.window, *([self.steps] if self.sizes else [])]
+
+    def in_order(self, part: Part, skips: Skips) -> Iterator[RawSample]:
+        """Every ``part.count``-th sample from sample ``part.number`` on, once, in the order of the list."""
         position = 0
         for number in range(len(self.shards)):
-            own = Piece(number, lane.number, lane.number + 1, lane.count)
-            for sample in self._samples(Piece(number, 0, 1, 1), own, 0, skips):
-                if position % lane.count == lane.number:
+            place = Place(before=position)
+            for sample, _ in self._samples([Visit(Piece(number), 0)], place, skips, part):
+                if part.owns(position):
                     yield sample
                 position += 1
 
@@ -117,58 +121,85 @@ class ShardSource:
         """The number of samples; shards that cannot be read have none."""
         total = 0
         for shard in self.shards:
-            with suppress(*_UNREADABLE):
+            with suppress(*UNREADABLE):
                 total += count_samples(shard.url)
         return total
 
-    def _read_all(self, epoch: int, turn: int, lane: Lane, skips: Skips) -> Iterator[RawSample]:
+    def _turn(
+        self, epoch: int, lane: Lane, skips: Skips, place: Place
+    ) -> Generator[tuple[RawSample, Place], None, Place]:
+        """The rest of a turn from ``place`` on, each sample with the place behind it. Returns the next turn's."""
+        key = (self.seed, epoch, place.turn) if self.by_sample else (self.seed, epoch, place.turn, lane.number)
+        shared = lane if self.by_sample else None
+        samples = self._samples(self._visits(epoch, place.turn, lane), place, skips, shared)
+        while True:
+            read = list(islice(samples, self.window))
+            if not read:
+                return Place(turn=place.turn + 1, before=place.before)
+            after = Place(place.turn, place.window + 1, place.before + len(read), *read[-1][1])
+            block: list[RawSample | None] = [sample for sample, _ in read]
+            del read
+            for taken, i in enumerate(permutation(len(block), *key, place.window)):
+                sample, block[i] = block[i], None  # what has been read is no longer held here
+                if taken < place.taken or (shared and not shared.owns(place.before + taken)):
+                    continue
+                yield sample, place._replace(taken=taken + 1) if taken + 1 < len(block) else after
+            place = after
+
+    def _visits(self, epoch: int, turn: int, lane: Lane) -> list[Visit]:
+        """What the lane reads in a turn, in this order."""
         key = (self.seed, epoch, turn)
-        samples = (
-            sample
-            for shard in permutation(len(self.shards), *key)
-            for sample in self._samples(
-                Piece(shard, 0, 1, 1), Piece(shard, lane.number, lane.number + 1, lane.count), turn, skips
-            )
-        )
-        return shuffled(samples, self.window, *key)
+        if self.weights:
+            n = max(len(self.shards) // lane.count, 1)
+            drawn = draws(n, self.weights, *key, lane.number)
+            return [Visit(Piece(shard), turn * n + i) for i, shard in enumerate(drawn)]
+        shards = permutation(len(self.shards), *key)
+        if self.by_sample:
+            return [Visit(Piece(shard), turn) for shard in shards]
+        exactly = self.sizes is not None
+        pieces = deal_exactly(shards, self.sizes, lane, self.steps) if exactly else deal(shards, lane)
+        return [Visit(piece, turn) for piece in pieces]
 
-    def _read_dealt(self, epoch: int, turn: int, lane: Lane, skips: Skips) -> Iterator[RawSample]:
-        key = (self.seed, epoch, turn)
-        pieces = deal(permutation(len(self.shards), *key), lane)
-        samples = (sample for piece in pieces for sample in self._samples(piece, piece, turn, skips))
-        return shuffled(samples, self.window, *key, lane.number)
+    def _samples(
+        self, visits: Sequence[Visit], place: Place, skips: Skips, shared: Lane | Part | None
+    ) -> Iterator[tuple[RawSample, tuple[int, int, int]]]:
+        """The usable samples from ``place`` on, with (visit, position, offset) of what comes next.
 
-    def _read_drawn(self, epoch: int, turn: int, lane: Lane, skips: Skips) -> Iterator[RawSample]:
-        key = (self.seed, epoch, turn, lane.number)
-        n = max(len(self.shards) // lane.count, 1)
-        samples = (
-            sample
-            for visit, shard in enumerate(draws(n, self.weights, *key), start=turn * n)
-            for sample in self._samples(Piece(shard, 0, 1, 1), Piece(shard, 0, 1, 1), visit, skips)
-        )
-        return shuffled(samples, self.window, *key)
+        ``shared``: other lanes read the same. Then a fault is reported by the one that owns the usable sample
+        before it.
+        """
+        good = place.before
 
-    def _samples(self, piece: Piece, own: Piece, turn: int, skips: Skips) -> Iterator[RawSample]:
-        """The usable samples of ``piece``. Several lanes may read it: each reports those of its ``own``."""
-        shard = self.shards[piece.shard]
-        skips.check()
+        def mine() -> bool:
+            return shared is None or shared.owns(max(good - 1, 0))
 
-        def report(reason: str, name: str) -> None:
-            if own.first == 0:
-                skips.add(reason, name)
+        for number in range(place.visit, len(visits)):
+            piece, turn = visits[number]
+            shard = self.shards[piece.shard]
+            skips.check()
 
-        for position, members in enumerate(read_shard(shard.url, report)):
-            if not piece.holds(position):
-                continue
-            try:
-                sample = self._parse(members, shard, position, turn)
-            except Unusable as fault:
-                if own.holds(position):
-                    skips.add(str(fault), f"{shard.url}/{members['__key__']}")
-            else:
-                yield sample
+            def report(reason: str, name: str, piece: Piece = piece) -> None:
+                if piece.first == 0 and mine():
+                    skips.add(reason, name)
 
-    def _parse(self, members: dict, shard: Shard, position: int, turn: int) -> RawSample:
+            start = (place.position, place.offset) if number == place.visit else (0, 0)
+            for group in read_shard(shard.url, report, *start):
+                if piece.ends_before(group.position):
+                    break
+                if not piece.holds(group.position):
+                    continue
+                try:
+                    sample = self._parse(group, piece.shard, turn)
+                except Unusable as fault:
+                    if mine():
+                        skips.add(str(fault), f"{shard.url}/{group.name}")
+                    continue
+                last = group.next_offset is None
+                yield sample, (number + 1, 0, 0) if last else (number, group.position + 1, group.next_offset)
+                good += 1
+
+    def _parse(self, group: Group, number: int, turn: int) -> RawSample:
+        shard, members = self.shards[number], group.members
         image = next((members[extension] for extension in IMAGES if extension in members), None)
         if image is None:
             raise Unusable("missing image")
@@ -178,131 +209,51 @@ class ShardSource:
             text = members["txt"].decode()
         except UnicodeDecodeError:
             raise Unusable("text is not utf-8") from None
-        name = f"{shard.url}/{members['__key__']}"
+        name = f"{shard.url}/{group.name}"
         if self.sample_index is None:
             return RawSample(image, text, nameless_row(name), turn, name)
-        row = shard.first_row + (position if self.sample_index == "position" else _key(members))
+        by_key = self.sample_index == "key"
+        row = shard.first_row + (_key(members) if by_key else group.position)
         if not shard.first_row <= row < shard.stop_row:
             raise Unusable("key out of range")
+        if by_key:
+            self._check_key(row, number)
         return RawSample(image, text, row, turn, name)
 
-
-def read_shard(url: str, report: Callable[[str, str], None]) -> Iterator[dict]:
-    """The groups of members of one shard, {extension: bytes, '__key__': name}, in the tar's order.
-
-    What stops the shard, or is wrong with a member, goes to ``report(reason, name)``; groups up to there come out.
-    """
-    failed = False
-
-    def stop(error: Exception) -> bool:
-        nonlocal failed
-        if not failed:
-            report("unreadable shard", f"{url}: {error}")
-        failed = True
-        return False
-
-    def go_on(error: Exception) -> bool:
-        report("duplicate member", f"{url}: {error.args[0]}")
-        return True
-
-    try:
-        stream = wds.gopen(url)
-    except _UNREADABLE as error:
-        stop(error)
-        return
-    groups = 0
-    try:
-        files = tar_file_expander([{"url": url, "stream": stream}], handler=stop)
-        for group in group_by_keys(files, handler=go_on):
-            groups += 1
-            yield group
-        if not failed:
-            while stream.read(2**20):  # what follows the archive: a command must not meet a closed pipe
-                pass
-            stream.close()  # raises where a command has failed
-    except OSError as error:
-        stop(error)
-    finally:
-        with suppress(OSError):  # of a command whose output is left unread
-            stream.close()
-    if not groups and not failed:
-        report("empty shard", url)
+    def _check_key(self, row: int, number: int) -> None:
+        shard, other = self.shards[number], self.shards[self._rows.meet(row, number)]
+        if other.url != shard.url:
+            raise SharedKey(
+                f"--train-data: key {row - shard.first_row} is in {other.url} and in {shard.url}, so that two "
+                "samples would share a row of the sample state; give --data_size one size per :: source where "
+                "each counts for itself, use --sample_index position, or write distinct keys"
+            )
 
 
-def count_samples(url: str) -> int:
-    """How many groups of members ``read_shard`` finds in a sound shard; reads headers only where it can seek."""
-    with wds.gopen(url) as stream:
-        mode = "r:*" if hasattr(stream, "seekable") and stream.seekable() else "r|*"
-        with tarfile.open(fileobj=stream, mode=mode) as tar:
-            names = (member.name for member in tar if member.isreg() and not _META.match(member.name))
-            prefixes = (base_plus_ext(name)[0] for name in names)
-            samples, last = 0, None
-            for prefix in prefixes:
-                if prefix is not None and prefix != last:
-                    samples, last = samples + 1, prefix
-    return samples
+def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> ShardSource:
+    """The source that the flags describe, for epochs of ``steps``. ValueError names the flag that is wrong.
 
-
-def expand_shards(shards: str, flag: str = "--train-data") -> list[list[str]]:
-    """The urls of each ``::`` source of ``flag``'s value, in order: sources as given, globs sorted.
-
-    ValueError: a source without any shard.
-    """
-    sources = []
-    for source in shards.split("::"):
-        urls = []
-        for url in expand_urls(source):
-            is_pattern = glob.has_magic(url) and not _REMOTE.match(url)
-            urls.extend(sorted(glob.glob(url)) if is_pattern else [url] if url else [])
-        if not urls:
-            raise ValueError(f"{flag} {shards}: no shard matches {source!r}; check the path")
-        sources.append(urls)
-    return sources
-
-
-def look_for_shards(shards: str, flag: str) -> list[str]:
-    """A sentence on each source of which some shards are not there; training counts them as unreadable.
-
-    ValueError: a source of which none is there. Of URLs and commands this is known when they are opened.
-    """
-    remarks = []
-    for urls in expand_shards(shards, flag):
-        missing = _missing(urls)
-        if len(missing) == len(urls):
-            raise ValueError(f"{flag} {shards}: there is no {missing[0]}, nor another shard of it; check the path")
-        if missing:
-            remarks.append(f"{flag}: {len(missing)} of {len(urls)} shards are not there, {missing[0]} first")
-    return remarks
-
-
-def _missing(urls: list[str]) -> list[str]:
-    """The local ones that are not there. Folders are listed, since to ask for each of 30,000 files takes long."""
-    listed: dict[str, set[str]] = {}
-    missing = []
-    for url in urls:
-        if _REMOTE.match(url):
-            continue
-        folder, name = os.path.split(url)
-        if folder not in listed:
-            listed[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
-        if name not in listed[folder]:
-            missing.append(url)
-    return missing
-
-
-def open_shards(config: DataConfig, seed: int, world: World) -> ShardSource:
-    """The source that the flags describe. ValueError names the flag that is wrong.
-
-    All ranks have to call this together where ``--sample_index position`` makes them count.
+    All ranks have to call this together where ``--sample_index position`` or ``--epoch_policy exact`` make them
+    count.
     """
     sources = expand_shards(config.train_data)
     sizes = config.data_sizes or (config.data_size,)
     keeps_rows = sizes[0] > 0
     shards = list(with_rows(sources, sizes))
-    if keeps_rows and config.sample_index == "position":
-        shards = _at_positions(shards, _count_all([shard.url for shard in shards], world))
+    by_position, exact = keeps_rows and config.sample_index == "position", config.epoch_policy == "exact"
+    counts = None
+    if by_position or exact:
+        flag = "--sample_index position" if by_position else "--epoch_policy exact"
+        counts = _count_all([shard.url for shard in shards], world, flag)
+    if by_position:
+        shards = _at_positions(shards, counts)
+    if exact and sum(counts) < config.train_num_samples:
+        raise ValueError(
+            f"--train-num-samples {config.train_num_samples}: the shards hold {sum(counts)} samples, and "
+            "--epoch_policy exact takes none twice; give at most as many"
+        )
     weights = None
-    if config.dataset_resampled:
+    if config.epoch_policy == "resample":
         factors = config.train_data_upsampling_factors or (1.0,) * len(sources)
         weights = [factor for factor, source in zip(factors, sources, strict=True) for _ in source]
     if config.skip_webdataset_split_by_node:
@@ -313,6 +264,8 @@ def open_shards(config: DataConfig, seed: int, world: World) -> ShardSource:
         sample_index=config.sample_index if keeps_rows else None,
         weights=weights,
         by_sample=config.train_num_samples <= SPLIT_BY_SAMPLE,
+        sizes=counts if exact else None,
+        steps=steps,
     )
 
 
@@ -327,7 +280,7 @@ def nameless_row(name: str) -> int:
     return -1 - (seed_of(*name.encode()) >> 1)
 
 
-def _key(members: dict) -> int:
+def _key(members: dict[str, bytes]) -> int:
     if "json" not in members:
         raise Unusable("missing json")
     try:
@@ -363,13 +316,13 @@ def _at_positions(shards: list[Shard], counts: list[int]) -> list[Shard]:
     return placed
 
 
-def _count_all(urls: list[str], world: World) -> list[int]:
+def _count_all(urls: list[str], world: World, flag: str) -> list[int]:
     """Samples per shard; every rank counts its part."""
 
     def attempt(url: str) -> int | str:
         try:
             return count_samples(url)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             return f"{url}: {error}"
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -380,7 +333,7 @@ def _count_all(urls: list[str], world: World) -> list[int]:
     failures = [result for result in counts if isinstance(result, str)]
     if failures:
         raise ValueError(
-            f"--sample_index position: {len(failures)} of {len(urls)} shards cannot be counted, and rows follow "
-            f"from the sizes of all shards before: mend or remove {failures[0]}"
+            f"{flag}: {len(failures)} of {len(urls)} shards cannot be counted, and it needs the sizes of all; "
+            f"mend or remove {failures[0]}"
         )
     return counts

@@ -1,0 +1,199 @@
+"""Webdataset shards: which ones a flag names, and the samples of one, with the places where they begin.
+
+webdataset opens shards (``gopen``: files, URLs, ``pipe:`` commands) and splits names into sample and extension;
+``tar`` reads the members with their offsets, so that a file can be entered at any sample.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO, NamedTuple
+
+import webdataset as wds
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import base_plus_ext
+
+from training.tar import Member, read_tar
+
+UNREADABLE = (OSError, ValueError, ImportError, tarfile.TarError)  # what opening and reading a shard may raise
+
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset takes for metadata
+_REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
+_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # gzip, bzip2, xz, zstandard
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file. Its samples have rows ``first_row + key`` (or position), all below ``stop_row``."""
+
+    url: str
+    first_row: int
+    stop_row: int
+
+
+class Group(NamedTuple):
+    """One sample of a shard: ``members`` {extension: bytes}, and the common ``name`` before the extension.
+
+    It is the one at ``position``; ``next_offset`` is where the next one begins, in bytes, None after the last.
+    """
+
+    name: str
+    members: dict[str, bytes]
+    position: int
+    next_offset: int | None
+
+
+def expand_shards(shards: str, flag: str = "--train-data") -> list[list[str]]:
+    """The urls of each ``::`` source of ``flag``'s value, in order: sources as given, globs sorted.
+
+    ValueError: a source without any shard.
+    """
+    sources = []
+    for source in shards.split("::"):
+        urls = []
+        for url in expand_urls(source):
+            is_pattern = glob.has_magic(url) and not _REMOTE.match(url)
+            urls.extend(sorted(glob.glob(url)) if is_pattern else [url] if url else [])
+        if not urls:
+            raise ValueError(f"{flag} {shards}: no shard matches {source!r}; check the path")
+        sources.append(urls)
+    return sources
+
+
+def look_for_shards(shards: str, flag: str) -> list[str]:
+    """A sentence on each source of which some shards are not there; training counts them as unreadable.
+
+    ValueError: a source of which none is there. Of URLs and commands this is known when they are opened.
+    """
+    remarks = []
+    for urls in expand_shards(shards, flag):
+        missing = _missing(urls)
+        if len(missing) == len(urls):
+            raise ValueError(f"{flag} {shards}: there is no {missing[0]}, nor another shard of it; check the path")
+        if missing:
+            remarks.append(f"{flag}: {len(missing)} of {len(urls)} shards are not there, {missing[0]} first")
+    return remarks
+
+
+def _missing(urls: list[str]) -> list[str]:
+    """The local ones that are not there. Folders are listed, since to ask for each of 30,000 files takes long."""
+    listed: dict[str, set[str]] = {}
+    missing = []
+    for url in urls:
+        if _REMOTE.match(url):
+            continue
+        folder, name = os.path.split(url)
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+        if name not in listed[folder]:
+            missing.append(url)
+    return missing
+
+
+def read_shard(
+    url: str, report: Callable[[str, str], None], position: int = 0, offset: int = 0
+) -> Iterator[Group]:
+    """The samples of one shard from the one at ``position`` on, in the tar's order.
+
+    ``offset``: where that one begins. A file is entered there; commands, URLs and compressed files are read from
+    their beginning. What stops the shard, or is wrong with a member, goes to ``report(reason, name)``; samples up
+    to there come out.
+    """
+    failed = False
+    seen = 0
+
+    def stop(error: Exception) -> None:
+        nonlocal failed
+        failed = True
+        report("unreadable shard", f"{url}: {error}")
+
+    def duplicate(name: str) -> None:
+        if seen >= position:  # what comes before has been reported
+            report("duplicate member", f"{url}: {name}")
+
+    try:
+        stream = wds.gopen(url)
+    except UNREADABLE as error:
+        stop(error)
+        return
+    try:
+        start = offset if _can_enter(stream) else None
+        seen = position if start else 0
+        for group in _groups(_members(stream, start, stop), seen, duplicate):
+            seen = group.position + 1
+            if group.position >= position:
+                yield group
+        if not failed:
+            while stream.read(2**20):  # what follows the archive: a command must not meet a closed pipe
+                pass
+            stream.close()  # raises where a command has failed
+    except OSError as error:
+        stop(error)
+    finally:
+        with suppress(OSError):  # of a command whose output is left unread
+            stream.close()
+    if not seen and not failed:
+        report("empty shard", url)
+
+
+def count_samples(url: str) -> int:
+    """How many samples ``read_shard`` finds in a sound shard; reads headers only where it can seek."""
+    with wds.gopen(url) as stream:
+        mode = "r:*" if _seekable(stream) else "r|*"
+        with tarfile.open(fileobj=stream, mode=mode) as tar:
+            names = (member.name for member in tar if member.isreg() and not _META.match(member.name))
+            prefixes = (base_plus_ext(name)[0] for name in names)
+            samples, last = 0, None
+            for prefix in prefixes:
+                if prefix is not None and prefix != last:
+                    samples, last = samples + 1, prefix
+    return samples
+
+
+def _members(stream: IO[bytes], start: int | None, stop: Callable[[Exception], None]) -> Iterator[Member]:
+    """The files of a tar from byte ``start`` on, to its end or to what stops it; None: it cannot be entered."""
+    try:
+        if start:
+            stream.seek(start)
+        yield from read_tar(stream, start)
+    except Exception as error:  # tarfile raises anything on a broken file
+        stop(error)
+
+
+def _groups(members: Iterator[Member], position: int, duplicate: Callable[[str], None]) -> Iterator[Group]:
+    """Members in a row with the same name up to the first dot of the file's name are one sample."""
+    name, found = None, {}
+    for path, data, offset in members:
+        prefix, extension = base_plus_ext(path)
+        if prefix is None or _META.match(path):
+            continue
+        if prefix != name:
+            if name is not None:
+                yield Group(name, found, position, offset)
+                position += 1
+            name, found = prefix, {}
+        if (extension := extension.lower()) in found:
+            duplicate(path)
+        else:
+            found[extension] = data
+    if name is not None:
+        yield Group(name, found, position, None)
+
+
+def _seekable(stream: IO[bytes]) -> bool:
+    return hasattr(stream, "seekable") and stream.seekable()
+
+
+def _can_enter(stream: IO[bytes]) -> bool:
+    """Whether the bytes of the tar are those of the file: it can be sought in and is not compressed."""
+    if not _seekable(stream):
+        return False
+    packed = stream.read(6).startswith(_PACKED)
+    stream.seek(0)
+    return not packed

@@ -1,0 +1,192 @@
+"""What one loader process does: from the samples of its lanes to batches, with the lanes' places behind each.
+
+Every process of a rank prepares whole batches, every W-th, with the lanes (see ``order`` and ``lanes``) whose
+steps those are. It runs through the epochs without stopping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
+from typing import NamedTuple, TypeVar
+
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from drrho_clip.batch import Batch
+from training.image_size import check_size
+from training.images import TrainView, Views
+from training.lanes import Layout, Progress
+from training.order import BEGIN, Lane, Place, seed_of
+from training.samples import Allowance, NothingUsable, RawSample, Skips, Source, Unusable
+from training.tokens import Tokenizer, Tokens
+from training.webdata import SharedKey
+
+T = TypeVar("T")
+
+LONGEST_TEXT = 4096  # characters that are tokenized: CLIP's tokenizer takes minutes over a word of 100 kB
+_BARREN_TURNS = 20  # beyond one per lane, passes without a usable sample before a lane gives up
+
+
+class Sample(NamedTuple):
+    """One decoded training sample."""
+
+    views: Views
+    text: str
+    index: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One batch of a rank, with the samples left out on the way to it and the places of its lanes behind it.
+
+    ``failure`` says why there is no batch and nothing more will come.
+    """
+
+    batch: Batch | None
+    skips: Skips
+    places: dict[tuple[int, int], Place] = field(default_factory=dict)
+    failure: ValueError | None = None
+
+    def pin_memory(self) -> Chunk:
+        """A copy in page-locked memory; ``DataLoader`` calls this by its name."""
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
+
+
+class TrainStream(IterableDataset):
+    """The endless row of batches that one loader process prepares: every W-th from ``start`` on.
+
+    ``rank`` of ``ranks`` has ``batch_size`` samples of each of an epoch's ``steps``. ``own_shards``: every rank
+    reads all of the source by itself, as the only virtual rank.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        view: TrainView,
+        tokenizer: Tokenizer,
+        ref_tokenizer: Tokenizer | None,
+        *,
+        seed: int,
+        batch_size: int,
+        steps: int,
+        layout: Layout,
+        allowed: Allowance | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        own_shards: bool = False,
+    ) -> None:
+        self.source, self.view = source, view
+        self.allowed = allowed or Allowance()
+        self.tokens = Tokens(tokenizer)
+        self.ref_tokens = None if ref_tokenizer is None else Tokens(ref_tokenizer)
+        self.seed, self.batch_size, self.steps = seed, batch_size, steps
+        self.rank, self.ranks, self.own_shards = rank, ranks, own_shards
+        self.layout, self.start = layout, Progress()
+
+    @property
+    def lanes(self) -> int:
+        """Among how many lanes the source is shared out."""
+        return self.layout.workers * (1 if self.own_shards else self.layout.ranks)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        worker, workers = this_worker()
+        skips = Skips(limit=self.allowed.samples)
+        epoch, readers = -1, {}
+        for turn in count(self.start.epoch * self.steps + self.start.step + worker, workers):
+            if turn // self.steps != epoch:
+                epoch, readers = turn // self.steps, {}
+            virtual_worker = turn % self.steps % self.layout.workers
+            try:
+                batch, places = self._batch(virtual_worker, epoch, readers, skips)
+            except (NothingUsable, SharedKey) as error:
+                yield Chunk(None, skips.take(), failure=error)
+                return
+            yield Chunk(batch, skips.take(), places)
+
+    def _batch(
+        self, worker: int, epoch: int, readers: dict[tuple[int, int], LaneReader], skips: Skips
+    ) -> tuple[Batch, dict[tuple[int, int], Place]]:
+        """The rank's part of the next batch of virtual worker ``worker``; ``readers`` of the epoch are kept."""
+        samples, places = [], {}
+        for name, lane in self._lanes_of(worker).items():
+            if name not in readers:
+                place = self.start.places.get(name, BEGIN) if epoch == self.start.epoch else BEGIN
+                readers[name] = LaneReader(self, epoch, lane, place, skips)
+            samples += readers[name].take(lane.share)
+            places[name] = readers[name].place
+        return self._collate(samples), places
+
+    def _lanes_of(self, worker: int) -> dict[tuple[int, int], Lane]:
+        """This rank's lanes of a virtual worker, in the order of their samples in the batch."""
+        if self.own_shards:
+            return {(self.rank, worker): Lane(0, 1, worker, self.layout.workers, self.batch_size)}
+        virtual = self.layout.ranks // self.ranks
+        return {
+            (p, worker): Lane(p, self.layout.ranks, worker, self.layout.workers, self.batch_size // virtual)
+            for p in range(self.rank * virtual, (self.rank + 1) * virtual)
+        }
+
+    def _collate(self, samples: list[Sample]) -> Batch:
+        texts, seeds = [sample.text for sample in samples], [sample.seed for sample in samples]
+        references = [sample.views.reference for sample in samples]
+        return Batch(
+            image=torch.stack([sample.views.target for sample in samples]),
+            text=self.tokens(texts, seeds),
+            index=torch.tensor([sample.index for sample in samples]),
+            ref_image=None if references[0] is None else torch.stack(references),
+            ref_text=None if self.ref_tokens is None else self.ref_tokens(texts, seeds),
+        )
+
+
+class LaneReader:
+    """The decoded samples of one lane in one epoch; ``place`` is where it stands behind the last one taken."""
+
+    def __init__(self, stream: TrainStream, epoch: int, lane: Lane, place: Place, skips: Skips) -> None:
+        self.place = place
+        self._samples = self._decoded(stream, epoch, lane, skips)
+
+    def take(self, n: int) -> list[Sample]:
+        """The next ``n`` samples. NothingUsable, SharedKey: what is wrong with the data."""
+        return list(islice(self._samples, n))
+
+    def _decoded(self, stream: TrainStream, epoch: int, lane: Lane, skips: Skips) -> Iterator[Sample]:
+        barren, usable = 0, 0
+        for raw, behind in stream.source.stream(epoch, lane, skips, self.place):
+            self.place = behind
+            if raw is None:
+                barren, usable = (0 if usable else barren + 1), 0
+                if barren > lane.count + _BARREN_TURNS:
+                    raise NothingUsable(f"there is no usable sample in the training data; left out: {skips}")
+                continue
+            image = decode_or_skip(raw, skips, stream.view.decode)
+            if image is None:
+                skips.check()
+                continue
+            usable += 1
+            skips.in_a_row = 0
+            seed = seed_of(stream.seed, epoch, raw.turn, raw.index)
+            yield Sample(stream.view(image, seed), raw.text[:LONGEST_TEXT], raw.index, seed)
+
+
+def decode_or_skip(raw: RawSample, skips: Skips, decoder: Callable[..., T]) -> T | None:
+    """What ``decoder`` makes of the image of ``raw``; None where it cannot, which is counted in ``skips``."""
+    try:
+        if not isinstance(raw.image, Image.Image):
+            check_size(raw.image)
+        return decoder(raw.image)
+    except Unusable as fault:
+        skips.add(str(fault), raw.name)
+        return None
+    except Exception as error:  # a decoder raises anything on a broken file
+        skips.add("undecodable image", f"{raw.name}: {error}")
+        return None
+
+
+def this_worker() -> tuple[int, int]:
+    """(number of this loader process, how many there are); (0, 1) in the run's own process."""
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
