@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tiny_models
+from ranks import ranks
 from shards import sample, write_csv, write_shards
 from test_data import config, flat, model, world
 from training import stream as stream_module
@@ -188,10 +189,10 @@ def test_a_launch_that_the_lanes_do_not_fit_goes_on_with_a_warning(data, caplog)
 
 
 def test_lanes_that_a_launch_cannot_have_are_refused(data):
-    for lanes, ranks, workers, why in (("3,2", 2, 0, "2 ranks"), ("2,3", 2, 2, "2 workers"), ("16,1", 2, 0, "16")):
+    for lanes, k, workers, why in (("3,2", 2, 0, "2 ranks"), ("2,3", 2, 2, "2 workers"), ("16,1", 2, 0, "16")):
         c = config(data["dealt"], "--lanes", lanes, samples=SAMPLES, batch=4, workers=workers)
         with pytest.raises(ValueError, match=f"--lanes {lanes}: .*{why}"):
-            build_train(c, world(0, ranks), model(8), None)
+            build_train(c, world(0, k), model(8), None)
 
 
 def test_a_key_in_two_shards_is_an_error_that_names_both(tmp_path):
@@ -225,3 +226,23 @@ def test_training_stopped_inside_an_epoch_is_the_uninterrupted_run(tmp_path):
     a, b = load_weights(whole), load_weights(parts)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert read(whole)["step"] == read(parts)["step"] == 14
+
+
+def stop_on_ranks(pattern: str) -> dict:
+    """The state of two real ranks after three steps."""
+    rank = torch.distributed.get_rank()
+    c = config(pattern, *KINDS["by sample"], "--aug-cfg", "scale=(0.3,1.0)", samples=SAMPLES, batch=4, workers=0)
+    stream = build_train(c, world(rank, 2), model(8), None)
+    run([stream], 0, 0, 3)
+    return stream.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["by sample"])
+def test_the_state_of_all_ranks_is_gathered(data, kind, monkeypatch):
+    monkeypatch.setattr(webdata.ShardSource.__init__, "__kwdefaults__", _defaults(window=webdata.WINDOW))
+    first, second = ranks(2).run(stop_on_ranks, data[kind])
+    assert first == second and [held["lane"] for held in first["places"]] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    expected = run(launch(data, kind, 1, 0), 0, 0, 4)[3:]
+    resumed = launch(data, kind, 1, 0)
+    assert resumed[0].resume(first, 0, 3) == 3
+    assert same(run(resumed, 0, 3, 1), expected)
