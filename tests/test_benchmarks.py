@@ -3,15 +3,19 @@
 No times are checked here: ratios are for real sizes on a quiet machine.
 """
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import oracle
 import tiny_models
@@ -199,3 +203,62 @@ def test_emit_puts_one_of_the_two_on_stdout(capsys):
     out, err = capsys.readouterr()
     assert json.loads(out) == {"a": 1}
     assert err == "table\n"
+
+
+def test_data():
+    sizes = ["--samples", 12, "--batch-size", 4, "--batches", 1, "--repeats", 1, "--workers", 1]
+    result, text = run("data.py", *sizes)
+    for name in ("ours", "plain", "decode"):
+        assert result[f"{name}_per_second"] > 0 and result[f"wall_{name}_per_second"] > 0
+    for prefix in ("", "wall_"):
+        for other in ("plain", "decode"):  # of one block
+            rates = result[f"{prefix}ours_per_second"], result[f"{prefix}{other}_per_second"]
+            assert result[f"{prefix}ratio_{other}"] == pytest.approx(rates[0] / rates[1])
+    stages = result["microseconds"]
+    assert {"reading", "decoding", "crop and resize", "stacking", "tokens", "the rest"} == stages.keys()
+    assert sum(stages.values()) == pytest.approx(1e6 / result["ours_per_second"])
+    assert "Where our time goes" in text
+
+
+def test_data_reads_given_shards_without_loader_processes(tmp_path):
+    import shards
+
+    pattern = shards.write_shards(tmp_path, 8, per_shard=4, size=(60, 50))
+    sizes = ["--batch-size", 4, "--batches", 1, "--repeats", 1, "--workers", 0]
+    result, _ = run("data.py", "--shards", pattern, *sizes)
+    assert result["ratio_plain"] > 0 and result["workers"] == 0
+
+
+def test_processor_time_counts_loader_processes():
+    import multiprocessing
+
+    import data
+
+    def burn():
+        end = time.process_time() + 0.4
+        while time.process_time() < end:
+            pass
+
+    before = data.cpu_seconds()
+    child = multiprocessing.get_context("fork").Process(target=burn)
+    child.start()
+    while time.clock_gettime(data._clock_of(child.pid)) < 0.3:
+        time.sleep(0.01)
+    assert data.cpu_seconds() - before > 0.29
+    child.join()
+
+
+def test_photographs_are_the_same_every_time(tmp_path):
+    import photographs
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        photographs.write_shards(tmp_path / folder, 9, shards=2)
+    for name in ("00000.tar", "00001.tar"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with tarfile.open(tmp_path / "a" / "00001.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    assert len(members) == 3 * 5
+    assert json.loads(members["000000008.json"])["key"] == "000000008"
+    assert Image.open(io.BytesIO(members["000000008.jpg"])).size == (photographs.WIDTH, photographs.HEIGHT)
+    assert not members["000000007.txt"].isascii() or b"&" in members["000000007.txt"]

@@ -32,6 +32,10 @@ class Batch:
         """A copy on ``device``, without waiting for it; ``index`` stays where it is."""
         return self._map(lambda t: t.to(device, non_blocking=True), keep=("index",))
 
+    def clone(self) -> Batch:
+        """A copy in memory of its own."""
+        return self._map(Tensor.clone)
+
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory; ``torch.utils.data.DataLoader`` calls this by its name."""
         return self._map(lambda t: t.pin_memory())

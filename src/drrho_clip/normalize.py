@@ -15,7 +15,7 @@ from torch import Tensor
 def normalize(
     image: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``image`` [b, 3, H, W] -> the same shape in ``dtype``.
+    """``image`` [b, 3, H, W], in any memory order -> the same shape in ``dtype``, contiguous where it was uint8.
 
     uint8 is normalized with ``mean`` and ``std`` of pixels scaled to [0, 1]; floating point is taken to be
     normalized already and only changes its type. ValueError: any other type.
@@ -25,7 +25,8 @@ def normalize(
     if image.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, or floating point and normalized; these are {image.dtype}")
     factor, offset = _affine(tuple(mean), tuple(std), image.device)
-    return torch.mul(image, factor).add_(offset).to(dtype)
+    normalized = torch.empty(image.shape, device=image.device)
+    return torch.mul(image, factor, out=normalized).add_(offset).to(dtype)
 
 
 @lru_cache(maxsize=16)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from drrho_clip.batch import Batch
+from training.batch_memory import PREFETCH
 from training.distributed import gather_object
 from training.images import decode
 from training.lanes import Identity, Layout, Progress, pack, unpack
@@ -34,8 +35,6 @@ from training.tokens import Tokenizer
 from training.webdata import ShardSource
 
 log = logging.getLogger(__name__)
-
-_PREFETCH = 2  # batches that each loader process works ahead
 
 
 class TrainData:
@@ -54,6 +53,7 @@ class TrainData:
         self._stream, self._device, self._fixed = stream, device, fixed
         self._world_size, self._workers = world_size, workers
         self._loader = _loader(stream, workers, device, stream.seed)
+        self._must_copy = workers > 0 and device.type != "cuda"  # there page-locked memory is a copy
         self._chunks: Iterator[Chunk] | None = None
         self._fetched = (0, 0)  # the epoch and step that the next chunk is for
         self._progress = Progress()  # behind the last batch handed out
@@ -76,7 +76,8 @@ class TrainData:
             self.close()
             self._stream.start = replace(self._progress, places=dict(self._progress.places))
             self._fetched = (epoch, step)
-            self._chunks = iter(self._loader)
+            chunks = iter(self._loader)
+            self._chunks = _copies(chunks, self._workers) if self._must_copy else chunks
         arrived: deque[Chunk] = deque()
         for batch in prefetch(self._fetch(arrived), self._device):
             places = self._progress.places | arrived.popleft().places
@@ -258,10 +259,18 @@ def _loader(stream: IterableDataset, workers: int, device: torch.device, seed: i
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=_PREFETCH if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(seed),  # else it would draw from the run's generator
     )
+
+
+def _copies(chunks: Iterator[Chunk], workers: int) -> Iterator[Chunk]:
+    """Chunks in memory of this process. The received ones are held on to, so that their blocks stay mapped."""
+    held: deque[Chunk] = deque(maxlen=workers * (PREFETCH + 1))
+    for chunk in chunks:
+        held.append(chunk)
+        yield chunk.copy()
 
 
 def _start_worker(_: int) -> None:

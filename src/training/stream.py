@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from drrho_clip.batch import Batch
+from training.batch_memory import BatchMemory
 from training.image_size import check_size
 from training.images import TrainView, Views
 from training.lanes import Layout, Progress
@@ -55,6 +56,10 @@ class Chunk:
         """A copy in page-locked memory; ``DataLoader`` calls this by its name."""
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
+    def copy(self) -> Chunk:
+        """One that holds when the loader process uses its memory again."""
+        return self if self.batch is None else replace(self, batch=self.batch.clone())
+
 
 class TrainStream(IterableDataset):
     """The endless row of batches that one loader process prepares: every W-th from ``start`` on.
@@ -86,6 +91,7 @@ class TrainStream(IterableDataset):
         self.seed, self.batch_size, self.steps = seed, batch_size, steps
         self.rank, self.ranks, self.own_shards = rank, ranks, own_shards
         self.layout, self.start = layout, Progress()
+        self._images, self._ref_images = BatchMemory(), BatchMemory()
 
     @property
     def lanes(self) -> int:
@@ -134,10 +140,10 @@ class TrainStream(IterableDataset):
         texts, seeds = [sample.text for sample in samples], [sample.seed for sample in samples]
         references = [sample.views.reference for sample in samples]
         return Batch(
-            image=torch.stack([sample.views.target for sample in samples]),
+            image=self._images.stack([sample.views.target for sample in samples]),
             text=self.tokens(texts, seeds),
             index=torch.tensor([sample.index for sample in samples]),
-            ref_image=None if references[0] is None else torch.stack(references),
+            ref_image=None if references[0] is None else self._ref_images.stack(references),
             ref_text=None if self.ref_tokens is None else self.ref_tokens(texts, seeds),
         )
 

@@ -1,0 +1,69 @@
+"""Batches are laid out as their views are, and hold until they have been received."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from training.batch_memory import PREFETCH, BatchMemory
+
+BATCHES = 12
+
+
+def views(batch: int, n: int) -> list[torch.Tensor]:
+    """Views of random pixels, channels last."""
+    generator = torch.Generator().manual_seed(batch)
+    return [
+        torch.randint(256, (6, 5, 3), dtype=torch.uint8, generator=generator).permute(2, 0, 1) for _ in range(n)
+    ]
+
+
+def size(batch: int) -> int:
+    return 2 + batch % 3
+
+
+class Stream(IterableDataset):
+    def __init__(self) -> None:
+        self.memory = BatchMemory()
+
+    def __iter__(self):
+        for batch in range(BATCHES):
+            yield batch, self.memory.stack(views(batch, size(batch)))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_a_batch_holds_until_the_next_is_asked_for(workers, seconds):
+    prefetch = PREFETCH if workers else None
+    received = DataLoader(Stream(), batch_size=None, num_workers=workers, prefetch_factor=prefetch)
+    seen = []
+    for batch, images in received:
+        time.sleep(seconds)  # for the processes to run as far ahead as they ever will
+        assert torch.equal(images, torch.stack(views(batch, size(batch))))
+        seen.append(batch)
+    assert sorted(seen) == sorted([*range(BATCHES)] * max(workers, 1))
+
+
+def test_batches_keep_the_order_of_their_views():
+    memory = BatchMemory()
+    assert memory.stack(views(0, 4)).stride() == (6 * 5 * 3, 1, 5 * 3, 3)
+    planar = [view.contiguous() / 255 for view in views(1, 4)]
+    batch = memory.stack(planar)
+    assert batch.is_contiguous() and batch.dtype == torch.float32 and torch.equal(batch, torch.stack(planar))
+
+
+def test_in_the_own_process_batches_hold_for_ever():
+    kept = list(Stream())
+    assert all(torch.equal(images, torch.stack(views(batch, size(batch)))) for batch, images in kept)
+
+
+def test_a_loader_process_uses_few_blocks(monkeypatch):
+    monkeypatch.setattr("training.batch_memory.get_worker_info", lambda: object())
+    memory = BatchMemory()
+    batches = [memory.stack(views(batch, 3)) for batch in range(BATCHES)]
+    assert len({batch.data_ptr() for batch in batches}) == PREFETCH + 1
+    assert all(batch.is_shared() for batch in batches)
+    assert memory.stack(views(0, 50)).shape == (50, 3, 6, 5)  # outgrows its block
