@@ -5,6 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/lib/venv.sh
 use_venv requirements-training.txt 'pytest>=8.0' 'ruff>=0.6' 'hypothesis>=6.100'
+# Idle threads sleep: spinning ones take the cores from other ranks' work.
+export OMP_WAIT_POLICY=PASSIVE
 ruff check .
 ruff format --check .
 python -m pytest -q "$@"
