@@ -39,7 +39,6 @@ import torch
 import webdataset as wds
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torchvision.io import ImageReadMode, decode_jpeg
-from training.shards import expand_shards, read_shard
 
 import photographs
 import report
@@ -47,6 +46,7 @@ from training import data, params
 from training.batch_memory import PREFETCH, BatchMemory
 from training.distributed import World
 from training.images import TrainView
+from training.shards import expand_shards, read_shard
 from training.tokens import Tokens
 
 FEW = 64  # images that the stages after decoding are timed with
@@ -278,8 +278,8 @@ def parse(folder: Path) -> tuple[Options, bool]:
     add("--shards", help="shards of JPEGs with captions, a value for --train-data (default: made on the spot)")
     add("--samples", type=int, default=512, help="samples of the shards that are made")
     add("--workers", type=int, default=1, help="loader processes of ours and plain; 0: none")
-    add("--batch-size", type=int, default=128, help="images of a batch")
-    add("--batches", type=int, default=4, help="batches of one timed block")
+    add("--batch-size", type=int, default=64, help="images of a batch")
+    add("--batches", type=int, default=8, help="batches of one timed block")
     add("--repeats", type=int, default=9, help="timed blocks of each; the best counts")
     add("--model", default="ViT-B-16", help="open_clip model whose preprocessing and tokenizer are used")
     add("--json", action="store_true", help="one JSON object on stdout, the table on stderr")

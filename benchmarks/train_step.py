@@ -197,7 +197,7 @@ def describe(r: dict, seconds: dict[str, list[float]]) -> str:
     compiled = ", compiled" if r["torchcompile"] else ""
     title = (
         f"Training step: {r['model']} under {r['ref_model']}, batch {r['batch_size']}, {r['precision']}{compiled} "
-        f"({r['flops_per_sample'] / 1e9:.1f} GFLOP per sample); {r['machine']}"
+        f"({r['flops_per_sample'] / 1e9:.3g} GFLOP per sample); {r['machine']}"
     )
     text = report.table(title, ("", "samples/s", "median", "of peak", "peak memory"), rows)
     if r["largest_difference"] is not None:
