@@ -136,6 +136,9 @@ def test_views_keep_bytes_in_the_order_of_pixels():
         for data in (encode(photo()), encode(photo(), "png")):
             make = TrainView(PreprocessCfg(size=32), aug_cfg=aug_cfg)
             assert make(make.decode(data), 1).target.stride() == (1, 3 * 32, 3)
+    pixels = decode_pixels(encode(photo()))
+    for box in (Box(0, 0, 120, 160), Box(5, 0, 80, 160), Box(0, 7, 120, 60), Box(5, 7, 1, 1), Box(5, 7, 1, 160)):
+        assert resized_crop(pixels, box, (32, 32), "bicubic").stride() == (1, 3 * 32, 3)
 
 
 def test_color_steps_are_open_clips_after_the_crop(monkeypatch, caplog):

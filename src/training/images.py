@@ -131,14 +131,15 @@ def decode_pixels(image: bytes | str | Image.Image) -> Tensor:
 
 def random_box(height: int, width: int, scale: Sequence[float], ratio: Sequence[float], rng: random.Random) -> Box:
     """A crop distributed as torchvision's ``RandomResizedCrop``: ``scale`` of the area, ``ratio`` of its sides."""
-    low, high = math.log(ratio[0]), math.log(ratio[1])
+    # Of Random's methods only this one promises the same numbers under every release of Python.
+    draw = rng.random
+    low, span = math.log(ratio[0]) / 2, math.log(ratio[1] / ratio[0]) / 2
     for _ in range(_TRIES):
-        # Of Random's methods only this one promises the same numbers under every release of Python.
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
-        aspect = math.exp(low + (high - low) * rng.random())
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        side = math.sqrt(height * width * (scale[0] + (scale[1] - scale[0]) * draw()))
+        stretch = math.exp(low + span * draw())  # the root of w / h
+        w, h = round(side * stretch), round(side / stretch)
         if 0 < w <= width and 0 < h <= height:
-            return Box(int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1)), h, w)
+            return Box(int(draw() * (height - h + 1)), int(draw() * (width - w + 1)), h, w)
     w, h = width, height
     if width < min(ratio) * height:
         h = round(width / min(ratio))
@@ -153,8 +154,9 @@ def resized_crop(image: Tensor, box: Box, size: tuple[int, int], mode: str) -> T
     ``mode``: "bicubic" or "bilinear", both antialiased.
     """
     top, left, height, width = box
-    part = image[:, top : top + height, left : left + width].unsqueeze(0)
-    part = part.contiguous(memory_format=torch.channels_last)  # torch's fast path for RGB bytes wants it packed
+    rows = image.permute(1, 2, 0)[top : top + height, left : left + width].unsqueeze(0)
+    # torch's fast path for RGB bytes wants them packed, with strides that say so; whole rows are already.
+    part = rows.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     return F.interpolate(part, size, mode=mode, antialias=True).squeeze(0)
 
 
