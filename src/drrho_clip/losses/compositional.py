@@ -10,7 +10,7 @@ columns, which gives log g and, averaged over visits, log u; the second gives
     dF/dS_ij  ~  W1_ij + W2_ji,    W1_ij = exp(a_ij / tau_i) / u1_i,    W2_ji = exp(c_ji / tau_j) / u2_j.
 
 That is six products of tiles with embeddings (two for q in each pass, two for the gradients), four without a
-reference. Where all tiles fit ``keep_bytes`` the first pass keeps them and the second does not multiply again.
+reference. The first pass keeps as many tiles as fit ``keep_bytes``; the second multiplies only the others again.
 
 One process sees each pair once and takes rows and columns from the same tile. A rank of many owns ``b`` rows and
 ``b`` columns; it visits its rows, then its columns as the rows of the transposed problem. Everything is float32,
@@ -36,7 +36,7 @@ _EXCLUDED = -1e30
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes for one tile of pairs, and for keeping all tiles between the two passes."""
+    """Bytes for one tile of pairs, and for the tiles that are kept between the two passes."""
 
     tile_bytes: int
     keep_bytes: int
@@ -45,7 +45,7 @@ class Budget:
     def default(cls, device: torch.device) -> Budget:
         """A tile that a CPU's caches hold; on a GPU one large enough to fill it (docs/benchmarks.md)."""
         if device.type == "cpu":
-            return cls(tile_bytes=4 << 20, keep_bytes=16 << 20)
+            return cls(tile_bytes=8 << 20, keep_bytes=8 << 20)
         return cls(tile_bytes=128 << 20, keep_bytes=512 << 20)
 
 
@@ -133,15 +133,22 @@ def _tiles(rows: int, columns: int, budget: Budget) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+def _kept_rows(tiles: list[slice], columns: int, budget: Budget) -> int:
+    """Rows of the tiles that fit ``budget.keep_bytes``, from the first tile on."""
+    height = tiles[0].stop
+    return min(budget.keep_bytes // (4 * columns * height) * height, tiles[-1].stop)
+
+
 def pair_statistics(
     block: Block, *, columns: bool, moments: bool, budget: Budget
 ) -> tuple[Anchors, Anchors | None, Tensor | None]:
-    """First pass: the rows' statistics, the columns' where ``columns`` is set, and the pairs [n, m] where they fit
-    ``budget.keep_bytes``. Without ``moments`` the means stay zero."""
+    """First pass: the rows' statistics, the columns' where ``columns`` is set, and the pairs [kept, m] of as many
+    rows as fit ``budget.keep_bytes``, None for none. Without ``moments`` the means stay zero."""
     x, n, m = block.rows[0], len(block.rows[0]), len(block.columns[0])
     tiles = _tiles(n, m, budget)
-    kept = x.new_empty(n, m) if 4 * n * m <= budget.keep_bytes else None
-    buffer = None if kept is not None else x.new_empty(tiles[0].stop, m)
+    keeps = _kept_rows(tiles, m, budget)
+    kept = x.new_empty(keeps, m) if keeps else None
+    buffer = x.new_empty(tiles[0].stop, m) if keeps < n else None
     work = x.new_empty(tiles[0].stop, m)
     scaled = work if block.shared else torch.empty_like(work)
     row_lse, row_mean = [], []
@@ -149,7 +156,7 @@ def pair_statistics(
     total, weighted = x.new_zeros(m), x.new_zeros(m)
     for tile in tiles:
         height = tile.stop - tile.start
-        q = block.pairs(tile, kept[tile] if kept is not None else buffer[:height])
+        q = block.pairs(tile, kept[tile] if tile.stop <= keeps else buffer[:height])
 
         e = block.row_exponents(tile, q, scaled[:height])
         top = e.amax(1)
@@ -178,18 +185,19 @@ def pair_gradient(
     is set.
 
     ``G_ij = exp(q_ij / tau_i - row_shift_i) + exp(q_ij / tau_j - column_shift_j)``, zero for a sample with itself.
-    ``kept``: the pairs that the first pass kept, which are overwritten, or None: then they are multiplied again.
+    ``kept``: the pairs that the first pass kept, which are overwritten; the others are multiplied again.
     """
     x, y = block.rows[0], block.columns[0]
     tiles = _tiles(len(x), len(y), budget)
     height = tiles[0].stop
-    buffer = None if kept is not None else x.new_empty(height, len(y))
+    keeps = 0 if kept is None else len(kept)
+    buffer = x.new_empty(height, len(y)) if keeps < len(x) else None
     work = x.new_empty(height, len(y))
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_y = torch.zeros_like(y, memory_format=torch.contiguous_format) if columns else None
     for tile in tiles:
         height = tile.stop - tile.start
-        q = kept[tile] if kept is not None else block.pairs(tile, buffer[:height])
+        q = kept[tile] if tile.stop <= keeps else block.pairs(tile, buffer[:height])
         g = work[:height]
         torch.sub(block.row_exponents(tile, q, g), row_shift[tile, None], out=g).exp_()
         g.add_(block.column_exponents(q, q).sub_(column_shift).exp_())
