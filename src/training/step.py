@@ -56,8 +56,8 @@ class Stepper:
         return {**terms, "loss": sum(terms.values()), **result.metrics}
 
     def _backward_whole(self, batch: Batch) -> LossOutput:
+        reference = self.task.reference_features(batch)  # first: the target's graph is not in memory yet
         outputs = self.task.outputs(batch)
-        reference = self.task.reference_features(batch)
         result = self.task.objective(self.task.inputs(outputs, batch.index, reference))
         local = {name: s / _per_rank(n) for name, (s, n) in self.task.loss.local_terms(outputs).items()}
         result = replace(result, terms={**result.terms, **local})
