@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def synchronize(device: torch.device) -> None:
@@ -64,7 +65,6 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         else:
-            _return_free_memory()
             _RESET.write_text("5")  # the peak becomes the present size: proc_pid_clear_refs(5)
             self._before = _resident("VmRSS")
         return self
@@ -87,15 +87,19 @@ def in_fresh_process(function: Callable[..., T], *args: Any) -> T:
         torch.cuda.empty_cache()  # what this process only keeps in reserve is the other's to use
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["open_clip"])  # imported once, not by every process
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_show_every_block) as pool:
         return pool.submit(function, *args).result()
 
 
-def _return_free_memory() -> None:
-    """What was freed but stays with the C library would be used again unseen."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc; others hand large blocks back by themselves
-    if trim is not None:
-        trim(0)
+def _show_every_block() -> None:
+    """Make the C library take each large block from the system and hand it back when it is freed.
+
+    Else freed memory that it keeps would be used again unseen, and the peak would depend on how its heap happens
+    to be laid out. glibc does so; others hand large blocks back by themselves.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _resident(field: str) -> int:
