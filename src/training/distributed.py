@@ -137,22 +137,35 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-def broadcast_object(obj: Any, src: int = 0) -> Any:
+def broadcast_object(obj: Any, src: int = 0, group: dist.ProcessGroup | None = None) -> Any:
     """Rank ``src``'s picklable ``obj``, on every rank."""
     if not dist.is_initialized():
         return obj
     box = [obj if dist.get_rank() == src else None]
-    dist.broadcast_object_list(box, src=src, device=_CPU)
+    dist.broadcast_object_list(box, src=src, group=group, device=_CPU)
     return box[0]
 
 
-def gather_object(obj: Any) -> list[Any]:
+def gather_object(obj: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's picklable ``obj``, in rank order, on every rank."""
     if not dist.is_initialized():
         return [obj]
     box = [None] * dist.get_world_size()
-    dist.all_gather_object(box, obj)
+    dist.all_gather_object(box, obj, group)
     return box
+
+
+def own_group() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks for a thread that talks beside training; None for a single process. Collective.
+
+    Two threads in one group could enter their collectives in different orders on different ranks.
+    """
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
+
+
+def rank_in(group: dist.ProcessGroup | None = None) -> int:
+    """This process's number in ``group``, by default among all ranks."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -163,7 +176,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total
 
 
-def on_main(function: Callable[[], T]) -> T:
+def start_all_reduce_max(tensor: Tensor) -> dist.Work | None:
+    """Start on the maximum over the ranks of ``tensor``, on the CPU; it is there after ``wait()`` on the answer.
+
+    None: this process is alone, and there is nothing to wait for.
+    """
+    return dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True) if dist.is_initialized() else None
+
+
+def on_main(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """``function()`` run by rank 0 alone; its picklable result on every rank.
 
     Where it raises, rank 0 has that error and the others have ``PeerFailed``.
@@ -174,10 +195,10 @@ def on_main(function: Callable[[], T]) -> T:
         try:
             result = function()
         except Exception:
-            broadcast_object((False, None))
+            broadcast_object((False, None), group=group)
             raise
-        return broadcast_object((True, result))[1]
-    succeeded, result = broadcast_object(None)
+        return broadcast_object((True, result), group=group)[1]
+    succeeded, result = broadcast_object(None, group=group)
     if not succeeded:
         raise PeerFailed("rank 0 failed; its message says why")
     return result

@@ -1,0 +1,226 @@
+"""Real signals to real processes; what ranks agree on; how a job is queued again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from ranks import ranks
+from training import interrupts
+from training.interrupts import SIGNALS, Agreement, how_to_continue, leave_to_trainer, listen, requeue
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_and_the_process_lives(number):
+    before = [signal.getsignal(n) for n in SIGNALS]
+    with listen() as heard:
+        assert heard.wanted is None
+        os.kill(os.getpid(), number)
+        assert heard.wanted == signal.Signals(number).name
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard.wanted == signal.Signals(number).name  # the first one
+    assert [signal.getsignal(n) for n in SIGNALS] == before
+
+
+def test_a_second_ctrl_c_ends_at_once_and_one_delivered_twice_does_not(monkeypatch):
+    monkeypatch.setattr(interrupts, "_ONE_KEYPRESS", 0.2)
+    with listen() as heard:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.25)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert heard.wanted == "SIGINT"
+
+
+def test_handlers_are_restored_after_an_error():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(OSError), listen():
+        raise OSError
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_other_threads_change_no_handler():
+    seen = []
+
+    def run() -> None:
+        with listen() as heard:
+            seen.append((heard.wanted, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [(None, signal.getsignal(signal.SIGTERM))]
+
+
+# --- several ranks ---------------------------------------------------------------------------------------------
+
+
+def wishes(stops: dict[int, int], saves: dict[int, int], steps: int) -> tuple[list, tuple]:
+    """The answers to each exchange. Rank r wishes to stop from step ``stops[r]`` on, to save at ``saves[r]``."""
+    rank = dist.get_rank()
+    agreement = Agreement()
+    answers = []
+    for step in range(steps):
+        answers.append(agreement.exchange(step >= stops.get(rank, steps), step == saves.get(rank)))
+    return answers, agreement.close()
+
+
+def test_all_ranks_hear_of_any_wish_at_the_next_step():
+    for answers, last in ranks(2).run(wishes, {1: 3}, {0: 1, 1: 4}, 5):
+        assert [stop for stop, _ in answers] == [False, False, False, False, True]
+        assert [save for _, save in answers] == [False, False, True, False, False]
+        assert last == (True, True)
+
+
+def one_after_the_other(folder: str) -> bool:
+    """Rank 1 takes part in a step's exchange only when rank 0 has come through it."""
+    through = True
+    with Agreement() as agreement:
+        for step in range(3):
+            past = Path(folder, f"past_{step}")
+            if dist.get_rank() == 1:
+                deadline = time.monotonic() + 5
+                while not past.exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                through &= past.exists()
+            agreement.exchange(False, False)
+            past.touch()
+    return through
+
+
+def test_an_exchange_does_not_wait_for_itself(tmp_path):
+    assert ranks(2).run(one_after_the_other, str(tmp_path)) == [True, True]
+
+
+def test_alone_a_wish_is_known_at_once():
+    with Agreement() as agreement:
+        assert agreement.exchange(False, True) == (False, True)
+        assert agreement.exchange(True, False) == (True, False)
+    assert agreement.close() == (False, False)
+
+
+class Failed(Exception):
+    pass
+
+
+def leave_by_error() -> str:
+    """Rank 0 fails while rank 1 has yet to take part in its last exchange."""
+    agreement = Agreement()
+    try:
+        with agreement:
+            if dist.get_rank() == 0:
+                agreement.exchange(True, True)
+                raise Failed
+    except Failed:
+        outcome = "failed"
+    else:
+        outcome = "went on"
+        agreement.exchange(False, False)
+    dist.barrier()
+    return outcome
+
+
+def test_an_error_is_not_kept_waiting_for_the_other_ranks():
+    assert ranks(2).run(leave_by_error) == ["failed", "went on"]
+
+
+# --- loader processes ------------------------------------------------------------------------------------------
+
+LOADER = """
+import os, signal, sys, time
+from torch.utils.data import DataLoader, get_worker_info
+from training.interrupts import leave_to_trainer, listen
+sys.path.insert(0, {tests!r})
+
+class Slow:
+    def __len__(self): return 40
+    def __getitem__(self, i): time.sleep(0.02); return i
+
+if __name__ == "__main__":
+    with listen() as heard:
+        loader = DataLoader(Slow(), batch_size=4, num_workers=2, worker_init_fn=lambda _: leave_to_trainer())
+        for n, batch in enumerate(loader):
+            if n == 1:
+                os.killpg(0, getattr(signal, sys.argv[1]))
+        print(heard.wanted, n + 1, flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_to_all_processes_of_a_rank_leaves_its_loader_at_work(name, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LOADER.format(tests=str(Path(__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, script, name],
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(Path(interrupts.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{name} 10\n"), done.stderr
+
+
+def test_a_loader_that_is_told_twice_ends():
+    pid = os.fork()
+    if pid == 0:
+        leave_to_trainer()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+
+
+# --- going on --------------------------------------------------------------------------------------------------
+
+
+def scontrol(folder: Path, monkeypatch, body: str) -> Path:
+    program = folder / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >>{folder}/called\n{body}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return folder / "called"
+
+
+def test_a_job_is_queued_again(tmp_path, monkeypatch, caplog):
+    called = scontrol(tmp_path, monkeypatch, "exit 0")
+    with caplog.at_level("INFO"):
+        assert requeue({"SLURM_JOB_ID": "71"})
+    assert called.read_text() == "requeue 71\n"
+    assert "job 71" in caplog.text
+
+
+@pytest.mark.parametrize("body", ["echo slurm_requeue error: Job may only be requeued once >&2; exit 1", None])
+def test_a_job_that_cannot_be_queued_again_says_why(tmp_path, monkeypatch, caplog, body):
+    if body is None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        scontrol(tmp_path, monkeypatch, body)
+    assert not requeue({"SLURM_JOB_ID": "71"})
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "scontrol requeue 71 failed" in record.getMessage() and "--resume latest" in record.getMessage()
+    assert ("may only be requeued once" if body else "scontrol") in record.getMessage()
+
+
+def test_outside_slurm_nothing_is_queued(caplog):
+    with caplog.at_level("INFO"):
+        assert not requeue({})
+    assert "no Slurm job" in caplog.text
+
+
+def test_how_to_continue():
+    line = how_to_continue("SIGUSR1", 120, "mine", Path("logs/mine/checkpoints/step_120.pt"))
+    assert "SIGUSR1 after 120 steps" in line and "logs/mine/checkpoints/step_120.pt" in line
+    assert line.endswith("--name mine --resume latest")
+    assert "nothing was saved" in how_to_continue("", 0, "mine", None)
