@@ -1,7 +1,11 @@
 """Parameter groups, optimizers, and the learning rates set before each step.
 
 Weight decay spares parameters with fewer than two dimensions, those whose name contains ``bn``, ``ln`` or
-``bias``, and ``logit_scale``, which is a group of its own with a rate of its own.
+``bias``, and ``logit_scale``, which is a group of its own with a rate of its own. The optimizer's momentum
+applies to ``logit_scale`` as to everything else, SGD's too.
+
+AdamW and SGD are torch's fused ones on every device: they can leave out a step on the device's word. For LAMB and
+Lion the host waits for that word in every step.
 """
 
 from __future__ import annotations
@@ -17,8 +21,7 @@ from training.params import OptimConfig, ScheduleConfig
 
 
 def _adamw(groups: list[dict], config: OptimConfig, device: torch.device) -> Optimizer:
-    fused = device.type == "cuda"
-    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def _lamb(groups: list[dict], config: OptimConfig, device: torch.device) -> Optimizer:
@@ -36,13 +39,13 @@ def _lion(groups: list[dict], config: OptimConfig, device: torch.device) -> Opti
 
 
 def _sgd(groups: list[dict], config: OptimConfig, device: torch.device) -> Optimizer:
-    return SGD(groups, lr=config.lr, momentum=config.momentum, fused=device.type == "cuda")
+    return SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
 
 
 def _nesterov(groups: list[dict], config: OptimConfig, device: torch.device) -> Optimizer:
     if config.momentum <= 0:
         raise ValueError(f"--momentum {config.momentum} with --optimizer nesterov: it needs a positive momentum")
-    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True, fused=device.type == "cuda")
+    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True, fused=True)
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict], OptimConfig, torch.device], Optimizer]] = {
@@ -88,6 +91,33 @@ def _group_of(name: str, parameter: Tensor) -> str:
         return "logit_scale"
     spared = parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias"))
     return "no_decay" if spared else "decay"
+
+
+@torch.no_grad()
+def step_where(optimizer: Optimizer, taken: Tensor) -> None:
+    """``optimizer.step()`` where ``taken``, a 0-d bool on the parameters' device; else nothing changes.
+
+    A fused optimizer gets it as ``found_inf``, like from torch's GradScaler, and the host does not wait.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        if isinstance(optimizer, SGD):
+            _start_momentum(optimizer)
+        optimizer.grad_scale, optimizer.found_inf = None, (~taken).float()
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
+    elif taken:
+        optimizer.step()
+
+
+def _start_momentum(optimizer: SGD) -> None:
+    """With zeros, as which the first step counts them. torch leaves them undefined where it skips that step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if parameter.grad is not None and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def horizon(schedule: ScheduleConfig, steps_per_epoch: int) -> schedules.Horizon:

@@ -8,6 +8,8 @@ With ``accum`` micro-batches the gradient is that of the full batch, for every l
    of that gradient back. Gradients are reduced over ranks with the last micro-batch only.
 
 BatchNorm sees micro-batches, so such models are exempt from the equality; its running statistics move in 3 alone.
+
+A step whose loss or gradient is not finite changes nothing and is counted (``nonfinite.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +27,29 @@ from torch.nn.parallel import DistributedDataParallel
 from drrho_clip import collectives
 from drrho_clip.batch import Batch
 from drrho_clip.losses import LossOutput
+from training.nonfinite import Evidence, RunningStatistics, SkippedSteps, backward_seed, explain
+from training.optimizer import step_where
 from training.task import Task
 
 _PARAMETERS = ("logit_scale", "logit_bias")
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """What the whole batch gave: embeddings by name, without a graph, the reference's, and the loss."""
+
+    embeddings: dict[str, Tensor]
+    reference: tuple[Tensor, Tensor] | None
+    result: LossOutput
+
+
 @dataclass
 class Stepper:
-    """Takes optimizer steps on ``task``. ``scaler`` is given for float16 autocast only."""
+    """Takes optimizer steps on ``task``. ``scaler`` is given for float16 autocast only.
+
+    ``skipped`` counts the steps that were not finite, the scaler's search for its scale included; the
+    ``max_skipped_steps``-th in a row raises NotFinite, on all ranks.
+    """
 
     task: Task
     optimizer: torch.optim.Optimizer
@@ -40,31 +57,48 @@ class Stepper:
     scaler: torch.amp.GradScaler | None = None
     grad_clip_norm: float | None = None
     logit_scale_bound: float = 100.0
+    max_skipped_steps: int = 20
+    skipped: SkippedSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.skipped = SkippedSteps(self.max_skipped_steps, self.task.bare.logit_scale.device)
+        self._norms = _batch_norms(self.task.bare)
+        self._evidence: Evidence | None = None
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Train on ``batch`` (on the device). Returns 0-d tensors: every term, the total as ``loss``, metrics."""
+        self._evidence = None  # the last batch's pixels
         self.optimizer.zero_grad(set_to_none=True)
         batch = self.task.select(batch, step, self._embed_without_graph)
-        backward = self._backward_whole if self.accum == 1 else self._backward_accumulated
-        result = backward(batch)
+        statistics = RunningStatistics(self._norms)
+        computed = self._backward(batch)
+        result = computed.result
         taken = self._update()
+        statistics.restore(unless=taken)
         if result.update is not None:
             self.task.loss.state.commit(result.update, taken)
-        with torch.no_grad():
-            self.task.bare.logit_scale.clamp_(0, math.log(self.logit_scale_bound))
+        self._bound_temperature(taken)
+        self.skipped.count(taken)
+        self._evidence = self._evidence_of(batch, step, computed)
+        if self.skipped.too_many():
+            raise explain(self.skipped, self._evidence, self.task.bare, self.optimizer)
         terms = {name: term.detach() for name, term in result.terms.items()}
         return {**terms, "loss": sum(terms.values()), **result.metrics}
 
-    def _backward_whole(self, batch: Batch) -> LossOutput:
+    def _backward(self, batch: Batch) -> _Computed:
+        return self._backward_whole(batch) if self.accum == 1 else self._backward_accumulated(batch)
+
+    def _backward_whole(self, batch: Batch) -> _Computed:
         reference = self.task.reference_features(batch)  # first: the target's graph is not in memory yet
         outputs = self.task.outputs(batch)
         result = self.task.objective(self.task.inputs(outputs, batch.index, reference))
         local = {name: s / _per_rank(n) for name, (s, n) in self.task.loss.local_terms(outputs).items()}
         result = replace(result, terms={**result.terms, **local})
-        self._scaled(sum(result.terms.values())).backward()
-        return result
+        seed = backward_seed(result.terms.values(), result.update)
+        self._scaled(sum(result.terms.values())).backward(seed)
+        return _Computed({name: outputs[name].detach() for name in _embeddings_of(outputs)}, reference, result)
 
-    def _backward_accumulated(self, batch: Batch) -> LossOutput:
+    def _backward_accumulated(self, batch: Batch) -> _Computed:
         task, chunks = self.task, batch.chunk(self.accum)
         device = batch.image.device
         embedded, references, states = [], [], []
@@ -87,9 +121,11 @@ class Stepper:
             leaves[name].requires_grad_()
         reference = None if references[0] is None else tuple(torch.cat(r) for r in zip(*references, strict=True))
         result = task.objective(task.inputs(leaves, batch.index, reference))
-        self._scaled(sum(result.terms.values())).backward()
-
         counts = {name: _per_rank(sum(local[name][1] for _, local in embedded)) for name in embedded[0][1]}
+        local = {name: sum(terms[name][0] for _, terms in embedded) / counts[name] for name in counts}
+        seed = backward_seed([*result.terms.values(), *local.values()], result.update)
+        self._scaled(sum(result.terms.values())).backward(seed)
+
         for j, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
             _set_random_state(device, state)
             last = j == self.accum - 1
@@ -104,10 +140,10 @@ class Stepper:
                     if grad is not None and outputs[name].requires_grad:
                         pairs.append((outputs[name], grad.to(outputs[name].dtype)))
                 for name, (s, _) in task.loss.local_terms(outputs).items():
-                    pairs.append((self._scaled(s / counts[name]), None))
+                    pairs.append((self._scaled(s / counts[name]), seed))
                 torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
-        local = {name: sum(terms[name][0] for _, terms in embedded) / counts[name] for name in counts}
-        return replace(result, terms={**result.terms, **local})
+        result = replace(result, terms={**result.terms, **local})
+        return _Computed({name: leaf.detach() for name, leaf in leaves.items()}, reference, result)
 
     def _embed_without_graph(self, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
         """Outputs and reference features of the whole batch, a micro-batch at a time."""
@@ -123,20 +159,36 @@ class Stepper:
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
-    def _update(self) -> Tensor | None:
-        """Clip and step. None: taken. Else whether the scaler took the step, a 0-d bool."""
+    def _update(self) -> Tensor:
+        """Clip and step, where the gradient is finite. Whether it is: a 0-d bool on the device."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.task.bare.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        taken = norm.isfinite()
         if self.grad_clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.task.bare.parameters(), self.grad_clip_norm)
-        if self.scaler is None:
-            self.optimizer.step()
-            return None
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        # The scaler lowers its scale exactly when it found a non-finite gradient and skipped the step.
-        return torch.tensor(self.scaler.get_scale() >= scale)
+            # A norm of 0 clips nothing: what is not finite stays as it is, for the diagnosis.
+            nn.utils.clip_grads_with_norm_(parameters, self.grad_clip_norm, torch.where(taken, norm, 0.0))
+        step_where(self.optimizer, taken)
+        if self.scaler is not None:
+            self.scaler.update()  # by what unscale_ found; its own step() would make the host wait
+        return taken
+
+    @torch.no_grad()
+    def _bound_temperature(self, taken: Tensor) -> None:
+        scale = self.task.bare.logit_scale
+        scale.copy_(torch.where(taken, scale.clamp(0, math.log(self.logit_scale_bound)), scale))
+
+    def _evidence_of(self, batch: Batch, step: int, computed: _Computed) -> Evidence:
+        tensors = {"pixels": batch.image}
+        if computed.reference is not None:
+            tensors["reference image_features"], tensors["reference text_features"] = computed.reference
+        tensors |= computed.embeddings
+        tensors |= {name: term.detach() for name, term in computed.result.terms.items()}
+        if computed.result.update is not None:
+            tensors |= {f"new {name}": value for name, value in computed.result.update.values.items()}
+        tau = computed.result.metrics.get("mean_tau", 1 / computed.embeddings["logit_scale"])
+        return Evidence(step, batch.index, tensors, tau)
 
 
 def _per_rank(count: Tensor) -> Tensor:
@@ -154,10 +206,14 @@ def _no_reduction(model: nn.Module):
     return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """BatchNorm normalizes by the batch as in training, but leaves its running statistics alone."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    norms = [norm for norm in _batch_norms(model) if norm.training]
     for norm in norms:
         norm.track_running_stats = False
     try:
