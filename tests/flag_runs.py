@@ -40,6 +40,10 @@ def observe_run(look: Callable[[Run], Any]) -> Callable[[Lab, list[str]], Any]:
     return observe
 
 
+def exit_code(lab: Lab, words: list[str]) -> int:
+    return lab.run(words).code
+
+
 def losses(run: Run) -> dict[str, list[float]]:
     return {name: run.logged(name) for name in ("Contrastive_loss", "Distill_loss", "Loss")}
 

@@ -153,6 +153,7 @@ EFFECTS: dict[str, Effect] = {
     "wd": Effect(("0.2", "0"), parts.stepped),
     "momentum": Effect(("0.9", "0.5"), parts.stepped, "--optimizer sgd"),
     "lr_tau": Effect(("-1", "1e-4"), parts.rates),
+    "max_skipped_steps": Effect(("1", "2"), runs.exit_code, "--optimizer sgd --lr 1e30 --epochs 1"),
     "grad_clip_norm": Effect((None, "1e-3"), observe_run(runs.weights), "--optimizer sgd"),
     # schedule
     "epochs": Effect(("2", "3"), parts.rates),

@@ -21,6 +21,7 @@ NEW = {
     "--lanes",
     "--loss",
     "--max_bad_fraction",
+    "--max_skipped_steps",
     "--sample_index",
     "--sample_state_device",
     "--save_published_state",

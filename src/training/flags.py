@@ -190,6 +190,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--momentum", "float", 0.9, "momentum of sgd and nesterov"),
         Flag("--lr_tau", "float", -1.0, "learning rate of the temperature; negative: --lr"),
         Flag("--grad-clip-norm", "float", None, "clip the gradient to this norm"),
+        Flag("--max_skipped_steps", "int", 20, "steps in a row, not finite, that end the run"),
     ),
     "schedule": (
         Flag("--epochs", "int", 32, "epochs to train, 0 to evaluate only"),

@@ -44,6 +44,7 @@ INTERVALS: dict[str, str] = {
     **dict.fromkeys(["train_num_samples", "val_num_samples", "force_image_size"], _AT_LEAST_1),
     **dict.fromkeys(["ref_filter_n_chunks", "logit_scale_bound"], _AT_LEAST_1),
     **dict.fromkeys(["beta1", "beta2", "momentum", "force_patch_dropout", "ref_filter_ratio"], _SHARE),
+    "max_skipped_steps": _AT_LEAST_1,
     "gamma": "(0, 1]",
     "max_bad_fraction": "[0, 1]",
     "image_mean": "(-inf, inf)",  # which leaves out nan

@@ -177,6 +177,7 @@ class OptimConfig:
     momentum: float
     lr_tau: float
     grad_clip_norm: float | None
+    max_skipped_steps: int = 20
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ def _build_trainer(
         scaler=task.precision.scaler(),
         grad_clip_norm=config.optim.grad_clip_norm,
         logit_scale_bound=config.loss.logit_scale_bound,
+        max_skipped_steps=config.optim.max_skipped_steps,
     )
     return Trainer(
         stepper,
