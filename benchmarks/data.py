@@ -137,11 +137,7 @@ def expand(shards: str) -> list[str]:
 
 def read(shards: str) -> list[tuple[bytes, str]]:
     """Encoded image and caption of all samples."""
-
-    def report(reason: str, name: str) -> None:
-        raise ValueError(f"{name}: {reason}")
-
-    groups = (group for url in expand(shards) for group in read_shard(url, report))
+    groups = (group for url in expand(shards) for group in read_shard(url))
     return [(group.members["jpg"], group.members["txt"].decode()) for group in groups]
 
 

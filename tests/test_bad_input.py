@@ -16,11 +16,11 @@ import shards
 from flag_lab import WORLD, Lab
 from spoiled import SAMPLES, SHARDS
 from training.data import build_train
+from training.loader import TrainData
 from training.params import parse
 from training.samples import Allowance, SkipLog, Skips, Tolerance, TooManyBad, allowance
 
 ROWS = 1000
-PIXELS = ("undecodable image", "image too large")
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
@@ -95,14 +95,18 @@ def test_window_is_an_epoch_within_limits():
 # --------------------------------------------------------------------------------------------------- the loader
 
 
-def epoch(pattern: str, samples: int, *flags: str, seed: int = 0) -> tuple[list[int], Counter, SkipLog]:
-    """Rows of the batches of one epoch of ``samples``; what was left out, by reason; the log of it."""
+def loaded(pattern: str, samples: int, *flags: object) -> TrainData:
     words = ["--train-data", pattern, "--train-num-samples", samples, "--data_size", ROWS, "--model", "RN50"]
-    words += ["--batch-size", 1, "--workers", 0, "--max_bad_fraction", 1, "--seed", seed, *flags]
+    words += ["--batch-size", 1, "--workers", 0, "--max_bad_fraction", 1, *flags]
     model = SimpleNamespace(preprocess=PreprocessCfg(size=8), tokenizer=SimpleTokenizer(context_length=16))
-    data = build_train(parse([str(word) for word in words]), WORLD, model, None)
+    return build_train(parse([str(word) for word in words]), WORLD, model, None)
+
+
+def epoch(pattern: str, samples: int, *flags: object) -> tuple[list[int], Counter, SkipLog]:
+    """Rows of the batches of one epoch of ``samples``; what was left out, by reason; the log of it."""
+    data = loaded(pattern, samples, *flags)
     rows = [row for batch in data.epoch(0) for row in batch.index.tolist()]
-    return rows, Counter(data.skipped), data.skips
+    return rows, data.skips.total.counts, data.skips
 
 
 def test_every_kind_of_bad_sample_stays_out_and_is_counted(tmp_path, caplog):
@@ -114,17 +118,46 @@ def test_every_kind_of_bad_sample_stays_out_and_is_counted(tmp_path, caplog):
         good |= set() if fault.reason else {i}
     assert len(planted) == 10
     pattern = shards.write_shards(tmp_path, members, 9)
-    met = Counter()
     for seed in range(4):
-        rows, counts, log = epoch(pattern, len(good), seed=seed)
-        assert sorted(rows) == sorted(good)
-        # The pixels of those behind the epoch's last good one are not looked at any more.
-        assert all(counts[r] == n or (r in PIXELS and counts[r] <= n) for r, n in planted.items())
-        assert counts.keys() <= planted.keys()
+        rows, counts, log = epoch(pattern, len(good), "--seed", seed)
+        assert sorted(rows) == sorted(good) and counts == planted
         assert all(str(tmp_path) in name and ".tar/" in name for name in log.total.examples.values())
-        met |= counts
-    assert met == planted
     assert "key is not an integer (e.g. " in caplog.text and "image too large (e.g. " in caplog.text
+
+
+def spoiled_set(folder, samples: int = 100) -> tuple[str, Counter]:
+    """Every 25th sample has no text, and the next one no image that can be decoded."""
+    members = [shards.sample(i, (8, 8)) for i in range(samples)]
+    for i in range(0, samples, 25):
+        del members[i]["txt"]
+        members[i + 1]["jpg"] = b"no image"
+    n = len(range(0, samples, 25))
+    return shards.write_shards(folder, members, 30), Counter({"missing text": n, "undecodable image": n})
+
+
+@pytest.mark.parametrize("size", [92, 93, 150, 184])
+def test_counts_of_an_epoch_are_those_of_the_passes_it_has_delivered(tmp_path, size):
+    """And not of what was read ahead for the next batch or into the next pass."""
+    pattern, planted = spoiled_set(tmp_path)
+    data = loaded(pattern, size, "--batch-size", size)
+    for number in range(3):
+        seen = Counter(row for batch in data.epoch(number) for row in batch.index.tolist())
+        counts = data.skips.take_epoch().counts
+        whole, more = min(seen.values()), max(seen.values())
+        least, most = ({reason: n * times for reason, n in planted.items()} for times in (whole, more))
+        assert all(least[r] <= counts[r] <= most[r] for r in planted) and counts.keys() == planted.keys()
+        assert counts == least or size in (93, 150)  # whose last sample is not the last one of a pass
+
+
+def test_four_percent_are_less_than_five(tmp_path):
+    """A set that is smaller than a window, whose epochs end just behind a pass: no sample counts twice."""
+    members = [shards.sample(i, (8, 8)) for i in range(100)]
+    for i in range(4):
+        del members[25 * i]["txt"]
+    data = loaded(shards.write_shards(tmp_path, members, 20), 97, "--max_bad_fraction", 0.05, "--batch-size", 97)
+    for number in range(25):
+        list(data.epoch(number))
+    assert 100 <= data.skips.total.counts["missing text"] <= 105
 
 
 @pytest.mark.parametrize("name", SHARDS)
@@ -139,17 +172,13 @@ def test_broken_shards_give_what_is_whole_in_them(name, tmp_path):
 
 def test_a_shard_that_vanishes(tmp_path):
     pattern = shards.write_shards(tmp_path, [shards.sample(i, (8, 8)) for i in range(9)], 3)
-    words = ["--train-data", pattern, "--train-num-samples", 9, "--data_size", 9, "--model", "RN50"]
-    words += ["--batch-size", 3, "--workers", 0, "--max_bad_fraction", 1]
-    model = SimpleNamespace(preprocess=PreprocessCfg(size=8), tokenizer=SimpleTokenizer(context_length=16))
-    data = build_train(parse([str(word) for word in words]), WORLD, model, None)
+    data = loaded(pattern, 9, "--batch-size", 3)
     assert sorted(i for batch in data.epoch(0) for i in batch.index.tolist()) == list(range(9))
     (tmp_path / "00001.tar").unlink()
     rows = [i for batch in data.epoch(1) for i in batch.index.tolist()]
     assert set(rows) == {0, 1, 2, 6, 7, 8} and len(rows) == 9
-    assert (
-        set(data.skipped) == {"unreadable shard"} and "00001.tar" in data.skips.total.examples["unreadable shard"]
-    )
+    total = data.skips.total
+    assert set(total.counts) == {"unreadable shard"} and "00001.tar" in total.examples["unreadable shard"]
 
 
 @pytest.mark.parametrize(

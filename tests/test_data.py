@@ -204,7 +204,8 @@ def test_sources_with_ranges_and_with_shared_rows(tmp_path):
     assert sorted(rows(train(shared).epoch(0))[0]) == list(range(8))
     short = config(f"{a}::{b}", samples=6, batch=6, rows="2::9")
     data = train(short)
-    assert sorted(rows(data.epoch(0))[0]) == [0, 1, 2, 3, 4, 5] and data.skipped == {"key out of range": 2}
+    assert sorted(rows(data.epoch(0))[0]) == [0, 1, 2, 3, 4, 5]
+    assert data.skips.total.counts == {"key out of range": 2}
 
 
 def test_rows_by_position_need_no_json(tmp_path):
@@ -271,9 +272,9 @@ def test_bad_samples_are_left_out_and_counted_by_reason(tmp_path, workers, caplo
     with caplog.at_level(logging.WARNING):
         (batch,) = data.epoch(0)
     assert set(batch.index.tolist()) == set(range(9, 21))
-    for reason, n in planted.items():  # two turns are begun by one lane, more by two, and read in windows
-        met = data.skipped[reason]
-        assert n <= met if workers or reason == "undecodable image" else met == 2 * n, reason
+    assert data.skips.total.counts.keys() == planted.keys()
+    for reason, n in planted.items():  # more than one turn, less than two, but for lanes that are ahead of others
+        assert n <= data.skips.total.counts[reason] <= (3 if workers else 2) * n, reason
     assert "undecodable image" in caplog.text and "00001.tar/000008" in caplog.text
 
 
@@ -314,7 +315,8 @@ def test_csv(tmp_path):
     assert all(text_of(t) == caption(int(i)) for b in batches for t, i in zip(b.text, b.index))
     (tmp_path / "000004.jpg").write_bytes(b"no image")
     data = train(c)
-    assert set(flat(rows(data.epoch(0)))) == set(range(9)) - {4} and data.skipped["undecodable image"] >= 1
+    assert set(flat(rows(data.epoch(0)))) == set(range(9)) - {4}
+    assert 1 <= data.skips.total.counts["undecodable image"] <= 2  # the epoch's 12 samples end in a second turn
     with pytest.raises(ValueError, match="--data_size 8"):
         train(config(path, "--csv-separator", ",", rows=8))
     with pytest.raises(ValueError, match=r"--csv-img-key.*filepath|filepath.*--csv-img-key"):

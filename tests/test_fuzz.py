@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards import encode, picture, write_tar
-from training.order import Lane
-from training.samples import RawSample, Skips
+from training.order import Part
+from training.samples import RawSample, Skips, usable
 from training.webdata import IMAGES, Shard, ShardSource
 
 SAMPLES, BLOCK, ROWS = 5, 512, 64
@@ -75,7 +75,7 @@ def read(path: Path, data: bytes) -> tuple[list[RawSample], Skips]:
     skips = Skips()
     source = ShardSource([Shard(str(path), 0, ROWS)], 0)
     with time_limit():
-        return list(source.in_order(Lane(0, 1), skips)), skips
+        return list(usable(source.in_order(Part(0, 1)), skips)), skips
 
 
 def members(data: bytes) -> list[tuple[str, bytes]]:

@@ -147,7 +147,7 @@ def test_resuming_reads_files_from_the_window_on_and_commands_without_decoding(d
     """What comes before the window is not read where the file can be entered, and never decoded."""
     opened = []
     read = webdata.read_shard
-    monkeypatch.setattr(webdata, "read_shard", lambda url, *a: opened.append((url, *a[1:])) or read(url, *a))
+    monkeypatch.setattr(webdata, "read_shard", lambda *a: opened.append(a) or read(*a))
     streams = launch(data, "dealt", 1, 0)
     run(streams, 0, 0, 5)
     state = state_of(streams)
@@ -246,3 +246,35 @@ def test_the_state_of_all_ranks_is_gathered(data, kind, monkeypatch):
     resumed = launch(data, kind, 1, 0)
     assert resumed[0].resume(first, 0, 3) == 3
     assert same(run(resumed, 0, 3, 1), expected)
+
+
+@pytest.mark.parametrize("kind", ["dealt", "by sample", "resample"])
+def test_every_launch_counts_the_same_bad_samples_stopped_or_not(tmp_path, kind):
+    """Each at its turn: what was read ahead at a stop does not count twice, nor a window that is read again."""
+    samples = [sample(i, (8, 8)) for i in range(SAMPLES)]
+    for i in range(0, SAMPLES, 6):
+        del samples[i]["txt"]
+        samples[(i + 3) % SAMPLES]["jpg"] = b"no image"
+    pattern = {kind: write_shards(tmp_path, samples, (3, 17, 1, 12, 8, 9, 11))}
+    flags = [*KINDS[kind], "--max_bad_fraction", 1]
+
+    def counts(streams) -> Counter:
+        return sum((stream.skips.take_epoch().counts for stream in streams), Counter())
+
+    alone = launch(pattern, kind, 1, 0, flags)
+    whole = []
+    for epoch in range(2):
+        run(alone, epoch, 0, alone[0].steps_per_epoch)
+        whole.append(counts(alone))
+    assert set(whole[0]) == {"missing text", "undecodable image"} and min(whole[0].values()) > 5
+    for stop, first, second in ((1, (2, 1), (1, 0)), (4, (1, 0), (2, 0)), (6, (1, 2), (2, 1))):
+        streams = launch(pattern, kind, *first, flags)
+        run(streams, 0, 0, stop)
+        before, state = counts(streams), state_of(streams)
+        assert before.total() < whole[0].total()
+        streams = launch(pattern, kind, *second, flags)
+        assert {stream.resume(state, 0, stop) for stream in streams} == {stop}
+        run(streams, 0, stop, streams[0].steps_per_epoch - stop)
+        assert before + counts(streams) == whole[0]
+        run(streams, 1, 0, streams[0].steps_per_epoch)
+        assert counts(streams) == whole[1]

@@ -8,7 +8,6 @@ import pytest
 from shards import caption, write_csv
 from training.order import Lane
 from training.params import parse
-from training.samples import Skips
 from training.tabular import CsvSource, SyntheticSource, Table, open_csv
 
 
@@ -20,7 +19,7 @@ ALONE = Lane()
 
 
 def samples(source, lane=ALONE, epoch=0, n=None):
-    return list(islice((raw for raw, _ in source.stream(epoch, lane, Skips()) if raw is not None), n))
+    return list(islice((item.sample for item in source.stream(epoch, lane) if item.sample is not None), n))
 
 
 def test_csv_columns_and_separators(tmp_path):
@@ -63,12 +62,12 @@ def test_lanes_deliver_the_rows_step_by_step(kind, ranks, workers, share):
 
 def test_a_stream_goes_on_from_any_place():
     source, lane = table("csv", 5), Lane(1, 2, 0, 2, 2)
-    items = list(islice(source.stream(3, lane, Skips()), 20))
-    assert sum(raw is None for raw, _ in items) > 2  # the ends of turns are marked
-    for i, (_, place) in enumerate(items[:10]):
-        rest = list(islice(source.stream(3, lane, Skips(), place), 25))
-        assert [raw for raw, _ in rest if raw is not None][:5] == [
-            raw for raw, _ in items[i + 1 :] if raw is not None
+    items = list(islice(source.stream(3, lane), 20))
+    assert sum(raw is None for raw, _, _ in items) > 2  # the ends of turns are marked
+    for i, (_, place, _) in enumerate(items[:10]):
+        rest = list(islice(source.stream(3, lane, place), 25))
+        assert [raw for raw, _, _ in rest if raw is not None][:5] == [
+            raw for raw, _, _ in items[i + 1 :] if raw is not None
         ][:5]
 
 

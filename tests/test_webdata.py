@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 from collections import Counter
-from itertools import islice, takewhile
+from itertools import islice
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from shards import caption, encode, picture, sample, write_shards, write_tar
 from training.distributed import World
 from training.order import Lane, Part
 from training.params import parse
-from training.samples import Skips
+from training.samples import NothingUsable, Skips, usable
 from training.shards import Shard, count_samples, expand_shards, look_for_shards, read_shard
 from training.webdata import ShardSource, open_shards
 
@@ -39,13 +40,18 @@ def lane(number: int, count: int) -> Lane:
     return Lane(number, count, 0, 1, 1)
 
 
-def turn(stream) -> list[int]:
-    """Rows up to the end of the turn."""
-    return [raw.index for raw, _ in takewhile(lambda item: item[0] is not None, stream)]
+def turn(stream, skips: Skips | None = None) -> list[int]:
+    """Rows up to the end of the turn; its faults are counted in ``skips``."""
+    found = []
+    for item in stream:
+        (skips or Skips()).extend(item.faults)
+        if item.sample is None:
+            return found
+        found.append(item.sample.index)
 
 
 def endless(stream) -> list:
-    return (raw for raw, _ in stream if raw is not None)
+    return (item.sample for item in stream if item.sample is not None)
 
 
 def test_what_we_rely_on_in_webdataset(tmp_path):
@@ -91,7 +97,7 @@ def test_shards_that_are_not_there(tmp_path):
 def test_dealt_shards_are_seen_once_per_turn(tmp_path, shards, size, lanes):
     dealt = source(write_shards(tmp_path, [small(i) for i in range(shards * size)], size), window=8)
     for epoch in range(2):
-        shares = [turn(dealt.stream(epoch, lane(number, lanes), Skips())) for number in range(lanes)]
+        shares = [turn(dealt.stream(epoch, lane(number, lanes))) for number in range(lanes)]
         assert {len(share) for share in shares} == {shards * size // lanes}
         assert sorted(sum(shares, [])) == list(range(shards * size))  # noqa: RUF017
 
@@ -100,11 +106,11 @@ def test_unequal_shards_leave_no_lane_dry(tmp_path):
     dealt = source(write_shards(tmp_path, [small(i) for i in range(20)], (1, 14, 3, 2)))
     seen = Counter()
     for number in range(4):
-        stream = endless(dealt.stream(0, lane(number, 4), Skips()))
+        stream = endless(dealt.stream(0, lane(number, 4)))
         share = [raw.index for raw in islice(stream, 10)]
         assert len(share) == 10
         seen.update(share)
-    several = {row for epoch in range(8) for row in turn(dealt.stream(epoch, lane(0, 4), Skips()))}
+    several = {row for epoch in range(8) for row in turn(dealt.stream(epoch, lane(0, 4)))}
     assert several == set(range(20))  # over the epochs a lane meets all shards
 
 
@@ -112,25 +118,25 @@ def test_turns_epochs_and_lanes_have_orders_of_their_own(tmp_path):
     pattern = write_shards(tmp_path, [small(i) for i in range(24)], 6)
     for options in ({}, {"by_sample": True}, {"weights": (1, 1, 1, 1)}):
         shards = source(pattern, **options)
-        stream = shards.stream(0, lane(0, 2), Skips())
+        stream = shards.stream(0, lane(0, 2))
         first, second = turn(stream), turn(stream)
         assert first != second and len(first) == len(second) == 12
-        assert turn(shards.stream(0, lane(0, 2), Skips())) == first != turn(shards.stream(1, lane(0, 2), Skips()))
-        assert turn(shards.stream(0, lane(1, 2), Skips())) != first
+        assert turn(shards.stream(0, lane(0, 2))) == first != turn(shards.stream(1, lane(0, 2)))
+        assert turn(shards.stream(0, lane(1, 2))) != first
         again = ShardSource(shards.shards, 8, **options)
-        assert turn(again.stream(0, lane(0, 2), Skips())) != first
+        assert turn(again.stream(0, lane(0, 2))) != first
 
 
 def test_samples_mix_across_shards(tmp_path):
     shards = source(write_shards(tmp_path, [small(i) for i in range(40)], 10))
-    order = turn(shards.stream(0, lane(0, 1), Skips()))
+    order = turn(shards.stream(0, lane(0, 1)))
     assert len({row // 10 for row in order[:10]}) > 1
 
 
 def test_drawing_follows_the_weights(tmp_path):
     shards = source(write_shards(tmp_path, [small(i) for i in range(3)], 1), weights=(1, 2, 5))
     for number in range(2):
-        stream = endless(shards.stream(0, lane(number, 2), Skips()))
+        stream = endless(shards.stream(0, lane(number, 2)))
         seen = Counter(raw.index for raw in islice(stream, 1000))
         assert [seen[i] / 1000 for i in range(3)] == pytest.approx([0.125, 0.25, 0.625], abs=0.045)  # 3 deviations
 
@@ -138,7 +144,7 @@ def test_drawing_follows_the_weights(tmp_path):
 def test_visits_of_one_epoch_are_told_apart(tmp_path):
     pattern = write_shards(tmp_path, [small(i) for i in range(2)], 2)
     for options in ({}, {"by_sample": True}, {"weights": (1,)}):
-        stream = source(pattern, **options).stream(0, lane(0, 1), Skips())
+        stream = source(pattern, **options).stream(0, lane(0, 1))
         visits = [(raw.index, raw.turn) for raw in islice(endless(stream), 6)]
         assert len(set(visits)) == len(visits) == 6
 
@@ -153,7 +159,7 @@ def test_images_of_every_kind_and_files_beside_them(tmp_path):
     ]
     skips = Skips()
     shards = source(str(write_tar(tmp_path / "0.tar", members)))
-    raws = list(shards.in_order(ALONE, skips))
+    raws = list(usable(shards.in_order(ALONE), skips))
     assert [(raw.index, raw.text) for raw in raws][1:] == [(1, "png"), (2, "webp"), (3, "jpeg")]
     assert all(isinstance(raw.image, bytes) and len(raw.image) > 50 for raw in raws) and not skips.counts
 
@@ -196,7 +202,7 @@ def test_every_kind_of_bad_sample_is_named_and_counted_once(tmp_path):
             counts, rows, examples = Counter(), [], {}
             for number in range(lanes):
                 skips = Skips()
-                rows += turn(shards.stream(0, lane(number, lanes), skips))
+                rows += turn(shards.stream(0, lane(number, lanes)), skips)
                 counts += skips.counts
                 examples |= skips.examples
             assert counts == planted and sorted(rows) == [300, 301]
@@ -229,7 +235,7 @@ def test_broken_shards_give_what_is_whole_in_them(tmp_path):
     ):
         skips = Skips()
         shards = source(str(tmp_path / name))
-        assert [raw.index for raw in shards.in_order(ALONE, skips)] == rows, name
+        assert [raw.index for raw in usable(shards.in_order(ALONE), skips)] == rows, name
         assert skips.counts == reasons, name
         assert all(name in example for example in skips.examples.values())
 
@@ -243,9 +249,50 @@ def test_a_broken_shard_is_counted_once_per_turn(tmp_path, by_sample, lanes):
     counts, rows = Counter(), []
     for number in range(lanes):
         skips = Skips()
-        rows += turn(shards.stream(0, lane(number, lanes), skips))
+        rows += turn(shards.stream(0, lane(number, lanes)), skips)
         counts += skips.counts
     assert counts == {"unreadable shard": 1} and sorted(rows) == [0, 1, 2, 3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [lambda _: {}, lambda _: {"by_sample": True}, lambda lanes: {"sizes": (7, 7, 7, 3), "steps": 24 // lanes}],
+)
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_every_fault_comes_once_wherever_a_stream_is_taken_up(tmp_path, options, lanes):
+    """At the beginnings and ends of shards, windows and turns, and beside any sample."""
+    members = [small(i) for i in range(24)]
+    bad = (0, 1, 6, 7, 8, 13, 20, 21, 23)
+    for i in bad:
+        del members[i]["txt"]
+    pattern = write_shards(tmp_path, members, 7)
+    with tarfile.open(tmp_path / "00002.tar") as tar:
+        last = tar.getmembers()[-1].offset_data
+    os.truncate(tmp_path / "00002.tar", last + 3)  # inside sample 20, which is bad anyway
+    shards = source(pattern, window=3, **options(lanes))
+    names = Counter()
+    for number in range(lanes):
+        items = list(islice(shards.stream(5, lane(number, lanes)), 40))
+        end = [item.sample is None for item in items].index(True)
+        names.update(fault.name for item in items[: end + 1] for fault in item.faults)
+        for i, item in enumerate(items[:30]):
+            again = list(islice(shards.stream(5, lane(number, lanes), item.place), 9))
+            expected = items[i + 1 : i + 10]
+            assert [(*a[:2], *a.faults) for a in again] == [(*b[:2], *b.faults) for b in expected]
+    assert sum("00002.tar: " in name for name in names) == 1
+    assert names.total() == len(names) == len(bad) + 1
+
+
+def test_a_flood_of_faults_ends_the_stream_and_scattered_ones_do_not(tmp_path):
+    members = [small(i) for i in range(60)]
+    for i in range(0, 60, 2):
+        del members[i]["txt"]
+    for i in range(40, 49):
+        members[i].pop("txt", None)
+    shards = source(write_shards(tmp_path, members, 60))
+    assert len(turn(shards.stream(0, lane(0, 1), limit=10))) == 26
+    with pytest.raises(NothingUsable, match=r"8 samples .* in a row .*; left out: 8 missing text \(e\.g"):
+        turn(shards.stream(0, lane(0, 1), limit=7))
 
 
 def test_samples_never_mix_across_shards(tmp_path):
@@ -254,17 +301,16 @@ def test_samples_never_mix_across_shards(tmp_path):
     write_tar(tmp_path / "0.tar", [first])
     write_tar(tmp_path / "1.tar", [second])
     skips = Skips()
-    (raw,) = source(f"{tmp_path}/{{0..1}}.tar").in_order(ALONE, skips)
+    (raw,) = usable(source(f"{tmp_path}/{{0..1}}.tar").in_order(ALONE), skips)
     assert (raw.index, raw.text, raw.image) == (5, "other", second["jpg"]) and skips.counts == {"missing text": 1}
 
 
 def test_duplicate_members_are_counted_and_the_first_one_stays(tmp_path):
     twice = [small(0), small(0, txt="again", json={"key": 9}), small(1)]
     skips = Skips()
-    rows = [
-        (raw.index, raw.text) for raw in source(str(write_tar(tmp_path / "0.tar", twice))).in_order(ALONE, skips)
-    ]
-    assert rows == [(0, caption(0)), (1, caption(1))] and skips.counts == {"duplicate member": 3}
+    raws = usable(source(str(write_tar(tmp_path / "0.tar", twice))).in_order(ALONE), skips)
+    assert [(raw.index, raw.text) for raw in raws] == [(0, caption(0)), (1, caption(1))]
+    assert skips.counts == {"duplicate member": 3}
 
 
 def test_commands_and_compression(tmp_path):
@@ -274,22 +320,20 @@ def test_commands_and_compression(tmp_path):
             packed.addfile(member, plain.extractfile(member))
     for url in (f"pipe:cat {path}", f"{path}.gz", f"pipe:gzip -dc {path}.gz", f"file:{path}"):
         skips = Skips()
-        assert [raw.index for raw in source(url).in_order(ALONE, skips)] == [0, 1, 2] and not skips.counts
+        assert [raw.index for raw in usable(source(url).in_order(ALONE), skips)] == [0, 1, 2] and not skips.counts
         assert count_samples(url) == 3
     for url, rows in ((f"pipe:cat {path}; exit 3", [0, 1, 2]), ("pipe:exit 4", []), ("gopher://x/0.tar", [])):
         skips = Skips()
-        assert [raw.index for raw in source(url).in_order(ALONE, skips)] == rows
+        assert [raw.index for raw in usable(source(url).in_order(ALONE), skips)] == rows
         assert skips.counts == {"unreadable shard": 1}, url
 
 
 def test_a_command_that_is_left_early_is_no_fault(tmp_path):
     path = write_tar(tmp_path / "0.tar", [sample(i, (256, 256)) for i in range(60)])
     assert path.stat().st_size > 2**18  # more than a pipe holds
-    faults = []
-    groups = read_shard(f"pipe:cat {path}", lambda *fault: faults.append(fault))
-    next(groups)
+    groups = read_shard(f"pipe:cat {path}")
+    assert next(groups).name == "000000"
     groups.close()
-    assert faults == []
 
 
 def test_counting_agrees_with_reading(tmp_path):
@@ -303,10 +347,9 @@ def test_counting_agrees_with_reading(tmp_path):
         folder = tarfile.TarInfo("folder.d")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
-    faults = []
-    read = [group.name for group in read_shard(str(path), lambda *fault: faults.append(fault))]
+    read = [group.name for group in read_shard(str(path))]
     assert read == ["a/1", "b/1", "__index__", "2", "3", "2", "n" * 150, "ü"]
-    assert count_samples(str(path)) == len(read) == count_samples(f"pipe:cat {path}") and not faults
+    assert count_samples(str(path)) == len(read) == count_samples(f"pipe:cat {path}")
 
 
 def test_rows_by_position_survive_bad_samples_and_need_whole_shards(tmp_path):
@@ -316,7 +359,7 @@ def test_rows_by_position_survive_bad_samples_and_need_whole_shards(tmp_path):
     flags = ["--train-data", pattern, "--train-num-samples", "9", "--sample_index", "position", "--data_size", "9"]
     config = parse([*flags, "--model", "RN50"]).data
     alone = World(0, 0, 1, 1, torch.device("cpu"))
-    raws = {raw.index: raw.text for raw in open_shards(config, 0, alone, 1).in_order(ALONE, Skips())}
+    raws = {raw.index: raw.text for raw in usable(open_shards(config, 0, alone, 1).in_order(ALONE), Skips())}
     assert raws == {i: caption(i) for i in range(9) if i != 2}
     shutil.copy(tmp_path / "00000.tar", tmp_path / "saved")
     (tmp_path / "00000.tar").write_bytes(b"x" * 1000)

@@ -27,7 +27,7 @@ from training.flags import ALL
 from training.image_size import check_size, image_size
 from training.images import decode
 from training.order import Part
-from training.samples import Skips, Unusable
+from training.samples import Skips, Unusable, usable
 from training.shards import Shard, expand_shards
 from training.webdata import ShardSource, with_rows
 
@@ -86,8 +86,7 @@ class Checks(Dataset):
 
     def _rows(self, shard: Shard, skips: Skips) -> Iterator[tuple[int, int, int, int]]:
         source = ShardSource([shard], 0, sample_index="key" if self.by_key else None)
-        skips.limit = sys.maxsize
-        for raw in source.in_order(Part(0, 1), skips):
+        for raw in usable(source.in_order(Part(0, 1)), skips):
             try:
                 check_size(raw.image)
                 decode(raw.image)

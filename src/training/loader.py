@@ -28,7 +28,7 @@ from training.distributed import gather_object
 from training.images import decode
 from training.lanes import Identity, Layout, Progress, pack, unpack
 from training.order import Part
-from training.samples import SkipLog, Skips
+from training.samples import SkipLog, Skips, usable
 from training.stream import Chunk, TrainStream, decode_or_skip, this_worker
 from training.tabular import CsvSource
 from training.tokens import Tokenizer
@@ -58,11 +58,6 @@ class TrainData:
         self._fetched = (0, 0)  # the epoch and step that the next chunk is for
         self._progress = Progress()  # behind the last batch handed out
 
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many samples this rank has left out so far, by reason."""
-        return dict(self.skips.total.counts)
-
     def epoch(self, epoch: int, step: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from ``step`` on, on the device (``index`` on the CPU).
 
@@ -80,7 +75,9 @@ class TrainData:
             self._chunks = _copies(chunks, self._workers) if self._must_copy else chunks
         arrived: deque[Chunk] = deque()
         for batch in prefetch(self._fetch(arrived), self._device):
-            places = self._progress.places | arrived.popleft().places
+            chunk = arrived.popleft()
+            self.skips.update(chunk.skips, len(batch))
+            places = self._progress.places | chunk.places
             done = self._progress.step + 1
             whole = done == self.steps_per_epoch
             self._progress = Progress(epoch + 1) if whole else Progress(epoch, done, places)
@@ -146,7 +143,6 @@ class TrainData:
             if chunk.failure is not None:
                 self.close()
                 raise chunk.failure
-            self.skips.update(chunk.skips, len(chunk.batch))
             self._fetched = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             arrived.append(replace(chunk, batch=None))
             yield chunk.batch
@@ -205,7 +201,7 @@ class ValStream(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Skips]]:
         part = self._part(*this_worker())
         skips = Skips()
-        samples = self.source.in_order(part, skips)
+        samples = usable(self.source.in_order(part), skips)
         if self.limit is not None:  # of positions 0, 1, ..., limit - 1 this part has those = number mod count
             samples = islice(samples, len(range(part.number, self.limit, part.count)))
         more = True

@@ -1,15 +1,18 @@
 """What the sources of samples (shards, csv, synthetic) hand to the loader, and what they report as unusable.
 
-Bad samples are left out, counted by reason and named; too many of them end the run. Two guards see to that: a
-loader process gives up where a whole allowance of bad samples comes in a row (``Skips.check``: it would search on
-without a word), and the run ends where the allowance is used up within a window of samples (``Tolerance``).
+Bad samples are left out, counted by reason and named. Each is counted when the order comes to it, together with
+the good one beside it: what has been read ahead, or is read once more after a resume, changes no count. Too many
+end the run. Two guards see to that: a loader process gives up where a whole allowance of bad samples comes in a
+row (``NothingUsable``: it would search on without a word), and the run ends where the allowance is used up within
+a window of samples (``Tolerance``).
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -35,6 +38,24 @@ class RawSample(NamedTuple):
     index: int
     turn: int
     name: str
+
+
+class Fault(NamedTuple):
+    """Something that is left out, a sample, a shard or a part of one: the ``reason`` it counts under, its name."""
+
+    reason: str
+    name: str
+
+
+class Item(NamedTuple):
+    """What a stream of samples consists of: a ``sample``, the faults that count with it, and the place behind.
+
+    ``sample`` None: a turn is over, and ``faults`` are those of a turn without any usable sample.
+    """
+
+    sample: RawSample | None
+    place: Place = BEGIN
+    faults: Sequence[Fault] = ()
 
 
 class Unusable(Exception):
@@ -83,6 +104,11 @@ class Skips:
         self.counts[reason] += 1
         self.examples.setdefault(reason, name)
         self.in_a_row += 1
+
+    def extend(self, faults: Iterable[Fault]) -> None:
+        """Count some."""
+        for fault in faults:
+            self.add(*fault)
 
     def merge(self, other: Skips) -> None:
         """Add what another one has counted; the earlier example of a reason stays."""
@@ -168,16 +194,22 @@ class SkipLog:
         return self._epoch.take()
 
 
+def usable(items: Iterable[Item], skips: Skips) -> Iterator[RawSample]:
+    """The samples of ``items``; their faults are counted in ``skips``."""
+    for item in items:
+        skips.extend(item.faults)
+        if item.sample is not None:
+            yield item.sample
+
+
 class Source(Protocol):
     """Training data as a stream of samples in a fixed order. Picklable: loader processes get a copy."""
 
-    def stream(
-        self, epoch: int, lane: Lane, skips: Skips, place: Place = BEGIN
-    ) -> Iterator[tuple[RawSample | None, Place]]:
-        """The lane's samples of an epoch from ``place`` on, turn after turn without an end, None after each turn.
+    def stream(self, epoch: int, lane: Lane, place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Item]:
+        """The lane's samples of an epoch from ``place`` on, turn after turn without an end.
 
-        With each comes the place behind it, where another stream may go on. Unusable samples are counted in
-        ``skips`` and left out; ``skips.check()`` between shards stops a source in which there is nothing else.
+        Of a turn every fault comes with exactly one sample of one lane; another stream may go on at any place.
+        NothingUsable: more than ``limit`` faults were read in a row.
         """
 
     def describe(self, lanes: int) -> str:

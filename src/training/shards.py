@@ -10,7 +10,7 @@ import glob
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, NamedTuple
@@ -19,6 +19,7 @@ import webdataset as wds
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
+from training.samples import Fault
 from training.tar import Member, read_tar
 
 UNREADABLE = (OSError, ValueError, ImportError, tarfile.TarError)  # what opening and reading a shard may raise
@@ -40,13 +41,20 @@ class Shard:
 class Group(NamedTuple):
     """One sample of a shard: ``members`` {extension: bytes}, and the common ``name`` before the extension.
 
-    It is the one at ``position``; ``next_offset`` is where the next one begins, in bytes, None after the last.
+    It is the one at ``position``, and its first header is at byte ``offset`` of the tar.
     """
 
     name: str
     members: dict[str, bytes]
     position: int
-    next_offset: int | None
+    offset: int
+
+
+class Damage(NamedTuple):
+    """A fault of the shard itself, met while the sample at ``position`` was read or looked for."""
+
+    fault: Fault
+    position: int
 
 
 def expand_shards(shards: str, flag: str = "--train-data") -> list[list[str]]:
@@ -96,50 +104,34 @@ def _missing(urls: list[str]) -> list[str]:
     return missing
 
 
-def read_shard(
-    url: str, report: Callable[[str, str], None], position: int = 0, offset: int = 0
-) -> Iterator[Group]:
+def read_shard(url: str, position: int = 0, offset: int = 0) -> Iterator[Group | Damage]:
     """The samples of one shard from the one at ``position`` on, in the tar's order.
 
     ``offset``: where that one begins. A file is entered there; commands, URLs and compressed files are read from
-    their beginning. What stops the shard, or is wrong with a member, goes to ``report(reason, name)``; samples up
-    to there come out.
+    their beginning. Between them, and behind the last one that is whole, comes what is wrong with the shard.
     """
-    failed = False
-    seen = 0
-
-    def stop(error: Exception) -> None:
-        nonlocal failed
-        failed = True
-        report("unreadable shard", f"{url}: {error}")
-
-    def duplicate(name: str) -> None:
-        if seen >= position:  # what comes before has been reported
-            report("duplicate member", f"{url}: {name}")
-
+    seen, stream, broken = 0, None, None
     try:
         stream = wds.gopen(url)
-    except UNREADABLE as error:
-        stop(error)
-        return
-    try:
         start = offset if _can_enter(stream) else None
         seen = position if start else 0
-        for group in _groups(_members(stream, start, stop), seen, duplicate):
-            seen = group.position + 1
-            if group.position >= position:
-                yield group
-        if not failed:
-            while stream.read(2**20):  # what follows the archive: a command must not meet a closed pipe
-                pass
-            stream.close()  # raises where a command has failed
-    except OSError as error:
-        stop(error)
+        for found in _groups(_members(stream, start), seen, url):
+            seen = found.position + 1
+            if found.position >= position:
+                yield found
+        while stream.read(2**20):  # what follows the archive: a command must not meet a closed pipe
+            pass
+        stream.close()  # raises where a command has failed
+    except UNREADABLE as error:
+        broken = error
     finally:
-        with suppress(OSError):  # of a command whose output is left unread
-            stream.close()
-    if not seen and not failed:
-        report("empty shard", url)
+        if stream is not None:
+            with suppress(OSError):  # of a command whose output is left unread
+                stream.close()
+    if broken is not None:
+        yield Damage(Fault("unreadable shard", f"{url}: {broken}"), max(seen - 1, 0))
+    elif not seen:
+        yield Damage(Fault("empty shard", url), 0)
 
 
 def count_samples(url: str) -> int:
@@ -156,34 +148,42 @@ def count_samples(url: str) -> int:
     return samples
 
 
-def _members(stream: IO[bytes], start: int | None, stop: Callable[[Exception], None]) -> Iterator[Member]:
-    """The files of a tar from byte ``start`` on, to its end or to what stops it; None: it cannot be entered."""
+def _members(stream: IO[bytes], start: int | None) -> Iterator[Member]:
+    """The files of a tar from byte ``start`` on; None: it cannot be entered. ReadError: what stops it."""
     try:
         if start:
             stream.seek(start)
         yield from read_tar(stream, start)
     except Exception as error:  # tarfile raises anything on a broken file
-        stop(error)
+        raise tarfile.ReadError(str(error)) from error
 
 
-def _groups(members: Iterator[Member], position: int, duplicate: Callable[[str], None]) -> Iterator[Group]:
-    """Members in a row with the same name up to the first dot of the file's name are one sample."""
-    name, found = None, {}
-    for path, data, offset in members:
-        prefix, extension = base_plus_ext(path)
-        if prefix is None or _META.match(path):
-            continue
-        if prefix != name:
-            if name is not None:
-                yield Group(name, found, position, offset)
-                position += 1
-            name, found = prefix, {}
-        if (extension := extension.lower()) in found:
-            duplicate(path)
-        else:
-            found[extension] = data
+def _groups(members: Iterator[Member], position: int, url: str) -> Iterator[Group | Damage]:
+    """Members in a row with the same name up to the first dot of the file's name are one sample.
+
+    ReadError, behind the last sample: what stops ``members``.
+    """
+    name, found, begin, broken = None, {}, 0, None
+    try:
+        for path, data, offset in members:
+            prefix, extension = base_plus_ext(path)
+            if prefix is None or _META.match(path):
+                continue
+            if prefix != name:
+                if name is not None:
+                    yield Group(name, found, position, begin)
+                    position += 1
+                name, found, begin = prefix, {}, offset
+            if (extension := extension.lower()) in found:
+                yield Damage(Fault("duplicate member", f"{url}: {path}"), position)
+            else:
+                found[extension] = data
+    except tarfile.ReadError as error:
+        broken = error
     if name is not None:
-        yield Group(name, found, position, None)
+        yield Group(name, found, position, begin)
+    if broken is not None:
+        raise broken
 
 
 def _seekable(stream: IO[bytes]) -> bool:

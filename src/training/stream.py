@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import count
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -105,25 +105,26 @@ class TrainStream(IterableDataset):
         for turn in count(self.start.epoch * self.steps + self.start.step + worker, workers):
             if turn // self.steps != epoch:
                 epoch, readers = turn // self.steps, {}
-            virtual_worker = turn % self.steps % self.layout.workers
             try:
-                batch, places = self._batch(virtual_worker, epoch, readers, skips)
+                batch, places = self._batch(turn % self.steps, epoch, readers, skips)
             except (NothingUsable, SharedKey) as error:
                 yield Chunk(None, skips.take(), failure=error)
                 return
             yield Chunk(batch, skips.take(), places)
 
     def _batch(
-        self, worker: int, epoch: int, readers: dict[tuple[int, int], LaneReader], skips: Skips
+        self, step: int, epoch: int, readers: dict[tuple[int, int], LaneReader], skips: Skips
     ) -> tuple[Batch, dict[tuple[int, int], Place]]:
-        """The rank's part of the next batch of virtual worker ``worker``; ``readers`` of the epoch are kept."""
+        """The rank's part of the batch of ``step``; ``readers`` of the epoch are kept."""
         samples, places = [], {}
-        for name, lane in self._lanes_of(worker).items():
+        for name, lane in self._lanes_of(step % self.layout.workers).items():
             if name not in readers:
                 place = self.start.places.get(name, BEGIN) if epoch == self.start.epoch else BEGIN
                 readers[name] = LaneReader(self, epoch, lane, place, skips)
             samples += readers[name].take(lane.share)
             places[name] = readers[name].place
+            if step + self.layout.workers >= self.steps:
+                readers[name].finish()
         return self._collate(samples), places
 
     def _lanes_of(self, worker: int) -> dict[tuple[int, int], Lane]:
@@ -153,29 +154,48 @@ class LaneReader:
 
     def __init__(self, stream: TrainStream, epoch: int, lane: Lane, place: Place, skips: Skips) -> None:
         self.place = place
-        self._samples = self._decoded(stream, epoch, lane, skips)
+        self._stream, self._epoch, self._lane, self._skips = stream, epoch, lane, skips
+        self._items = stream.source.stream(epoch, lane, place, skips.limit)
+        self._usable = self._barren = 0  # samples of this turn; turns in a row without any
 
     def take(self, n: int) -> list[Sample]:
         """The next ``n`` samples. NothingUsable, SharedKey: what is wrong with the data."""
-        return list(islice(self._samples, n))
+        samples: list[Sample] = []
+        while len(samples) < n:
+            if (sample := self._next()) is not None:
+                samples.append(sample)
+        return samples
 
-    def _decoded(self, stream: TrainStream, epoch: int, lane: Lane, skips: Skips) -> Iterator[Sample]:
-        barren, usable = 0, 0
-        for raw, behind in stream.source.stream(epoch, lane, skips, self.place):
-            self.place = behind
-            if raw is None:
-                barren, usable = (0 if usable else barren + 1), 0
-                if barren > lane.count + _BARREN_TURNS:
-                    raise NothingUsable(f"there is no usable sample in the training data; left out: {skips}")
-                continue
-            image = decode_or_skip(raw, skips, stream.view.decode)
-            if image is None:
-                skips.check()
-                continue
-            usable += 1
-            skips.in_a_row = 0
-            seed = seed_of(stream.seed, epoch, raw.turn, raw.index)
-            yield Sample(stream.view(image, seed), raw.text[:LONGEST_TEXT], raw.index, seed)
+    def finish(self) -> None:
+        """Count, at the end of the lane's epoch, the bad samples that the turn has before its next good one."""
+        self._next()
+
+    def _next(self) -> Sample | None:
+        """The next good sample; None at a turn's end."""
+        for item in self._items:
+            self.place = item.place
+            self._skips.extend(item.faults)
+            if item.sample is not None and (sample := self._decoded(item.sample)) is not None:
+                return sample
+            self._skips.check()
+            if item.sample is None:
+                self._end_turn()
+                return None
+        raise AssertionError("streams have no end")
+
+    def _decoded(self, raw: RawSample) -> Sample | None:
+        image = decode_or_skip(raw, self._skips, self._stream.view.decode)
+        if image is None:
+            return None
+        self._usable += 1
+        self._skips.in_a_row = 0
+        seed = seed_of(self._stream.seed, self._epoch, raw.turn, raw.index)
+        return Sample(self._stream.view(image, seed), raw.text[:LONGEST_TEXT], raw.index, seed)
+
+    def _end_turn(self) -> None:
+        self._usable, self._barren = 0, 0 if self._usable else self._barren + 1
+        if self._barren > self._lane.count + _BARREN_TURNS:
+            raise NothingUsable(f"there is no usable sample in the training data; left out: {self._skips}")
 
 
 def decode_or_skip(raw: RawSample, skips: Skips, decoder: Callable[..., T]) -> T | None:

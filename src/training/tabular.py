@@ -8,6 +8,7 @@ sample's row of the sample state.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import count
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from training.order import BEGIN, Lane, Part, Place, draws, permutation, seed_of
 from training.params import DataConfig
-from training.samples import RawSample, Skips
+from training.samples import Item, RawSample
 
 _WORDS = (
     *("red", "green", "blue", "small", "large", "round", "old", "new"),
@@ -34,9 +35,7 @@ class Table:
         self.samples, self.seed, self.resampled = samples, seed, resampled
         self._last: tuple[tuple[int, int], np.ndarray] | None = None
 
-    def stream(
-        self, epoch: int, lane: Lane, skips: Skips, place: Place = BEGIN
-    ) -> Iterator[tuple[RawSample | None, Place]]:
+    def stream(self, epoch: int, lane: Lane, place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Item]:
         """See ``samples.Source``."""
         turn, rows = None, None
         for taken in count(place.taken):
@@ -44,11 +43,10 @@ class Table:
             now, within = divmod(position, self.samples)
             if now != turn:
                 if turn is not None:
-                    yield None, Place(taken=taken)
-                skips.check()
+                    yield Item(None, Place(taken=taken))
                 turn, rows = now, self._order(epoch, now)
             visit = position if self.resampled else turn
-            yield self.sample(int(rows[within]), visit), Place(taken=taken + 1)
+            yield Item(self.sample(int(rows[within]), visit), Place(taken=taken + 1))
 
     def count(self) -> int:
         """The number of rows."""
@@ -85,10 +83,10 @@ class CsvSource(Table):
         super().__init__(len(images), seed, resampled=resampled)
         self.images, self.texts = images, texts
 
-    def in_order(self, part: Part, skips: Skips) -> Iterator[RawSample]:
+    def in_order(self, part: Part) -> Iterator[Item]:
         """Every ``part.count``-th row from row ``part.number`` on, once, in the file's order."""
         for row in range(part.number, self.samples, part.count):
-            yield self.sample(row, 0)
+            yield Item(self.sample(row, 0))
 
     def sample(self, row: int, turn: int) -> RawSample:
         """See ``Table``."""

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,8 +36,8 @@ from training.distributed import World, gather_object
 from training.keys import Rows
 from training.order import BEGIN, Lane, Part, Piece, Place, deal, deal_exactly, draws, permutation, seed_of
 from training.params import DataConfig
-from training.samples import RawSample, Skips, Unusable
-from training.shards import UNREADABLE, Group, Shard, count_samples, expand_shards, read_shard
+from training.samples import Fault, Item, RawSample, Skips, Unusable
+from training.shards import UNREADABLE, Damage, Group, Shard, count_samples, expand_shards, read_shard
 
 SPLIT_BY_SAMPLE = 2**15
 WINDOW = 4096
@@ -55,6 +56,14 @@ class Visit(NamedTuple):
 
     piece: Piece
     turn: int
+
+
+class Read(NamedTuple):
+    """A sample, the ``faults`` that count with it, and (visit, position, offset) of the next one."""
+
+    sample: RawSample | None
+    faults: list[Fault]
+    next: tuple[int, int, int]
 
 
 class ShardSource:
@@ -85,13 +94,12 @@ class ShardSource:
         self.sizes, self.steps = sizes, steps
         self._rows = Rows()
 
-    def stream(
-        self, epoch: int, lane: Lane, skips: Skips, place: Place = BEGIN
-    ) -> Iterator[tuple[RawSample | None, Place]]:
+    def stream(self, epoch: int, lane: Lane, place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Item]:
         """See ``samples.Source``."""
         while True:
-            place = yield from self._turn(epoch, lane, skips, place)
-            yield None, place
+            end = yield from self._turn(epoch, lane, place, limit)
+            yield end
+            place = end.place
 
     def describe(self, lanes: int) -> str:
         """See ``samples.Source``."""
@@ -107,15 +115,12 @@ class ShardSource:
         kind = "drawn" if self.weights else "dealt by sample" if self.by_sample else "dealt"
         return [kind, len(self.shards), names, self.window, *([self.steps] if self.sizes else [])]
 
-    def in_order(self, part: Part, skips: Skips) -> Iterator[RawSample]:
+    def in_order(self, part: Part) -> Iterator[Item]:
         """Every ``part.count``-th sample from sample ``part.number`` on, once, in the order of the list."""
-        position = 0
-        for number in range(len(self.shards)):
-            place = Place(before=position)
-            for sample, _ in self._samples([Visit(Piece(number), 0)], place, skips, part):
-                if part.owns(position):
-                    yield sample
-                position += 1
+        visits = [Visit(Piece(number), 0) for number in range(len(self.shards))]
+        for position, (sample, faults, _) in enumerate(self._samples(visits)):
+            if part.owns(position):
+                yield Item(sample, faults=faults)
 
     def count(self) -> int:
         """The number of samples; shards that cannot be read have none."""
@@ -125,25 +130,23 @@ class ShardSource:
                 total += count_samples(shard.url)
         return total
 
-    def _turn(
-        self, epoch: int, lane: Lane, skips: Skips, place: Place
-    ) -> Generator[tuple[RawSample, Place], None, Place]:
-        """The rest of a turn from ``place`` on, each sample with the place behind it. Returns the next turn's."""
+    def _turn(self, epoch: int, lane: Lane, place: Place, limit: int) -> Generator[Item, None, Item]:
+        """The rest of a turn from ``place`` on. Returns its end."""
         key = (self.seed, epoch, place.turn) if self.by_sample else (self.seed, epoch, place.turn, lane.number)
         shared = lane if self.by_sample else None
-        samples = self._samples(self._visits(epoch, place.turn, lane), place, skips, shared)
+        reads = self._samples(self._visits(epoch, place.turn, lane), place, limit)
         while True:
-            read = list(islice(samples, self.window))
-            if not read:
-                return Place(turn=place.turn + 1, before=place.before)
-            after = Place(place.turn, place.window + 1, place.before + len(read), *read[-1][1])
-            block: list[RawSample | None] = [sample for sample, _ in read]
-            del read
+            block: list[Read | None] = list(islice(reads, self.window))
+            if not block or block[0].sample is None:
+                faults = block[0].faults if block and (shared is None or shared.owns(0)) else ()
+                return Item(None, Place(turn=place.turn + 1, before=place.before), faults)
+            after = Place(place.turn, place.window + 1, place.before + len(block), *block[-1].next)
             for taken, i in enumerate(permutation(len(block), *key, place.window)):
-                sample, block[i] = block[i], None  # what has been read is no longer held here
+                read, block[i] = block[i], None  # what has been read is no longer held here
                 if taken < place.taken or (shared and not shared.owns(place.before + taken)):
                     continue
-                yield sample, place._replace(taken=taken + 1) if taken + 1 < len(block) else after
+                behind = place._replace(taken=taken + 1) if taken + 1 < len(block) else after
+                yield Item(read.sample, behind, read.faults)
             place = after
 
     def _visits(self, epoch: int, turn: int, lane: Lane) -> list[Visit]:
@@ -160,43 +163,45 @@ class ShardSource:
         pieces = deal_exactly(shards, self.sizes, lane, self.steps) if exactly else deal(shards, lane)
         return [Visit(piece, turn) for piece in pieces]
 
-    def _samples(
-        self, visits: Sequence[Visit], place: Place, skips: Skips, shared: Lane | Part | None
-    ) -> Iterator[tuple[RawSample, tuple[int, int, int]]]:
-        """The usable samples from ``place`` on, with (visit, position, offset) of what comes next.
+    def _samples(self, visits: Sequence[Visit], place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Read]:
+        """The usable samples from ``place`` on, each with the faults up to the next one.
 
-        ``shared``: other lanes read the same. Then a fault is reported by the one that owns the usable sample
-        before it.
+        The first also has those before it. Without any sample there is a single one that is None.
+        NothingUsable: more than ``limit`` faults in a row.
         """
-        good = place.before
+        sample, faults = None, []
+        for found, where in self._found(visits, place):
+            if isinstance(found, Fault):
+                faults.append(found)
+                if len(faults) > limit:
+                    skips = Skips(limit=limit)
+                    skips.extend(faults)
+                    skips.check()
+                continue
+            if sample is not None:
+                yield Read(sample, faults, where)
+                faults = []
+            sample = found
+        yield Read(sample, faults, (len(visits), 0, 0))
 
-        def mine() -> bool:
-            return shared is None or shared.owns(max(good - 1, 0))
-
+    def _found(self, visits: Sequence[Visit], place: Place) -> Iterator[tuple[RawSample | Fault, tuple[int, ...]]]:
+        """The samples from ``place`` on with (visit, position, offset) of each, and between them the faults."""
         for number in range(place.visit, len(visits)):
             piece, turn = visits[number]
-            shard = self.shards[piece.shard]
-            skips.check()
-
-            def report(reason: str, name: str, piece: Piece = piece) -> None:
-                if piece.first == 0 and mine():
-                    skips.add(reason, name)
-
+            url = self.shards[piece.shard].url
             start = (place.position, place.offset) if number == place.visit else (0, 0)
-            for group in read_shard(shard.url, report, *start):
-                if piece.ends_before(group.position):
+            for found in read_shard(url, *start):
+                if piece.ends_before(found.position):
                     break
-                if not piece.holds(group.position):
+                if not piece.holds(found.position):
+                    continue
+                if isinstance(found, Damage):
+                    yield found.fault, ()
                     continue
                 try:
-                    sample = self._parse(group, piece.shard, turn)
+                    yield self._parse(found, piece.shard, turn), (number, found.position, found.offset)
                 except Unusable as fault:
-                    if mine():
-                        skips.add(str(fault), f"{shard.url}/{group.name}")
-                    continue
-                last = group.next_offset is None
-                yield sample, (number + 1, 0, 0) if last else (number, group.position + 1, group.next_offset)
-                good += 1
+                    yield Fault(str(fault), f"{url}/{found.name}"), ()
 
     def _parse(self, group: Group, number: int, turn: int) -> RawSample:
         shard, members = self.shards[number], group.members
