@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import tiny_models
 from drrho_clip import collectives
 from drrho_clip.losses.distillation import Distillation
 from ranks import ranks
-from stepping import CPU, build, make_batch, make_loss, make_task
+from stepping import CPU, WORDS, build, make_batch, make_loss, make_task
 from training.precision import resolve
 from training.step import Stepper
 from training.task import Selection
@@ -26,7 +27,6 @@ def gradients(name, accum, batch, *, model=None, steps=1, **extra):
     loss.set_epoch(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     stepper = Stepper(task, optimizer, accum=accum)
-    torch.manual_seed(5)
     for step in range(steps):
         values = stepper(batch, step)
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -71,8 +71,8 @@ def test_accumulation_with_distillation_and_selection():
     torch.testing.assert_close(values["loss"], full_values["loss"])
 
 
-def _with_dropout(name):
-    model = build(name)
+def _with_dropout(name, model=None):
+    model = model or build(name)
     model.visual.ln_post = nn.Sequential(model.visual.ln_post, nn.Dropout(0.4))
     return model
 
@@ -83,13 +83,46 @@ def test_dropout_masks_are_replayed():
     grads, _, _ = gradients("clip", 3, batch, model=_with_dropout("clip"))
     model = _with_dropout("clip").train()
     task = make_task(model, make_loss("clip"), "clip")
-    torch.manual_seed(5)
+    task.seed_generators(0)
     outputs = [task.outputs(chunk) for chunk in batch.chunk(3)]
     image, text = (torch.cat([o[k] for o in outputs]) for k in ("image_features", "text_features"))
     logits = model.logit_scale.exp() * image @ text.T
     target = torch.arange(12)
     (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)).div(2).backward()
     assert_same(grads, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+
+
+def _with_patch_dropout():
+    model = tiny_models.build("tiny-vit", vision_cfg={"patch_dropout": 0.5}, text_cfg={"vocab_size": WORDS})
+    return _with_dropout(None, model)
+
+
+def _step_alone(step, accum, state=None):
+    """Weights after step ``step`` from ``state``, and the features that the image tower gave in it."""
+    model, seen = _with_patch_dropout().train(), []
+    model.visual.register_forward_hook(lambda module, given, output: seen.append(output.detach().clone()))
+    if state is not None:
+        model.load_state_dict(state)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.seed()  # whatever state the generators were in
+    Stepper(make_task(model, make_loss("clip"), "clip"), optimizer, accum=accum)(make_batch(), step)
+    return model.state_dict(), torch.cat(seen)
+
+
+@pytest.mark.parametrize("accum", [1, 3])
+def test_a_step_draws_the_same_masks_whenever_it_is_taken(accum):
+    first, _ = _step_alone(6, accum)
+    weights, features = _step_alone(7, accum, first)
+    again, same = _step_alone(7, accum, first)
+    _, others = _step_alone(8, accum, first)
+    assert all(torch.equal(again[n], v) for n, v in weights.items())
+    assert torch.equal(features, same)
+    assert (features != others).any(1).all()
+
+
+def test_ranks_draw_masks_of_their_own():
+    (_, first), (_, second) = ranks(2).run(_step_alone, 3, 1)
+    assert (first != second).any(1).all()
 
 
 def test_running_statistics_are_updated_once():

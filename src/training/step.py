@@ -9,7 +9,8 @@ With ``accum`` micro-batches the gradient is that of the full batch, for every l
 
 BatchNorm sees micro-batches, so such models are exempt from the equality; its running statistics move in 3 alone.
 
-A step whose loss or gradient is not finite changes nothing and is counted (``nonfinite.py``).
+What is random inside a step depends on the seed, the step's number and the rank alone, so that a run can go on at
+any step. A step whose loss or gradient is not finite changes nothing and is counted (``nonfinite.py``).
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Stepper:
         """Train on ``batch`` (on the device). Returns 0-d tensors: every term, the total as ``loss``, metrics."""
         self._evidence = None  # the last batch's pixels
         self.optimizer.zero_grad(set_to_none=True)
+        self.task.seed_generators(step)
         batch = self.task.select(batch, step, self._embed_without_graph)
         statistics = RunningStatistics(self._norms)
         computed = self._backward(batch)

@@ -20,7 +20,10 @@ from drrho_clip.losses.distillation import Distillation
 from drrho_clip.normalize import normalize
 from drrho_clip.reference import Reference
 from drrho_clip.selection import select
+from training.order import seed_of
 from training.precision import Precision
+
+_MASKS, _SELECTION = range(2)  # what random numbers are for: each gets seeds of its own
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,14 @@ class Task:
         self.reference, self.margins, self.constant_scale = reference, margins, constant_scale
         self.distillation, self.selection = distillation, selection
         self._seed = seed
+
+    def seed_generators(self, step: int) -> None:
+        """Seed torch's default generators for optimizer step ``step`` on this rank.
+
+        Dropout, patch dropout and stochastic depth draw from them. So their masks depend on the seed, the step and
+        the rank alone, and a run that goes on at this step draws them again without having kept a generator.
+        """
+        torch.manual_seed(seed_of(self._seed, step, collectives.rank(), _MASKS))
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """The target's outputs for a batch on its device; keys as open_clip names them.
@@ -120,7 +131,7 @@ class Task:
         outputs, (ref_image, ref_text) = forward(batch)
         image = outputs["image_features"].float()
         generator = torch.Generator(image.device)
-        generator.manual_seed(hash((self._seed, step, collectives.rank())) & (2**63 - 1))
+        generator.manual_seed(seed_of(self._seed, step, collectives.rank(), _SELECTION))
         positions = select(
             image,
             outputs["text_features"].float(),
