@@ -87,6 +87,22 @@ class Stepper:
         terms = {name: term.detach() for name, term in result.terms.items()}
         return {**terms, "loss": sum(terms.values()), **result.metrics}
 
+    def settle(self, batch: Batch, step: int) -> None:
+        """Bring DDP's gradient buckets into their final order, with ``batch`` and the number of the step to come.
+
+        DDP arranges them anew after its first backward pass, in the order in which gradients came. Where one
+        lies decides in which order ranks sum it: from three ranks on, a run that was started again would round
+        otherwise than one that was not. So every process does a first pass that is dropped. All ranks call this
+        in training mode, before their first step; in a single process it does nothing.
+        """
+        if not isinstance(_unwrapped(self.task.model), DistributedDataParallel):
+            return
+        self.task.seed_generators(step)
+        statistics = RunningStatistics(self._norms)
+        self._backward(self.task.select(batch, step, self._embed_without_graph))
+        statistics.restore(unless=False)
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _backward(self, batch: Batch) -> _Computed:
         return self._backward_whole(batch) if self.accum == 1 else self._backward_accumulated(batch)
 
@@ -203,8 +219,13 @@ def _embeddings_of(outputs: dict[str, Tensor]) -> list[str]:
     return [name for name in wanted if name in outputs]
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """``model`` without torch.compile's wrapping."""
+    return getattr(model, "_orig_mod", model)
+
+
 def _no_reduction(model: nn.Module):
-    inner = getattr(model, "_orig_mod", model)
+    inner = _unwrapped(model)
     return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 
