@@ -11,7 +11,7 @@ import pytest
 
 import tiny_models
 from ranks import free_port, ranks
-from training import distributed
+from training import failures
 
 ROOT = Path(__file__).parents[1]
 DATA = ["--dataset-type", "synthetic", "--train-num-samples", "8", "--batch-size", "2", "--workers", "0"]
@@ -53,7 +53,7 @@ def test_a_bad_checkpoint_under_torchrun(tmp_path, there):
 def told(messages: list[str], call: int) -> str:
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(call)  # a store that nobody has written to
     with contextlib.redirect_stderr(io.StringIO()) as printed:
-        distributed.tell(ValueError(messages[int(os.environ["RANK"])]))
+        failures.tell(ValueError(messages[int(os.environ["RANK"])]))
     del os.environ["TORCHELASTIC_RESTART_COUNT"]
     return printed.getvalue()
 
@@ -67,7 +67,7 @@ ONE_RANK_FAILS = """
 import os, sys
 from training import main, train
 if os.environ["RANK"] == "1":
-    def fail(self):
+    def fail(self, *_):
         raise ValueError("row 7 is bad")
     train.Trainer.train_epoch = fail
 sys.exit(main.main(sys.argv[1:]))

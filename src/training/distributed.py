@@ -19,9 +19,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -32,14 +31,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from training import launcher
 from training.params import DistributedConfig
 
 T = TypeVar("T")
+Group = dist.ProcessGroup | None  # None: the group of all ranks, or a single process
 
 _CPU = torch.device("cpu")
 _TIMEOUT = timedelta(minutes=30)  # a rank may have to wait for another's download or evaluation
 _PATIENCE = timedelta(seconds=5)
+_url = "env://"  # where the ranks have met
 
 
 class OwnRefusal(ValueError):
@@ -100,26 +100,6 @@ def start(config: DistributedConfig) -> World:
     return World(place.rank, place.local_rank, place.world_size, place.local_world_size, device)
 
 
-def tell(error: ValueError) -> None:
-    """Print the ``error`` with which this rank ends, unless another rank does.
-
-    What all ranks are refused for is told once: by rank 0, and before the ranks have met by the first one of each
-    node. What rank 0 does not say as well within seconds is told by the rank that has it. A rank that fails can
-    take part in no collective, so they compare at the store where they met.
-    """
-    rank = launcher.rank()
-    line = f"error (rank {rank}): {error}" if rank else f"error: {error}"
-    if not dist.is_initialized():
-        if launcher.local_rank() == 0 or isinstance(error, OwnRefusal):
-            print(line, file=sys.stderr)
-    elif rank == 0:
-        print(line, file=sys.stderr, flush=True)
-        with suppress(KeyError, RuntimeError):
-            _let_others_compare(str(error))
-    elif not _first_says(str(error)):
-        print(line, file=sys.stderr)
-
-
 def lost_peer(error: RuntimeError) -> bool:
     """Whether ``error`` is a collective's, and says that another process has ended."""
     return dist.is_initialized() and bool(re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)))
@@ -131,13 +111,44 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def met() -> bool:
+    """Whether this process has met other ranks, and not parted from them."""
+    return dist.is_initialized()
+
+
+def world_size() -> int:
+    """Number of ranks that have met."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def meeting_store() -> dist.Store:
+    """A connection of its own to the store where the ranks met, apart from what earlier starts of them left there.
+
+    RuntimeError or LookupError: it is gone, or nobody knows where it is. May wait for ever where it is stopped.
+    """
+    scheme, _, place = _url.partition("://")
+    if scheme == "file":
+        store = dist.FileStore(place, dist.get_world_size())
+    else:
+        env = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        host, port = (place if scheme == "tcp" else env).rsplit(":", 1)
+        store = dist.TCPStore(host, int(port), timeout=_PATIENCE, wait_for_workers=False)
+    return dist.PrefixStore(f"failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def hosts_store() -> bool:
+    """Whether the store where the ranks met ends with this process."""
+    with_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and _url == "env://"
+    return dist.is_initialized() and dist.get_rank() == 0 and not with_launcher and not _url.startswith("file:")
+
+
 def barrier() -> None:
     """Wait for all ranks, on the CPU: CUDA work in flight is left alone."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))
 
 
-def broadcast_object(obj: Any, src: int = 0, group: dist.ProcessGroup | None = None) -> Any:
+def broadcast_object(obj: Any, src: int = 0, group: Group = None) -> Any:
     """Rank ``src``'s picklable ``obj``, on every rank."""
     if not dist.is_initialized():
         return obj
@@ -146,7 +157,7 @@ def broadcast_object(obj: Any, src: int = 0, group: dist.ProcessGroup | None = N
     return box[0]
 
 
-def gather_object(obj: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+def gather_object(obj: Any, group: Group = None) -> list[Any]:
     """Every rank's picklable ``obj``, in rank order, on every rank."""
     if not dist.is_initialized():
         return [obj]
@@ -155,7 +166,7 @@ def gather_object(obj: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     return box
 
 
-def own_group() -> dist.ProcessGroup | None:
+def own_group() -> Group:
     """A gloo group of all ranks for a thread that talks beside training; None for a single process. Collective.
 
     Two threads in one group could enter their collectives in different orders on different ranks.
@@ -163,7 +174,7 @@ def own_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
 
 
-def rank_in(group: dist.ProcessGroup | None = None) -> int:
+def rank_in(group: Group = None) -> int:
     """This process's number in ``group``, by default among all ranks."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
@@ -184,7 +195,7 @@ def start_all_reduce_max(tensor: Tensor) -> dist.Work | None:
     return dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True) if dist.is_initialized() else None
 
 
-def on_main(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def on_main(function: Callable[[], T], group: Group = None) -> T:
     """``function()`` run by rank 0 alone; its picklable result on every rank.
 
     Where it raises, rank 0 has that error and the others have ``PeerFailed``.
@@ -350,6 +361,8 @@ def _choose_device(place: _Place, config: DistributedConfig) -> torch.device:
 
 
 def _start_group(place: _Place, device: torch.device, config: DistributedConfig) -> None:
+    global _url
+    _url = config.dist_url
     if config.dist_url == "env://":
         os.environ.setdefault("MASTER_PORT", config.dist_port)
     backend = config.dist_backend
@@ -367,32 +380,6 @@ def _start_group(place: _Place, device: torch.device, config: DistributedConfig)
         timeout=_TIMEOUT,
         device_id=device if "nccl" in backend else None,
     )
-
-
-def _meeting_store() -> dist.Store:
-    """A connection to the store of ``env://``. KeyError: they met elsewhere. RuntimeError: it is gone."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, timeout=_PATIENCE, wait_for_workers=False)
-    return dist.PrefixStore(f"refusal/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def _let_others_compare(message: str) -> None:
-    store = _meeting_store()
-    store.set("message", message)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        store.wait(["compared"], _PATIENCE)  # the store ends with this process
-
-
-def _first_says(message: str) -> bool:
-    """Whether rank 0 ends with ``message``, or does so within seconds."""
-    try:
-        store = _meeting_store()
-        same = store.get("message").decode() == message
-        if store.add("count", 1) == dist.get_world_size() - 1:
-            store.set("compared", "")
-    except (KeyError, RuntimeError):
-        return False
-    return same
 
 
 def _any_rank(flag: bool) -> bool:

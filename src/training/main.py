@@ -20,28 +20,32 @@ def main(argv: list[str] | None = None) -> int:
     """Do what ``argv`` (default: the command line) asks for; the exit code."""
     config = params.parse(argv)
     # Imported when the flags are known to be sound: --help and refusals do not wait for torch.
-    from training import distributed, plan, run
+    from training import distributed, failures, plan, run
 
-    rank = launcher.rank()
+    code = 1
     try:
         if config.run.dry_run:
-            if rank == 0:
+            if launcher.rank() == 0:
                 print(plan.describe(config))
-            return 0
-        run.launch(config)
+        else:
+            run.launch(config)
+        code = 0
     except ValueError as error:
-        distributed.tell(error)
-        return 2
+        failures.tell(error)
+        code = 2
     except distributed.PeerFailed:
-        return 1
-    except RuntimeError as error:
-        if not distributed.lost_peer(error):
+        failures.notice()
+    except KeyboardInterrupt:
+        if launcher.rank() == 0:
+            print("interrupted: nothing more is saved", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        if not distributed.met():
             raise
-        print(f"rank {rank} ends, since another rank has: its own message says why", file=sys.stderr)
-        return 1
+        failures.report(error)
     finally:
-        distributed.stop()
-    return 0
+        failures.part(code)
+    return code
 
 
 if __name__ == "__main__":
