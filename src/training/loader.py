@@ -26,6 +26,7 @@ from drrho_clip.batch import Batch
 from training.batch_memory import PREFETCH
 from training.distributed import gather_object
 from training.images import decode
+from training.interrupts import leave_to_trainer
 from training.lanes import Identity, Layout, Progress, pack, unpack
 from training.order import Part
 from training.samples import SkipLog, Skips, usable
@@ -270,4 +271,5 @@ def _copies(chunks: Iterator[Chunk], workers: int) -> Iterator[Chunk]:
 
 
 def _start_worker(_: int) -> None:
+    leave_to_trainer()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
