@@ -123,10 +123,31 @@ def _cut(member: str, add: int) -> Callable[[Path, Sequence[int]], object]:
     return make
 
 
+def _over(member: str, fault: bytes) -> Callable[[Path, Sequence[int]], object]:
+    """Write ``fault`` over the beginning of the header of the third sample's ``member``."""
+
+    def make(path: Path, keys: Sequence[int]) -> None:
+        data = _tar(path, keys)
+        path.write_bytes(data)
+        with tarfile.open(path) as tar:
+            offset = tar.getmember(f"{keys[2]:06d}.{member}").offset
+        path.write_bytes(data[:offset] + fault + data[offset + len(fault) :])
+
+    return make
+
+
+def _behind(fault: bytes) -> Callable[[Path, Sequence[int]], object]:
+    return lambda path, keys: path.write_bytes(_tar(path, keys) + fault)
+
+
 SHARDS: dict[str, BrokenShard] = {
     "cut inside a member": BrokenShard(_cut("json", 512 + 3), 2, {"unreadable shard": 1, "missing json": 1}),
     "cut inside an image": BrokenShard(_cut("jpg", 512 + 300), 2, {"unreadable shard": 1}),
-    "cut inside a header": BrokenShard(_cut("txt", 100), 2, {"missing text": 1}),
+    "cut inside a header": BrokenShard(_cut("txt", 100), 2, {"unreadable shard": 1, "missing text": 1}),
+    "cut behind a sample": BrokenShard(_cut("jpg", 0), 2, {"unreadable shard": 1}),
+    "header of zeros": BrokenShard(_over("jpg", bytes(512)), 2, {"unreadable shard": 1}),
+    "header with a wrong byte": BrokenShard(_over("jpg", b"\xff"), 2, {"unreadable shard": 1}),
+    "data behind its end": BrokenShard(_behind(b"x" * 700), 4, {"unreadable shard": 1}),
     "zero bytes": BrokenShard(lambda path, keys: path.write_bytes(b""), 0, {"unreadable shard": 1}),
     "folder": BrokenShard(lambda path, keys: path.mkdir(), 0, {"unreadable shard": 1}),
     "page": BrokenShard(lambda path, keys: path.write_bytes(b"<html>404</html>" * 99), 0, {"unreadable shard": 1}),

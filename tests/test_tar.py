@@ -30,24 +30,33 @@ def archive(names: Iterable[str], format: int = tarfile.PAX_FORMAT, mtime: float
 
 
 def by_tarfile(data: bytes) -> tuple[list[tuple[str, bytes]], bool]:
-    """(name, content) of the files that ``tarfile`` finds, and whether it meets an error."""
+    """(name, content) of the files that ``tarfile`` finds, and whether the archive is damaged.
+
+    It is where ``tarfile`` raises an error, or where it takes something else than zeros for the archive's end.
+    """
     found = []
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r|") as tar:
             for member in tar:
                 if member.isreg():
                     found.append((member.name, tar.extractfile(member).read()))
+            rest = data[tar.offset :]
     except Exception:
         return found, True
-    return found, False
+    return found, len(rest) < 512 or rest.count(0) < len(rest)
+
+
+class Pipe:
+    """What ``read_tar`` may rely on."""
+
+    def __init__(self, data: bytes) -> None:
+        self.read = io.BytesIO(data).read
 
 
 def ours(data: bytes, offset: int = 0) -> tuple[list[tuple[str, bytes]], bool, list[int]]:
     found, offsets = [], []
-    stream = io.BytesIO(data)
-    stream.seek(offset)
     try:
-        for member in read_tar(stream, offset):
+        for member in read_tar(Pipe(data[offset:]), offset):
             found.append((member.name, member.data))
             offsets.append(member.offset)
     except Exception:
@@ -100,9 +109,39 @@ def test_the_same_of_a_tar_with_a_wrong_byte(kind):
         assert ours(spoiled)[:2] == by_tarfile(spoiled), at
 
 
-def test_what_cannot_be_sought_in_is_read_by_tarfile(tmp_path):
-    class Pipe(io.BytesIO):
-        def seek(self, *_):
-            raise OSError("not a file")
+@pytest.mark.parametrize("kind", ["plain", "times", "gnu, long", "others"])
+@pytest.mark.parametrize("fault", [bytes(512), b"x" * 512, bytes(100)], ids=["zeros", "noise", "holes"])
+def test_a_damaged_header_is_not_taken_for_the_end(kind, fault):
+    data = ARCHIVES[kind]
+    whole, _, offsets = ours(data)
+    for i, offset in enumerate(offsets):
+        spoiled = data[:offset] + fault + data[offset + len(fault) :]
+        found, failed, _ = ours(spoiled)
+        assert failed and found == whole[:i]
 
-    assert [(m.name, m.data) for m in read_tar(Pipe(ARCHIVES["times"]), None)] == by_tarfile(ARCHIVES["times"])[0]
+
+@pytest.mark.parametrize("kind", ["plain", "gnu, long"])
+def test_what_is_behind_the_end(kind):
+    data = ARCHIVES[kind]
+    assert ours(data + bytes(3_000_000))[1] is False
+    for rest in (b"x", bytes(70_000) + b"x", data):
+        assert ours(data + rest)[:2] == (ours(data)[0], True)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gnu, long"])
+def test_members_come_before_what_follows_them_is_there(kind):
+    data = ARCHIVES[kind]
+    sizes = []
+
+    class Slow(Pipe):
+        def read(self, size):
+            sizes.append(size)
+            return stream.read(size)
+
+        def __init__(self):
+            pass
+
+    stream = io.BytesIO(data)
+    members = read_tar(Slow())
+    first = next(members)
+    assert (first.name, first.data) == ours(data)[0][0] and sum(sizes) <= 10240

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import io
+import lzma
 import os
 import shutil
 import tarfile
+import time
 from collections import Counter
 from itertools import islice
 
@@ -226,7 +229,7 @@ def test_broken_shards_give_what_is_whole_in_them(tmp_path):
         pass
     for name, rows, reasons in (
         ("data.tar", [0, 1], {"unreadable shard": 1, "missing json": 1}),
-        ("header.tar", [0, 1], {"missing text": 1}),  # the tar ends there, as far as tarfile can tell
+        ("header.tar", [0, 1], {"unreadable shard": 1, "missing text": 1}),
         ("empty.tar", [], {"unreadable shard": 1}),
         ("page.tar", [], {"unreadable shard": 1}),
         ("folder.tar", [], {"unreadable shard": 1}),
@@ -318,7 +321,10 @@ def test_commands_and_compression(tmp_path):
     with tarfile.open(path) as plain, tarfile.open(tmp_path / "0.tar.gz", "w:gz") as packed:
         for member in plain:
             packed.addfile(member, plain.extractfile(member))
-    for url in (f"pipe:cat {path}", f"{path}.gz", f"pipe:gzip -dc {path}.gz", f"file:{path}"):
+    for module in (bz2, lzma):
+        (tmp_path / f"0.tar.{module.__name__}").write_bytes(module.compress(path.read_bytes()))
+    packed = (f"{path}.gz", f"{path}.bz2", f"{path}.lzma", f"pipe:cat {path}.gz", f"pipe:cat {path}.bz2")
+    for url in (*packed, f"pipe:cat {path}", f"pipe:gzip -dc {path}.gz", f"file:{path}"):
         skips = Skips()
         assert [raw.index for raw in usable(source(url).in_order(ALONE), skips)] == [0, 1, 2] and not skips.counts
         assert count_samples(url) == 3
@@ -326,6 +332,17 @@ def test_commands_and_compression(tmp_path):
         skips = Skips()
         assert [raw.index for raw in usable(source(url).in_order(ALONE), skips)] == rows
         assert skips.counts == {"unreadable shard": 1}, url
+
+
+def test_a_command_that_fails_at_last_gives_all_that_it_gave(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [sample(i, (96, 96)) for i in range(5)])
+    assert 2**14 < path.stat().st_size < 2**16  # more than a read, less than a pipe holds: it has long failed
+    groups = read_shard(f"pipe:cat {path}; exit 3")
+    names = [next(groups).name]
+    time.sleep(0.2)
+    *more, damage = groups
+    assert names + [group.name for group in more] == [f"{i:06d}" for i in range(5)]
+    assert damage.fault.reason == "unreadable shard" and "exit 3" in damage.fault.name
 
 
 def test_a_command_that_is_left_early_is_no_fault(tmp_path):

@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import IO, NamedTuple
 
 import webdataset as wds
@@ -20,13 +21,13 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from training.samples import Fault
-from training.tar import Member, read_tar
+from training.tar import Member, Source, check_end, open_tar, read_tar
 
 UNREADABLE = (OSError, ValueError, ImportError, tarfile.TarError)  # what opening and reading a shard may raise
 
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset takes for metadata
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
-_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # gzip, bzip2, xz, zstandard
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma", b"(\xb5/\xfd": "compression.zstd"}
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,12 @@ def read_shard(url: str, position: int = 0, offset: int = 0) -> Iterator[Group |
     seen, stream, broken = 0, None, None
     try:
         stream = wds.gopen(url)
-        start = offset if _can_enter(stream) else None
+        tar, start = _tar_in(stream, offset)
         seen = position if start else 0
-        for found in _groups(_members(stream, start), seen, url):
+        for found in _groups(_members(tar, start), seen, url):
             seen = found.position + 1
             if found.position >= position:
                 yield found
-        while stream.read(2**20):  # what follows the archive: a command must not meet a closed pipe
-            pass
         stream.close()  # raises where a command has failed
     except UNREADABLE as error:
         broken = error
@@ -136,25 +135,22 @@ def read_shard(url: str, position: int = 0, offset: int = 0) -> Iterator[Group |
 
 def count_samples(url: str) -> int:
     """How many samples ``read_shard`` finds in a sound shard; reads headers only where it can seek."""
-    with wds.gopen(url) as stream:
-        mode = "r:*" if _seekable(stream) else "r|*"
-        with tarfile.open(fileobj=stream, mode=mode) as tar:
-            names = (member.name for member in tar if member.isreg() and not _META.match(member.name))
-            prefixes = (base_plus_ext(name)[0] for name in names)
-            samples, last = 0, None
-            for prefix in prefixes:
-                if prefix is not None and prefix != last:
-                    samples, last = samples + 1, prefix
+    with wds.gopen(url) as stream, open_tar(stream, "r:*" if _seekable(stream) else "r|*") as tar:
+        names = (member.name for member in tar if member.isreg() and not _META.match(member.name))
+        prefixes = (base_plus_ext(name)[0] for name in names)
+        samples, last = 0, None
+        for prefix in prefixes:
+            if prefix is not None and prefix != last:
+                samples, last = samples + 1, prefix
+        check_end(tar.fileobj)
     return samples
 
 
-def _members(stream: IO[bytes], start: int | None) -> Iterator[Member]:
-    """The files of a tar from byte ``start`` on; None: it cannot be entered. ReadError: what stops it."""
+def _members(tar: IO[bytes], offset: int) -> Iterator[Member]:
+    """The files of a tar that is at byte ``offset``. ReadError: what stops it."""
     try:
-        if start:
-            stream.seek(start)
-        yield from read_tar(stream, start)
-    except Exception as error:  # tarfile raises anything on a broken file
+        yield from read_tar(tar, offset)
+    except Exception as error:  # tarfile and decompressors raise anything on a broken file
         raise tarfile.ReadError(str(error)) from error
 
 
@@ -190,10 +186,17 @@ def _seekable(stream: IO[bytes]) -> bool:
     return hasattr(stream, "seekable") and stream.seekable()
 
 
-def _can_enter(stream: IO[bytes]) -> bool:
-    """Whether the bytes of the tar are those of the file: it can be sought in and is not compressed."""
+def _tar_in(stream: IO[bytes], offset: int) -> tuple[IO[bytes] | Source, int]:
+    """The tar in ``stream``, entered at byte ``offset`` if it can be, and the byte at which it stands then."""
+    # webdataset's wrapper of a command asks at every read whether it has failed, and then what was read is lost.
+    stream = getattr(stream, "stream", stream)
+    source = Source(stream)
+    head = source.read(6)
+    source.give_back(head)
+    module = next((module for magic, module in _PACKED.items() if head.startswith(magic)), None)
+    if module is not None:
+        return import_module(module).open(source), 0
     if not _seekable(stream):
-        return False
-    packed = stream.read(6).startswith(_PACKED)
-    stream.seek(0)
-    return not packed
+        return source, 0
+    stream.seek(offset)
+    return stream, offset

@@ -2,8 +2,11 @@
 
 ``tarfile`` reads any tar, at about 25 µs per member, three of which make a sample. What shards consist of, regular
 files under plain headers (POSIX ustar, with or without times in pax headers), is read here directly, in a quarter
-of that; at the first member that is anything else ``tarfile`` takes over. Where an archive ends and what counts as
-broken are ``tarfile``'s rules.
+of that; at the first member that is anything else ``tarfile`` takes over.
+
+``tarfile`` takes whatever is no header for the end of the archive. Here an archive ends with the marker that the
+format has for it, a block of zeros with nothing but zeros behind it. Anything else is damage: there may be samples
+behind it, or have been.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ _BLOCK = 512
 _FILE, _PAX = ord("0"), ord("x")
 _TIMES = re.compile(rb"(\d+ (mtime|atime|ctime)=[-+.\de]+\n)*\0*")  # pax records that say nothing about the file
 _LARGEST_PAX = 2**16
+_CHUNK = 2**20
+_ZEROS = bytes(_BLOCK)
 
 
 class Member(NamedTuple):
@@ -33,54 +38,99 @@ class Header(NamedTuple):
     size: int
 
 
-def read_tar(stream: IO[bytes], offset: int | None) -> Iterator[Member]:
+def read_tar(stream: IO[bytes], offset: int = 0) -> Iterator[Member]:
     """The regular files of a tar from byte ``offset`` on, where a header begins, which is where ``stream`` is.
 
-    ``offset`` None: a stream that cannot be sought in, or is compressed. tarfile.TarError and whatever else
-    ``tarfile`` raises: the archive is broken there.
+    Only ``read`` is asked of ``stream``, up to its end. tarfile.TarError and whatever else ``tarfile`` raises: the
+    archive is broken there.
     """
-    if offset is None:
-        yield from _by_tarfile(stream, 0)
-        return
-    handed_over = yield from _plain(stream, offset)
-    if handed_over is not None:
-        stream.seek(handed_over)
-        yield from _by_tarfile(stream, handed_over)
+    source = Source(stream)
+    handed_over = yield from _plain(source, offset)
+    if handed_over is None:
+        check_end(source)
+    else:
+        yield from _by_tarfile(source, handed_over)
 
 
-def _by_tarfile(stream: IO[bytes], offset: int) -> Iterator[Member]:
-    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+def open_tar(stream: IO[bytes], mode: str) -> tarfile.TarFile:
+    """``tarfile``'s reader of ``stream``, which raises ReadError at what is neither a header nor the end."""
+    return tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictInfo)
+
+
+def check_end(stream: IO[bytes]) -> None:
+    """ReadError: what follows, behind an archive's end, is not zeros."""
+    while data := stream.read(_CHUNK):
+        if data.count(0) != len(data):
+            raise tarfile.ReadError("there is more behind the end of the archive")
+
+
+class Source:
+    """A stream to which bytes can be given back."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._read, self._back = stream.read, b""
+
+    def read(self, size: int) -> bytes:
+        if not self._back:
+            return self._read(size)
+        data, self._back = self._back[:size], self._back[size:]
+        return data + self._read(size - len(data)) if len(data) < size else data
+
+    def give_back(self, data: bytes) -> None:
+        self._back = data + self._back
+
+
+class _StrictInfo(tarfile.TarInfo):
+    """A member's header; what is no header is an error, and not the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        """See ``tarfile``, to which HeaderError says that the archive ends."""
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf == _ZEROS:
+                raise
+            raise tarfile.ReadError(str(error) if buf else "the end of the archive is missing") from None
+
+
+def _by_tarfile(source: Source, offset: int) -> Iterator[Member]:
+    with open_tar(source, "r|") as tar:
         for member in tar:
             if member.isreg():
                 yield Member(member.name, tar.extractfile(member).read(), offset + member.offset)
             tar.members = []  # else it would remember all
+        check_end(tar.fileobj)
 
 
-def _plain(stream: IO[bytes], start: int) -> Iterator[Member]:
+def _plain(source: Source, start: int) -> Iterator[Member]:
     """Members up to the archive's end, or to one for ``tarfile``, whose offset is returned."""
     here = first = start
+    times = b""  # pax headers of the member at ``first``
     while True:
-        block = stream.read(_BLOCK)
+        block = source.read(_BLOCK)
+        if block == _ZEROS and not times:
+            return None
         header = parse_header(block)
-        if header is None:
-            return None if here == first > start and _ends(block) else first
-        if header.kind == _PAX and header.size > _LARGEST_PAX:
+        if header is None or (header.kind == _PAX and header.size > _LARGEST_PAX):
+            source.give_back(times + block)
             return first
-        data = stream.read(header.size)
         padding = -header.size % _BLOCK
+        data = source.read(header.size)
         if header.kind == _PAX:
+            times += block + data + source.read(padding)
             if first != here or not _TIMES.fullmatch(data) or len(data) < header.size:
+                source.give_back(times)
                 return first
-            stream.seek(padding, 1)
             here += _BLOCK + header.size + padding
             continue
         if len(data) < header.size:
             raise tarfile.ReadError("unexpected end of data")
         yield Member(header.name, data, first)
-        if len(stream.read(padding)) < padding:
+        if len(source.read(padding)) < padding:
             raise tarfile.ReadError("unexpected end of data")
         here += _BLOCK + header.size + padding
-        first = here
+        first, times = here, b""
 
 
 def parse_header(block: bytes) -> Header | None:
@@ -97,12 +147,3 @@ def parse_header(block: bytes) -> Header | None:
     name = block[:100].split(b"\0", 1)[0]
     prefix = block[345:500].split(b"\0", 1)[0]
     return Header(block[156], (prefix + b"/" + name if prefix else name).decode("ascii"), size)
-
-
-def _ends(block: bytes) -> bool:
-    """Whether ``tarfile`` would take the archive to end with this block, which is no plain header."""
-    try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return True
-    return False
