@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from drrho_clip import collectives
+from drrho_clip.losses.baselines import caption_loss
 from drrho_clip.normalize import normalize
 from training import precision
 from training.classification import ClassificationSet, Pictures, accuracies, hits, open_set
@@ -83,7 +84,8 @@ class Evaluation:
                 image.append(normalized(outputs["image_features"]))
                 text.append(normalized(outputs["text_features"]))
                 if "logits" in outputs:
-                    tokens += caption_loss(outputs, getattr(model, "pad_id", 0))
+                    sums = caption_loss(outputs, getattr(model, "pad_id", 0))
+                    tokens += torch.stack([part.double() for part in sums])
                 progress.update()
             scale = model.logit_scale.exp().item()
         image, text = gather_rows(image, self.world), gather_rows(text, self.world)
@@ -175,14 +177,6 @@ def gather_rows(parts: list[Tensor], world: World) -> Tensor:
     padded = F.pad(mine, (0, 0, 0, most - len(mine)))
     gathered = collectives.all_gather(padded).view(len(sizes), most, width)
     return torch.cat([rows[:n] for rows, (n, _) in zip(gathered, sizes, strict=True)])
-
-
-def caption_loss(outputs: dict[str, Tensor], pad_id: int) -> Tensor:
-    """CoCa's cross-entropy over the caption's tokens: float64 [2], its sum and the number of tokens."""
-    labels = outputs["labels"]
-    logits = outputs["logits"].float().transpose(1, 2)
-    total = F.cross_entropy(logits, labels, ignore_index=pad_id, reduction="sum")
-    return torch.stack([total.double(), (labels != pad_id).sum().double()])
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """open_clip's own losses behind the registry's interface.
 
-Similarities are computed in float32 whatever the autocast dtype is. How gradients cross ranks is open_clip's
-choice, by its flags ``local_loss`` and ``gather_with_grad``.
+Similarities and their gradients are computed in exact float32, whatever the towers' precision is. How gradients
+cross ranks is open_clip's choice, by its flags ``local_loss`` and ``gather_with_grad``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
 from torch import Tensor
 
-from drrho_clip import collectives
-from drrho_clip.float32 import exact_float32
+from drrho_clip import collectives, float32
 from drrho_clip.losses.registry import Loss, LossInputs, LossOutput, LossSpec, register
 
 
@@ -36,10 +35,8 @@ class Clip(_ClipBased):
     """Mini-batch InfoNCE, OpenCLIP's default."""
 
     def forward(self, inputs: LossInputs) -> LossOutput:
-        with exact_float32(inputs.image.device.type):
-            loss = self.contrastive(
-                inputs.image.float(), inputs.text.float(), inputs.logit_scale.float(), inputs.logit_bias
-            )
+        bias = () if inputs.logit_bias is None else (inputs.logit_bias,)
+        loss = float32.differentiable(self.contrastive, inputs.image, inputs.text, inputs.logit_scale, *bias)
         return LossOutput({"contrastive_loss": loss})
 
 
@@ -55,16 +52,20 @@ class CoCa(_ClipBased):
         self.contrastive_weight, self.caption_weight, self.pad_id = contrastive_weight, caption_weight, pad_id
 
     def forward(self, inputs: LossInputs) -> LossOutput:
-        with exact_float32(inputs.image.device.type):
-            loss = self.contrastive(inputs.image.float(), inputs.text.float(), inputs.logit_scale.float())
+        loss = float32.differentiable(self.contrastive, inputs.image, inputs.text, inputs.logit_scale)
         return LossOutput({"contrastive_loss": self.contrastive_weight * loss})
 
     def local_terms(self, outputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        labels = outputs["labels"]
-        total = F.cross_entropy(
-            outputs["logits"].float().transpose(1, 2), labels, ignore_index=self.pad_id, reduction="sum"
-        )
-        return {"caption_loss": (self.caption_weight * total, (labels != self.pad_id).sum())}
+        total, tokens = caption_loss(outputs, self.pad_id)
+        return {"caption_loss": (self.caption_weight * total, tokens)}
+
+
+def caption_loss(outputs: dict[str, Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of a captioner's ``outputs``, summed over tokens that are not padding; their number."""
+    labels = outputs["labels"]
+    logits = outputs["logits"].float().transpose(1, 2)
+    total = F.cross_entropy(logits, labels, ignore_index=pad_id, reduction="sum")
+    return total, (labels != pad_id).sum()
 
 
 class SigLip(Loss):
@@ -75,13 +76,8 @@ class SigLip(Loss):
         self.contrastive = SigLipLoss(rank=collectives.rank(), world_size=collectives.world_size())
 
     def forward(self, inputs: LossInputs) -> LossOutput:
-        with exact_float32(inputs.image.device.type):
-            loss = self.contrastive(
-                inputs.image.float(),
-                inputs.text.float(),
-                inputs.logit_scale.float(),
-                inputs.logit_bias.float(),
-            )
+        given = inputs.image, inputs.text, inputs.logit_scale, inputs.logit_bias
+        loss = float32.differentiable(self.contrastive, *given)
         return LossOutput({"contrastive_loss": loss})
 
 
@@ -98,15 +94,10 @@ class Distill(_ClipBased):
         self.weight, self.teacher_scale = weight, teacher_scale
 
     def forward(self, inputs: LossInputs) -> LossOutput:
-        with exact_float32(inputs.image.device.type):
-            contrastive, distill = self.contrastive(
-                inputs.image.float(),
-                inputs.text.float(),
-                inputs.logit_scale.float(),
-                inputs.ref_image.float(),
-                inputs.ref_text.float(),
-                self.teacher_scale,
-            )
+        teacher = inputs.ref_image.float(), inputs.ref_text.float(), self.teacher_scale
+        contrastive, distill = float32.differentiable(
+            lambda *leaves: self.contrastive(*leaves, *teacher), inputs.image, inputs.text, inputs.logit_scale
+        )
         return LossOutput(
             {"contrastive_loss": (1 - self.weight) * contrastive, "distill_loss": self.weight * distill}
         )
