@@ -325,6 +325,31 @@ def test_kernels_compile_without_a_graph_break(scales):
     )
 
 
+def _compiled_gradients(name, budget):
+    """One step with passes that must compile without a graph break, and with eager ones."""
+    b, found = 6, []
+    for kernels in (Kernels.compiled(budget, backend="aot_eager"), Kernels(budget=budget)):
+        state = SampleState(12, columns(name))
+        loss = make(name, state)
+        loss._kernels = kernels
+        loss.set_epoch(1)
+        x = inputs(b=b, index=torch.arange(b) + b * collectives.rank(), seed=collectives.rank())
+        result = loss(x)
+        result.terms["contrastive_loss"].backward()
+        found.append([x.image.grad, x.text.grad, *result.update.values.values()])
+    return found
+
+
+COMPILED = [(2, "v3", 0), (2, "v3", 1), (2, "v3", 2), (2, "v2", 1), (1, "v3", 1), (1, "v2", 2)]
+
+
+@pytest.mark.parametrize("k, name, budget", COMPILED)
+def test_compiled_kernels_on_ranks_and_with_kept_tiles(k, name, budget):
+    given = (name, BUDGETS[budget])
+    for compiled, eager in [_compiled_gradients(*given)] if k == 1 else ranks(k).run(_compiled_gradients, *given):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
 def test_merging_copies_takes_the_mean_of_u():
     index = torch.tensor([4, 1, 4, 4, 0])
     u = torch.tensor([[1.0, 2.0], [5.0, 6.0], [2.0, 4.0], [6.0, 9.0], [7.0, 8.0]])

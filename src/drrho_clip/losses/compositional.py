@@ -216,9 +216,14 @@ class Kernels:
     budget: Budget | None = None
 
     @classmethod
-    def compiled(cls) -> Kernels:
-        """Both passes through ``torch.compile``; they have no graph break."""
-        return cls(torch.compile(pair_statistics, fullgraph=True), torch.compile(pair_gradient, fullgraph=True))
+    def compiled(cls, budget: Budget | None = None, backend: str = "inductor") -> Kernels:
+        """Both passes through ``torch.compile``; they have no graph break.
+
+        What lies between them, a moving average and the mean over copies, is a few operations on B x 2 numbers
+        around a collective and stays as it is.
+        """
+        passes = [torch.compile(f, fullgraph=True, backend=backend) for f in (pair_statistics, pair_gradient)]
+        return cls(*passes, budget)
 
 
 @dataclass(frozen=True)
