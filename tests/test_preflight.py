@@ -29,8 +29,12 @@ def test_sync_bn_without_gpus():
     line = f"{FASTCLIP} --batch-size 2 --use-bn-sync"
     with pytest.raises(ValueError, match="--use-bn-sync needs GPUs"):
         check(line, ranks=2)
-    check(line, ranks=1)
-    check(line, ranks=2, device=GPU)
+    assert check(line, ranks=2, device=GPU) == []
+
+
+def test_sync_bn_alone():
+    line = f"{FASTCLIP} --batch-size 2 --use-bn-sync"
+    assert check(line) == ["--use-bn-sync: no effect in a single process, whose BatchNorm sees the whole batch"]
 
 
 @pytest.mark.parametrize("usage", ["distill", "ref,distill"])

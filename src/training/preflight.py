@@ -20,6 +20,10 @@ def check(config: Config, world: World) -> list[str]:
         check_teachers(config)
         if config.model.use_bn_sync:
             distributed.check_sync_bn(world)
+            if not world.distributed:
+                remarks.append(
+                    "--use-bn-sync: no effect in a single process, whose BatchNorm sees the whole batch"
+                )
         if config.data.dataset_type == "webdataset":
             remarks += look_for_shards(config.data.train_data, "--train-data")
     if config.evaluation.val_dataset_type == "webdataset":
