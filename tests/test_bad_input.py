@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import torch
 from open_clip import SimpleTokenizer
 from open_clip.transform import PreprocessCfg
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import shards
 from flag_lab import WORLD, Lab
+from ranks import ranks
 from spoiled import SAMPLES, SHARDS
+from training import webdata
 from training.data import build_train
+from training.distributed import World, gather_object
 from training.loader import TrainData
+from training.order import Lane
 from training.params import parse
 from training.samples import Allowance, SkipLog, Skips, Tolerance, TooManyBad, allowance
 
@@ -95,11 +101,11 @@ def test_window_is_an_epoch_within_limits():
 # --------------------------------------------------------------------------------------------------- the loader
 
 
-def loaded(pattern: str, samples: int, *flags: object) -> TrainData:
+def loaded(pattern: str, samples: int, *flags: object, world: World = WORLD) -> TrainData:
     words = ["--train-data", pattern, "--train-num-samples", samples, "--data_size", ROWS, "--model", "RN50"]
-    words += ["--batch-size", 1, "--workers", 0, "--max_bad_fraction", 1, *flags]
+    words += ["--dataset-type", "webdataset", "--batch-size", 1, "--workers", 0, "--max_bad_fraction", 1, *flags]
     model = SimpleNamespace(preprocess=PreprocessCfg(size=8), tokenizer=SimpleTokenizer(context_length=16))
-    return build_train(parse([str(word) for word in words]), WORLD, model, None)
+    return build_train(parse([str(word) for word in words]), world, model, None)
 
 
 def epoch(pattern: str, samples: int, *flags: object) -> tuple[list[int], Counter, SkipLog]:
@@ -170,15 +176,48 @@ def test_broken_shards_give_what_is_whole_in_them(name, tmp_path):
     assert all("00002.tar" in example for example in log.total.examples.values())
 
 
-def test_a_shard_that_vanishes(tmp_path):
-    pattern = shards.write_shards(tmp_path, [shards.sample(i, (8, 8)) for i in range(9)], 3)
-    data = loaded(pattern, 9, "--batch-size", 3)
-    assert sorted(i for batch in data.epoch(0) for i in batch.index.tolist()) == list(range(9))
-    (tmp_path / "00001.tar").unlink()
-    rows = [i for batch in data.epoch(1) for i in batch.index.tolist()]
-    assert set(rows) == {0, 1, 2, 6, 7, 8} and len(rows) == 9
-    total = data.skips.total
-    assert set(total.counts) == {"unreadable shard"} and "00001.tar" in total.examples["unreadable shard"]
+def vanish(path) -> None:
+    path.unlink()
+
+
+def become_a_folder(path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def be_cut(path) -> None:
+    os.truncate(path, 700)  # in place, inside the first image
+
+
+def be_no_tar(path) -> None:
+    path.write_bytes(b"<html>" * 100)
+
+
+@pytest.mark.parametrize("change", [vanish, become_a_folder, be_cut, be_no_tar])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_shard_that_is_lost_inside_an_epoch(tmp_path, change, workers, monkeypatch, caplog):
+    """The run goes on with the rest; the shard is counted and named, once per pass, in the next epoch too."""
+    monkeypatch.setattr(webdata, "SPLIT_BY_SAMPLE", 0)
+    monkeypatch.setitem(webdata.ShardSource.__init__.__kwdefaults__, "window", 5)
+    pattern = shards.write_shards(tmp_path, [shards.sample(i, (8, 8)) for i in range(80)], 20)
+    data = loaded(pattern, 60, "--batch-size", 4, "--workers", workers)
+    source = data._stream.source
+    last = source._visits(0, 0, Lane(workers=max(workers, 1), share=4))[-1].piece.shard
+    lost = set(range(20 * last, 20 * last + 20))
+    rest = sorted(set(range(80)) - lost)
+    for number in range(2):
+        met = []
+        for step, batch in enumerate(data.epoch(number)):
+            met += batch.index.tolist()
+            if (number, step) == (0, 0):
+                change(tmp_path / f"{last:05d}.tar")
+        counts = data.skips.take_epoch().counts
+        assert len(met) == 60 and not lost & set(met)
+        if workers < 2:  # one lane: an epoch is one pass
+            assert sorted(met) == rest and counts == {"unreadable shard": 1}
+        else:
+            assert set(counts) == {"unreadable shard"} and counts.total() <= 2
+    assert "1 unreadable shard (e.g. " in caplog.text and f"{last:05d}.tar: " in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -196,6 +235,60 @@ def test_slow_and_failing_commands(command, rows, counts, tmp_path):
     beside = shards.write_tar(tmp_path / "1.tar", [shards.sample(i, (8, 8)) for i in range(10, 13)])
     met, found, _ = epoch(f"pipe:{command.format(path)}::{beside}", 3 + len(rows), "--dataset-type", "webdataset")
     assert sorted(met) == [*rows, 10, 11, 12] and found == counts
+
+
+def on_ranks(pattern: str, samples: int, *flags: object) -> list[tuple[list[list[int]], Counter]]:
+    """On a real rank: per epoch, the rows of its batches, and what all ranks have left out."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    data = loaded(pattern, samples, *flags, world=World(rank, rank, ranks, ranks, WORLD.device))
+    epochs = []
+    for number in range(2):
+        rows = [batch.index.tolist() for batch in data.epoch(number)]
+        total = Skips()
+        for skips in gather_object(data.skips.take_epoch()):
+            total.merge(skips)
+        epochs.append((rows, total.counts))
+    return epochs
+
+
+def test_bad_input_on_two_ranks(tmp_path):
+    """As many steps on both; each good sample once; what both have left out is what was planted."""
+    members = [shards.sample(i, (8, 8)) for i in range(30)]
+    planted = Counter()
+    for i, name in enumerate(
+        ("missing text", "missing json", "json that is no json", "negative key", "float key")
+    ):
+        SAMPLES[name].spoil(members[5 * i])
+        planted[SAMPLES[name].reason] += 1
+    good = [i for i in range(30) if i % 5 or i == 25] + [40, 41, 50, 51, 52]
+    pattern = shards.write_shards(tmp_path, members, (13, 17))
+    SHARDS["header with a wrong byte"].make(tmp_path / "cut.tar", [40, 41, 42, 43])
+    SHARDS["zero bytes"].make(tmp_path / "zero.tar", [])
+    shards.write_tar(tmp_path / "slow.tar", [shards.sample(i, (8, 8)) for i in range(50, 53)])
+    slow = f"pipe:sleep 0.3; cat {tmp_path}/slow.tar; exit 9"
+    pattern = f"{pattern}::{tmp_path}/cut.tar::{tmp_path}/zero.tar::{slow}::pipe:no-such-command 2>/dev/null"
+    planted["unreadable shard"] = 4
+    samples = len(good)
+    first, second = ranks(2).run(on_ranks, pattern, samples, "--batch-size", samples // 2)
+    for (rows, counts), (others, same_counts) in zip(first, second, strict=True):
+        assert len(rows) == len(others) == 1 and sorted(rows[0] + others[0]) == good
+        assert counts == same_counts == planted
+
+
+def test_every_kind_of_bad_sample_on_two_ranks(tmp_path):
+    members, planted, good = [], Counter(), set()
+    for i, fault in enumerate(SAMPLES.values()):
+        members += [shards.sample(i, (8, 8)), shards.sample(100 + i, (8, 8))]
+        fault.spoil(members[-2])
+        planted += Counter([fault.reason] if fault.reason else [])
+        good |= {100 + i} if fault.reason else {i, 100 + i}
+    pattern = shards.write_shards(tmp_path, members, 16)
+    epochs = ranks(2).run(on_ranks, pattern, 2 * len(good), "--batch-size", 4)
+    for (rows, counts), (others, same_counts) in zip(*epochs, strict=True):
+        assert len(rows) == len(others) == -(-2 * len(good) // 8)
+        assert {row for batch in rows + others for row in batch} == good
+        assert counts == same_counts and all(n <= counts[r] <= 3 * n for r, n in planted.items())
+        assert counts.keys() == planted.keys()
 
 
 # --------------------------------------------------------------------------------------------------- whole runs
