@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +28,7 @@ from training import distributed, folder, logger, published
 from training.distributed import World
 from training.params import parse
 from training.remote_sync import remote_sync
+from training.safekeeping import Safekeeping
 
 # -------------------------------------------------------------------------------------------- runs
 
@@ -115,6 +119,22 @@ def copied(lab: Lab, words: list[str]) -> list[str]:
     assert lab.run(words).code == 0
     files = (file.relative_to(lab.elsewhere) for file in Path(lab.elsewhere).rglob("*.pt"))
     return [str(Path(*file.parts[1:])) for file in files]
+
+
+def requeues(lab: Lab, words: list[str]) -> int:
+    """How often a run that a signal stops asks Slurm to queue its job again."""
+    after_step = Safekeeping.after_step
+
+    def signalled(self: Safekeeping) -> bool:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return after_step(self)
+
+    with (
+        mock.patch.object(Safekeeping, "after_step", signalled),
+        mock.patch("training.run.requeue") as requeue,
+    ):
+        assert Lab.run(replace(lab, runs={}), words).code == 0
+    return requeue.call_count
 
 
 def waits(lab: Lab, words: list[str]) -> list[float]:

@@ -13,8 +13,8 @@ MODULES = {
 }
 MAY_COMMUNICATE = {
     "drrho_clip.collectives",
-    "training.checkpoint",
     "training.distributed",
+    "training.rows",
 }
 # Outside these, torch.distributed may be named for its types alone.
 MAY_USE_TYPES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from drrho_clip.sample_state import SampleState, StateUpdate
 from ranks import ranks
-from training import checkpoint, distributed, published
-from training.checkpoint import RunState, find_latest, resume, save, save_by_flags
-from training.distributed import World
+from training import distributed, published
+from training.checkpoint import find_latest, resume
+from training.distributed import PeerFailed, World
 from training.optimizer import create_optimizer
 from training.params import OptimConfig, RunConfig
+from training.run_state import RunState
+from training.saver import SaveFailed, Saver
 
 CPU = torch.device("cpu")
 ROWS = 11
@@ -37,6 +41,7 @@ OPTIM = OptimConfig(
 )
 RUN = RunConfig(
     batch_size=4,
+    global_batch_size=None,
     accum_freq=1,
     precision="fp32",
     seed=0,
@@ -48,10 +53,14 @@ RUN = RunConfig(
     wandb_notes="",
     wandb_project_name="",
     save_frequency=1,
+    save_every_n_steps=None,
+    save_every_minutes=None,
+    keep_last=2,
     save_most_recent=False,
     save_published_state=False,
     delete_previous_checkpoint=False,
     resume=None,
+    requeue_on_preempt=False,
     remote_sync=None,
     remote_sync_frequency=300,
     remote_sync_protocol="fsspec",
@@ -68,6 +77,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def save(paths: list[Path], state: RunState) -> None:
+    """Save ``state`` under each of ``paths``, and wait until it is done."""
+    with Saver(paths[0].parent, RUN) as saver:
+        saver.save(state, [path.stem for path in paths])
+
+
+def save_by_flags(folder: Path, state: RunState, config: RunConfig, *, final: bool) -> None:
+    with Saver(folder, config) as saver:
+        saver.save_epoch(state, final=final)
 
 
 class Model(nn.Module):
@@ -214,7 +234,8 @@ def test_the_file_is_plain_and_complete(tmp_path):
     save([tmp_path / "epoch_2.pt"], run.state)
     held = torch.load(tmp_path / "epoch_2.pt", weights_only=True)
     assert (held["epoch"], held["name"], held["step"], held["samples_seen"]) == (2, "run", 6, 72)
-    assert held["sample_state"] == "epoch_2.state" and "u_im" not in held
+    assert held["sample_state"]["folder"] == "epoch_2.state" and "u_im" not in held
+    assert set(held["sample_state"]["files"]) == {p.name for p in (tmp_path / "epoch_2.state").iterdir()}
     assert held["scaler"]["scale"] == run.state.scaler.get_scale() > 8
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch_2.pt", "epoch_2.state"]
 
@@ -310,10 +331,10 @@ def test_a_save_that_is_cut_off_leaves_the_last_one_whole(tmp_path, monkeypatch,
 
     with monkeypatch.context() as patch:
         if fails == "rows":
-            patch.setattr(checkpoint.dcp.FileSystemWriter, "write_data", cut_off)
+            patch.setattr(dcp.FileSystemWriter, "write_data", cut_off)
         else:
             patch.setattr(published.os, "replace", cut_off)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(SaveFailed, match=r"epoch_latest\.pt could not be saved .*No space left"):
             save_by_flags(tmp_path, run.state, flags, final=False)
     assert not list(tmp_path.glob(".*"))
     assert_same(Run(1).resumed(find_latest(tmp_path)).everything(), before)
@@ -349,7 +370,7 @@ def fail_to_write(folder: str) -> str:
 
 def test_a_failed_write_is_told_once_and_hangs_nobody(tmp_path):
     main, other = ranks(2).run(fail_to_write, str(tmp_path))
-    assert main == "OSError: disk full"
+    assert main.startswith("SaveFailed: ") and "disk full" in main
     assert other.startswith("PeerFailed")
 
 
@@ -392,6 +413,178 @@ def test_nothing_is_deleted_while_a_file_cannot_be_read(tmp_path, caplog):
     (tmp_path / "broken.pt").unlink()
     run_by_flags(tmp_path, 1)
     assert "epoch_7.state" not in names(tmp_path)
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 16
+    file.write_bytes(content)
+
+
+def damage_and_find(folder: str) -> list[tuple[str, str]]:
+    """Flip a bit of the newest checkpoint, in each of its parts in turn: which one is then the latest."""
+    found = []
+    newest = Path(folder, "epoch_2.pt")
+    weights = published.read(newest)["state_dict"]["tower.0.weight"].numpy().tobytes()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    distributed.barrier()
+    for file in [newest, *sorted(Path(folder, "epoch_2.state").iterdir())]:
+        if rank == 0:
+            content = file.read_bytes()
+            flip(file, content.index(weights) + 3 if file == newest else len(content) // 2)
+        distributed.barrier()
+        found.append((file.name, find_latest(Path(folder)).name))
+        distributed.barrier()
+        if rank == 0:
+            file.write_bytes(content)
+        distributed.barrier()
+    return [*found, ("nothing", find_latest(Path(folder)).name)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_flipped_bit_anywhere_is_noticed_and_the_one_before_is_taken(tmp_path, size):
+    def all_ranks(function, *args):
+        return ranks(size).run(function, *args) if size > 1 else [function(*args)]
+
+    all_ranks(save_two, str(tmp_path))
+    for found in all_ranks(damage_and_find, str(tmp_path)):
+        assert len(found) == 1 + 1 + size + 1  # the file, the metadata, each rank's rows, and none
+        assert dict(found) == {name: "epoch_1.pt" for name, _ in found[:-1]} | {"nothing": "epoch_2.pt"}
+
+
+def save_two(folder: str) -> None:
+    run = Run(0)
+    for epoch in (1, 2):
+        save([Path(folder, f"epoch_{epoch}.pt")], run.epochs(1).state)
+
+
+def test_newest_is_what_was_saved_last_even_if_an_earlier_save_was_further(tmp_path):
+    """After a resume from an older checkpoint the run's steps before count for nothing."""
+    save([tmp_path / "epoch_2.pt"], Run(0).epochs(2).state)
+    save([tmp_path / "epoch_1.pt"], Run(0).epochs(1).state)
+    assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
+
+
+# --- while training goes on -------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_the_state_at_the_call_whatever_comes_after(tmp_path, monkeypatch):
+    run, may_write = Run(0).epochs(1), threading.Event()
+    at_the_call, write = run.everything(), published.write
+
+    def late(path, held):
+        assert may_write.wait(20)
+        write(path, held)
+
+    monkeypatch.setattr(published, "write", late)
+    with Saver(tmp_path, RUN) as saver:
+        saver.save(run.state, ["epoch_1"])
+        after = run.epochs(1).everything()
+        assert not (tmp_path / "epoch_1.pt").exists()  # it has not been waited for
+        may_write.set()
+        saver.wait()
+        assert_same(Run(1).resumed(tmp_path / "epoch_1.pt").everything(), at_the_call)
+        saver.save(run.state, ["epoch_2"])  # into the same host memory
+        run.epochs(1)
+    assert_same(Run(1).resumed(tmp_path / "epoch_2.pt").everything(), after)
+    assert_same(Run(1).resumed(tmp_path / "epoch_1.pt").everything(), at_the_call)
+
+
+def test_a_failed_save_does_not_end_the_run_unless_it_is_the_last(tmp_path, monkeypatch, caplog):
+    run = Run(0).epochs(1)
+    with Saver(tmp_path, RUN) as saver:
+        with monkeypatch.context() as patch:
+            patch.setattr(published, "write", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+            saver.save(run.state, ["step_3"])
+            saver.wait()
+        assert "step_3.pt could not be saved (No space left on device)" in caplog.text
+        assert "the run goes on" in caplog.text and names(tmp_path) == []
+        saver.save(run.train(1).state, ["step_4"])
+    assert names(tmp_path) == ["step_4.pt", "step_4.state"]
+
+
+def limited(folder: str) -> str:
+    """Save into a file system that is full for all but the first checkpoint."""
+    import resource
+
+    run = Run(0).epochs(1)
+    save([Path(folder, "step_1.pt")], run.state)
+    before = run.everything()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        save([Path(folder, "step_2.pt")], run.epochs(1).state)
+    except (SaveFailed, PeerFailed) as error:
+        outcome = f"{type(error).__name__}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    after = Run(1).resumed(find_latest(Path(folder))).everything()
+    if run.rank == 0:  # BatchNorm's statistics are those of rank 0
+        assert_same(after, before)
+    return outcome
+
+
+def test_a_full_disk_leaves_what_is_complete(tmp_path):
+    main, other = ranks(2).run(limited, str(tmp_path))
+    assert "step_2.pt could not be saved" in main and "too large" in main and other.startswith("PeerFailed")
+    assert names(tmp_path) == ["step_1.pt", "step_1.state"]
+
+
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_the_newest_steps_are_kept_and_all_epochs(tmp_path, keep_last):
+    run = Run(0)
+    with Saver(tmp_path, replace(RUN, keep_last=keep_last)) as saver:
+        saver.save(run.epochs(1).state, ["epoch_1"])
+        for _ in range(4):
+            saver.save(run.train(1).state, [f"step_{run.state.step}"])
+    kept = [f"step_{step}" for step in (4, 5, 6, 7)[-keep_last:]]
+    assert names(tmp_path) == sorted(f"{f}.{kind}" for f in ["epoch_1", *kept] for kind in ("pt", "state"))
+
+
+# --- more samples than before -----------------------------------------------------------------------------
+
+
+def grow(folder: str, rows: int, name: str) -> dict[str, Tensor]:
+    return Run(1, rows=rows).resumed(Path(folder, name)).everything()
+
+
+@pytest.mark.parametrize("more", [1, 2, 9, 40])
+def test_more_rows_start_as_never_seen(tmp_path, more):
+    written = ranks(3).run(save_run, str(tmp_path))[0]
+    for grown in [
+        *ranks(2).run(grow, str(tmp_path), ROWS + more, "epoch_2.pt"),
+        grow(tmp_path, ROWS + more, "epoch_2.pt"),
+    ]:
+        for name in COLUMNS:
+            column = grown[f"rows.{name}"]
+            assert len(column) == ROWS + more and column[ROWS:].isnan().all()
+            torch.testing.assert_close(column[:ROWS], written[f"rows.{name}"], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_published_table_grows_too(tmp_path):
+    run = Run(0).epochs(1)
+    u = {
+        name: run.everything()[f"rows.{column}"].nan_to_num(0.0)[:, None]
+        for name, column in zip(("u_im", "u_tt"), COLUMNS)
+    }
+    grown = Run(1, rows=ROWS + 4).resumed(foreign(tmp_path, run, **u)).everything()["rows.log_u_image"]
+    assert len(grown) == ROWS + 4 and grown[ROWS:].isnan().all() and not grown[:ROWS].isnan().all()
+
+
+def test_only_the_last_source_may_grow(tmp_path):
+    run = Run(0)
+    run.state.data_sizes = (5, 6)
+    save([tmp_path / "epoch_0.pt"], run.state)
+
+    def resumed(*sizes: int) -> Run:
+        other = Run(1, rows=sum(sizes))
+        other.state.data_sizes = sizes
+        return other.resumed(tmp_path / "epoch_0.pt")
+
+    assert resumed(5, 6, 3) and resumed(5, 8)
+    for sizes in ((6, 6), (11,), (5,)):
+        with pytest.raises(ValueError, match="--data_size"):
+            resumed(*sizes)
 
 
 # --- files of others, and files that do not fit -----------------------------------------------------------
@@ -543,8 +736,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_a_sentence(saved):
     def other_optimizer(run):
         run.state.optimizer = create_optimizer(run.state.model, replace(OPTIM, optimizer="lion"), CPU)
 
-    def more_rows(run):
-        run.state.sample_state = SampleState(ROWS + 1, COLUMNS)
+    def fewer_rows(run):
+        run.state.sample_state = SampleState(ROWS - 1, COLUMNS)
 
     def more_columns(run):
         run.state.sample_state = SampleState(ROWS, (*COLUMNS, "tau_image"))
@@ -554,7 +747,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_a_sentence(saved):
     assert "[4, 2, 1] parameters, this run" in misfit(saved, locked)
     assert "in place of" in misfit(saved, other_part_locked)
     assert "AdamW" in misfit(saved, other_optimizer) and "Lion" in misfit(saved, other_optimizer)
-    assert f"{ROWS} rows where --data_size says {ROWS + 1}" in misfit(saved, more_rows)
+    assert f"--data_size {ROWS - 1}: " in misfit(saved, fewer_rows)
     assert "lacks the column 'tau_image'" in misfit(saved, more_columns)
 
 
@@ -573,5 +766,5 @@ def test_parameters_in_another_order_are_noticed_without_their_names(saved):
 def test_a_checkpoint_moved_without_its_rows_is_refused(saved):
     (saved / "elsewhere").mkdir()
     moved = shutil.copy(saved / "epoch_1.pt", saved / "elsewhere")
-    with pytest.raises(ValueError, match=r"epoch_1\.state.*copy the folder beside the file"):
+    with pytest.raises(ValueError, match=r"epoch_1\.state.*copy that folder beside the file"):
         Run(1).resumed(Path(moved))

@@ -43,6 +43,7 @@ TEACHER = "--distill-model @reference --distill-pretrained @reference_weights"
 COOLDOWN = "--lr-scheduler const-cooldown --epochs-cooldown 3 --epochs 4"
 VALIDATE = "--epochs 0 --val-data @shards"
 FSSPEC = "--remote-sync-protocol fsspec"
+STEPS = "--train-num-samples 8 --epochs 1"
 LOCKED_IMAGE, LOCKED_TEXT = "--lock-image", "--lock-text"
 
 
@@ -172,6 +173,7 @@ EFFECTS: dict[str, Effect] = {
     "config_file": Effect((None, "@settings"), parts.rates_without_lr),
     "dry_run": Effect(SWITCH, observe_run(runs.files)),
     "batch_size": Effect(("2", "4"), observe_run(lambda run: run.forwards)),
+    "global_batch_size": Effect((None, "4"), observe_run(lambda run: run.forwards)),
     "accum_freq": Effect(("1", "2"), observe_run(lambda run: run.forwards)),
     "precision": Effect(("fp32", "amp_bf16"), observe_run(runs.losses)),
     "seed": Effect(("0", "1"), parts.parameters),
@@ -190,10 +192,14 @@ EFFECTS: dict[str, Effect] = {
     ),
     "remote_sync_protocol": Effect(("s3", "fsspec"), runs.addresses, "--remote-sync place"),
     "save_frequency": Effect(("1", "2"), observe_run(runs.files)),
+    "save_every_n_steps": Effect((None, "1"), observe_run(runs.files), STEPS),
+    "save_every_minutes": Effect((None, "0.00001"), observe_run(runs.files), STEPS),
+    "keep_last": Effect(("1", "2"), observe_run(runs.files), f"{STEPS} --save_every_n_steps 1"),
     "save_most_recent": Effect(SWITCH, observe_run(runs.files)),
     "save_published_state": Effect(SWITCH, observe_run(lambda run: sorted(run.saved)), FASTCLIP),
     "delete_previous_checkpoint": Effect(SWITCH, observe_run(runs.files)),
     "resume": Effect((None, "@checkpoint"), observe_run(lambda run: len(run.forwards))),
+    "requeue_on_preempt": Effect(SWITCH, runs.requeues),
     "u_format": Effect(("log", "linear"), runs.published_rows, "--resume @checkpoint"),
     "copy_codebase": Effect(SWITCH, observe_opened(lambda files, level, wandb: files)),
     "debug": Effect(SWITCH, observe_opened(lambda files, level, wandb: level)),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from test_checkpoint import RUN, Run, assert_same
-from training.checkpoint import find_latest, save
+from test_checkpoint import RUN, Run, assert_same, save
+from training.checkpoint import find_latest
 from training.remote_sync import RemoteSync, remote_sync
 
 

@@ -121,10 +121,10 @@ def test_a_job_that_its_launcher_starts_again_goes_on(flags, tmp_path, monkeypat
     for attempt, last in enumerate((0, 1, 3)):
         monkeypatch.setenv(count, str(attempt))
 
-        def killed_in_its_last(self, last=last):
+        def killed_in_its_last(self, after_step, last=last):
             if self.epoch == last:
                 raise Killed
-            train_epoch(self)
+            train_epoch(self, after_step)
 
         monkeypatch.setattr(Trainer, "train_epoch", killed_in_its_last)
         if last < 3:
@@ -177,9 +177,9 @@ def test_the_parts_of_a_run_each_reach_their_end(flags, tmp_path):
     assert done.exists()
     seen = []
 
-    def look(self):
+    def look(self, after_step):
         seen.append(done.exists())
-        train_epoch(self)
+        train_epoch(self, after_step)
 
     train_epoch = Trainer.train_epoch
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,7 @@ its global batch and writes new ones:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,11 @@ class SampleState:
         return tuple(self._table)
 
     @property
+    def rows(self) -> range:
+        """The rows that this rank owns."""
+        return range(self._first, self._first + self._rows)
+
+    @property
     def bytes_per_rank(self) -> int:
         """Bytes of this rank's rows, all columns."""
         return 4 * self._rows * len(self._table)
@@ -97,13 +102,24 @@ class SampleState:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Column -> [N]: a DTensor sharded by row with several ranks, else a plain tensor. Shares memory."""
-        local = {name: column[: self._rows] for name, column in self._table.items()}
+        return self.sharded(self.local())
+
+    def local(self) -> dict[str, Tensor]:
+        """Column -> [len(rows)]: what this rank owns. Shares memory."""
+        return {name: column[: self._rows] for name, column in self._table.items()}
+
+    def sharded(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``local`` tensors, or copies of them on another device, as columns [N]. Shares memory."""
         if collectives.world_size() == 1:
-            return local
-        mesh = init_device_mesh(self.device.type, (collectives.world_size(),))
+            return dict(local)
         return {
             name: DTensor.from_local(
-                column, mesh, [Shard(0)], run_check=False, shape=torch.Size([self.num_samples]), stride=(1,)
+                column,
+                init_device_mesh(column.device.type, (collectives.world_size(),)),
+                [Shard(0)],
+                run_check=False,
+                shape=torch.Size([self.num_samples]),
+                stride=(1,),
             )
             for name, column in local.items()
         }

@@ -25,10 +25,11 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.checkpoint import find_latest
+from training.checkpoint import find_latest, problem
 from training.distributed import World, broadcast_object, node_main_first
 from training.params import Config
 
@@ -48,6 +49,18 @@ class RunFolder:
     @property
     def done(self) -> Path:
         return self.path / "job.done"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "eval_results.jsonl"
+
+    def evaluated(self) -> frozenset[int]:
+        """The epochs after which this run was evaluated. A line that was cut off counts for nothing."""
+        epochs = set()
+        for line in self.results.read_text().splitlines() if self.results.is_file() else []:
+            with suppress(ValueError, KeyError, TypeError):
+                epochs.add(int(json.loads(line)["epoch"]))
+        return frozenset(epochs)
 
 
 def choose_folder(config: Config, world: World) -> RunFolder:
@@ -92,6 +105,9 @@ def checkpoint_to_resume(config: Config, folder: RunFolder) -> Path | None:
     if wanted is not None and wanted != "latest":
         if not Path(wanted).is_file():
             raise ValueError(f"--resume {wanted}: there is no such file, check the path")
+        fault = problem(Path(wanted))
+        if fault:
+            raise ValueError(f"--resume {wanted}: {fault}; give another one, or --resume latest with --name")
         return Path(wanted)
     if wanted is None and not folder.restarted:
         return None

@@ -41,6 +41,8 @@ INTERVALS: dict[str, str] = {
     **dict.fromkeys(
         ["batch_size", "accum_freq", "log_every_n_steps", "world_size", "epochs_cooldown"], _AT_LEAST_1
     ),
+    **dict.fromkeys(["global_batch_size", "save_every_n_steps", "keep_last"], _AT_LEAST_1),
+    "save_every_minutes": _POSITIVE,
     **dict.fromkeys(["train_num_samples", "val_num_samples", "force_image_size"], _AT_LEAST_1),
     **dict.fromkeys(["ref_filter_n_chunks", "logit_scale_bound"], _AT_LEAST_1),
     **dict.fromkeys(["beta1", "beta2", "momentum", "force_patch_dropout", "ref_filter_ratio"], _SHARE),

@@ -21,10 +21,11 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -69,6 +70,19 @@ def read(meters: Mapping[str, Meter]) -> dict[str, tuple[float, float]]:
         name: (now, total / meter.count if meter.count else float("nan"))
         for (name, meter), now, total in zip(meters.items(), values[::2], values[1::2], strict=True)
     }
+
+
+def hold(meters: Mapping[str, Meter]) -> dict[str, list[float]]:
+    """``meters`` as plain values, for a checkpoint. Waits for the device."""
+    return {name: [float(meter.now), float(meter.sum), meter.count] for name, meter in meters.items()}
+
+
+def held_meters(held: Mapping[str, Sequence[float]]) -> dict[str, Meter]:
+    """The inverse of ``hold``."""
+    meters = {name: Meter() for name in held}
+    for name, meter in meters.items():
+        meter.now, meter.sum, meter.count = held[name]
+    return meters
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,9 @@ class Writer:
     def watch(self, model: nn.Module) -> None:
         """Follow parameters and gradients, where the place can."""
 
+    def goes_on(self, step: int) -> None:
+        """The run goes on after ``step`` steps: what an earlier launch has sent of later ones is void."""
+
     def close(self) -> None:
         """Write what is buffered."""
 
@@ -180,7 +197,12 @@ class TensorBoardWriter(Writer):
         with _named("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(folder.path / "tensorboard")
+        self.open = partial(SummaryWriter, folder.path / "tensorboard")
+        self.writer = self.open()
+
+    def goes_on(self, step: int) -> None:
+        self.writer.close()
+        self.writer = self.open(purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float], axis: str) -> None:
         for name, value in values.items():
@@ -263,7 +285,7 @@ class RunLog:
         if not self.world.is_main:
             return
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
-        with open(self.folder.path / "eval_results.jsonl", "a") as file:
+        with open(self.folder.results, "a") as file:
             file.write(json.dumps(line) + "\n")
         self.scalars(result["epoch"], {f"val/{k}": v for k, v in result.items() if isinstance(v, float)}, "epoch")
 
@@ -271,6 +293,11 @@ class RunLog:
         """``--debug``: let W&B follow parameters and gradients."""
         for writer in self.writers:
             writer.watch(model)
+
+    def goes_on(self, step: int) -> None:
+        """The run is a continued one, with ``step`` steps behind it."""
+        for writer in self.writers:
+            writer.goes_on(step)
 
     def done(self) -> None:
         """The run reached its end: leave ``job.done``."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from training import launcher, limits, model_names, notes, rules
@@ -202,11 +202,13 @@ class ScheduleConfig:
 class RunConfig:
     """The step, the run's folder, checkpoints and reports.
 
-    ``batch_size`` is what one rank contributes to one step; ``accum_freq`` splits it into micro-batches.
+    ``batch_size`` is what one rank contributes to one step; ``accum_freq`` splits it into micro-batches. Where
+    there is a ``global_batch_size`` both follow from it and the number of ranks (``Config.on_ranks``).
     ``precision`` has one spelling (``amp_bf16``). ``report_to`` is a subset of {'tensorboard', 'wandb'}.
     """
 
     batch_size: int
+    global_batch_size: int | None
     accum_freq: int
     precision: str
     seed: int
@@ -218,10 +220,14 @@ class RunConfig:
     wandb_notes: str
     wandb_project_name: str
     save_frequency: int
+    save_every_n_steps: int | None
+    save_every_minutes: float | None
+    keep_last: int
     save_most_recent: bool
     save_published_state: bool
     delete_previous_checkpoint: bool
     resume: str | None
+    requeue_on_preempt: bool
     remote_sync: str | None
     remote_sync_frequency: int
     remote_sync_protocol: str
@@ -263,6 +269,31 @@ class Config:
     distributed: DistributedConfig
     flags: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+
+    def on_ranks(self, ranks: int) -> Config:
+        """The configuration on so many ranks: what ``--global_batch_size`` makes of batch and micro-batches.
+
+        ValueError: the global batch cannot be shared out evenly.
+        """
+        run, total = self.run, self.run.global_batch_size
+        if total is None:
+            return self
+        share, rest = divmod(total, ranks)
+        if rest:
+            raise ValueError(f"--global_batch_size {total}: {ranks} ranks cannot share it; give a multiple")
+        micro = -(-share // run.batch_size)
+        if share % micro:
+            raise ValueError(
+                f"--global_batch_size {total}: the {share} samples of each of {ranks} ranks do not make {micro} "
+                f"equal micro-batches of at most --batch-size {run.batch_size}; choose a --batch-size that "
+                "divides them"
+            )
+        if micro > 1 and self.distributed.ddp_static_graph:
+            raise ValueError(
+                f"--ddp-static-graph does not work with the {micro} micro-batches that --global_batch_size {total} "
+                f"makes on {ranks} ranks: leave it out, or give a --batch-size of {share}"
+            )
+        return replace(self, run=replace(run, batch_size=share, accum_freq=micro))
 
     @property
     def trains(self) -> bool:

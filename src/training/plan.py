@@ -44,6 +44,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
     ValueError: what the run itself would be refused for, such as a folder that holds another run.
     """
     ranks = launched_ranks(config, os.environ) if world_size is None else world_size
+    config = config.on_ranks(ranks)
     sections = [*_models(config)]
     if config.trains:
         preflight.check_batch(config, ranks)
@@ -148,6 +149,8 @@ def _files(config: Config) -> Iterator[tuple[str, str]]:
     names = ["params.txt", "out.log"]
     if config.trains:
         names.append("checkpoints/epoch_N.pt")
+        if config.run.save_every_n_steps or config.run.save_every_minutes:
+            names.append("checkpoints/step_S.pt")
     if "tensorboard" in config.run.report_to:
         names.append("tensorboard/")
     yield "files", ", ".join(names)

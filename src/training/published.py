@@ -100,6 +100,11 @@ def to_published(columns: Mapping[str, Tensor], initial_tau: float) -> dict[str,
     return entries
 
 
+def has_columns(held: Mapping[str, Any]) -> bool:
+    """Whether a file carries the sample state itself."""
+    return any(f"{name}_im" in held for name in ("u", "tau"))
+
+
 def from_published(held: Mapping[str, Any], u_format: str | None = None) -> dict[str, Tensor]:
     """The sample state's columns in a published file, float32 [N], NaN for never seen; empty where it has none.
 

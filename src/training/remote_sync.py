@@ -51,9 +51,10 @@ class RemoteSync:
         complete, unreadable = contents(self._checkpoints)
         for path in unreadable:
             _log.warning("--remote-sync: %s cannot be read and is not copied", path)
-        rows = [f for state in dict.fromkeys(complete.values()) if state for f in sorted(state.iterdir())]
+        states = dict.fromkeys(found.folder for found in complete if found.folder)
+        rows = [file for state in states for file in sorted(state.iterdir())]
         rest = sorted(f for f in files if self._checkpoints not in f.parents)
-        return [*rows, *complete, *rest]
+        return [*rows, *(found.path for found in complete), *rest]
 
     def _copy(self, file: Path, version: tuple[int, int]) -> bool:
         """Whether ``file`` is at the target now: a checkpoint that was replaced meanwhile is not put in place."""

@@ -312,6 +312,16 @@ def check_distillation(given: Given) -> None:
 
 def check_batch(given: Given, usage: frozenset[str]) -> None:
     """Accumulation divides the batch, and what selection keeps of it."""
+    if given.global_batch_size is not None and given.chose("accum_freq"):
+        raise Refusal(
+            f"{given.say('accum_freq')} contradicts {given.say('global_batch_size')}, which splits a rank's share "
+            "into micro-batches of --batch-size at most: leave one of them out"
+        )
+    if given.global_batch_size is not None and "select" in usage:
+        raise Refusal(
+            f"{given.say('global_batch_size')}: what batch selection keeps of a batch depends on its size, so "
+            "give --batch-size instead"
+        )
     batch, ratio, draws = given.batch_size, given.ref_filter_ratio, given.ref_filter_n_chunks
     sizes = {given.say("batch_size"): batch}
     if "select" in usage:

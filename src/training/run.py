@@ -14,12 +14,16 @@ from training.data_wait import DataWait
 from training.distributed import World
 from training.evaluate import Evaluation, open_evaluation, open_sets
 from training.folder import RunFolder, checkpoint_to_resume, choose_folder
-from training.logger import RunLog, open_run
+from training.interrupts import Agreement, listen, requeue
+from training.logger import RunLog, held_meters, open_run
 from training.optimizer import LearningRates, create_optimizer, horizon
 from training.params import Config
 from training.profiling import open_profiler
 from training.remote_sync import remote_sync
+from training.run_state import RunState
+from training.safekeeping import Safekeeping
 from training.samples import Skips
+from training.saver import Saver
 from training.step import Stepper
 from training.task import Task
 from training.train import Trainer
@@ -39,33 +43,47 @@ class Start:
     checkpoint: Path | None
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended. ``complete``: nothing is left to do. ``requeue``: Slurm is to start it again."""
+
+    complete: bool = True
+    requeue: bool = False
+
+
 def launch(config: Config) -> None:
     """Join the other ranks and do what ``config`` asks for. ValueError: what the user can mend."""
     world = distributed.start(config.distributed)
+    config = config.on_ranks(world.world_size)
     remarks = preflight.check(config, world)
     folder = choose_folder(config, world)
     start = Start(config, world, folder, open_sets(config), checkpoint_to_resume(config, folder))
-    with open_run(config, world, folder) as log, remote_sync(config.run, folder.path):
-        if folder.restarted and start.checkpoint is None:
-            log.info("restarted before the first checkpoint: starts at the beginning")
-        for remark in (*config.notes, *remarks):
-            log.info(remark)
-        _set_numerics(config, world, log)
-        (train if config.trains else evaluate)(start, log)
-        log.done()
+    with open_run(config, world, folder) as log:
+        with remote_sync(config.run, folder.path):
+            if folder.restarted and start.checkpoint is None:
+                log.info("restarted before the first checkpoint: starts at the beginning")
+            for remark in (*config.notes, *remarks):
+                log.info(remark)
+            _set_numerics(config, world, log)
+            ended = (train if config.trains else evaluate)(start, log)
+            if ended.complete:
+                log.done()
+        if ended.requeue:
+            distributed.on_main(requeue)
 
 
-def evaluate(start: Start, log: RunLog) -> None:
+def evaluate(start: Start, log: RunLog) -> Ended:
     """Evaluate the model, as built or as ``--resume`` has it, without training."""
     target = models.build_target(start.config, start.world)
     evaluation = open_evaluation(target, start.config, start.world, log, start.sets)
-    state = checkpoint.RunState(name=start.folder.name, model=target.module)
+    state = RunState(name=start.folder.name, model=target.module)
     if start.checkpoint is not None:
         checkpoint.resume(start.checkpoint, state, steps_per_epoch=0, global_batch=0)
     evaluation(target.module, state.epoch, final=True)
+    return Ended()
 
 
-def train(start: Start, log: RunLog) -> None:
+def train(start: Start, log: RunLog) -> Ended:
     """Train epoch by epoch, from the beginning or from a checkpoint."""
     config, world, folder = start.config, start.world, start.folder
     target = models.build_target(config, world)
@@ -74,18 +92,31 @@ def train(start: Start, log: RunLog) -> None:
     train_data = data.build_train(config, world, target, reference)
     task = _build_task(config, world, target, reference)
     trainer = _build_trainer(config, world, folder, log, task, train_data)
-    state = checkpoint.RunState(
+    state = RunState(
         name=folder.name,
         model=task.bare,
         optimizer=trainer.stepper.optimizer,
         scaler=trainer.stepper.scaler,
         sample_state=task.loss.state,
+        flags={name: str(value) for name, value in config.flags.items()},
+        data_sizes=config.data.data_sizes,
     )
     if start.checkpoint is not None:
-        _resume(start.checkpoint, config, state, trainer)
+        _resume(start, log, state, trainer)
     if config.run.debug:
         log.watch(task.bare)
-    _train_epochs(config, folder, log, trainer, state, evaluation)
+    with (
+        trainer.profiler,
+        Saver(folder.checkpoints, config.run, initial_tau=config.loss.temperature or 0.07) as saver,
+        listen() as interrupts,
+        Agreement() as agreement,
+    ):
+        keeping = Safekeeping(config.run, trainer, state, saver, interrupts, agreement)
+        if start.checkpoint is not None and _evaluation_is_missing(start, state):
+            evaluation(state.model, state.epoch, final=trainer.finished)
+        _train_epochs(log, trainer, state, keeping, evaluation)
+        requeue_wanted = keeping.stopped and keeping.leave(log, folder.checkpoints)
+    return Ended(complete=not keeping.stopped, requeue=requeue_wanted)
 
 
 def _set_numerics(config: Config, world: World, log: RunLog) -> None:
@@ -159,39 +190,40 @@ def _build_trainer(
     )
 
 
-def _resume(path: Path, config: Config, state: checkpoint.RunState, trainer: Trainer) -> None:
-    per_epoch = trainer.data.steps_per_epoch
+def _resume(start: Start, log: RunLog, state: RunState, trainer: Trainer) -> None:
+    config, per_epoch = start.config, trainer.data.steps_per_epoch
+    if config.model.pretrained:
+        log.info(f"--resume comes before --pretrained {config.model.pretrained}: weights are the checkpoint's")
     global_batch = config.run.batch_size * trainer.world.world_size
     checkpoint.resume(
-        path, state, steps_per_epoch=per_epoch, global_batch=global_batch, u_format=config.run.u_format
+        start.checkpoint,
+        state,
+        steps_per_epoch=per_epoch,
+        global_batch=global_batch,
+        u_format=config.run.u_format,
     )
     begun = trainer.data.resume(state.stream, state.epoch, state.epoch_step)
-    trainer.step = state.epoch * per_epoch + begun
+    trainer.step = state.step = state.epoch * per_epoch + begun
+    trainer.meters = held_meters(state.meters) if begun else {}
+    log.goes_on(trainer.step)
+
+
+def _evaluation_is_missing(start: Start, state: RunState) -> bool:
+    """Whether this run was ended between an epoch's checkpoint and its evaluation."""
+    own = start.checkpoint.parent == start.folder.checkpoints
+    return own and state.epoch_step == 0 and state.epoch not in distributed.on_main(start.folder.evaluated)
 
 
 def _train_epochs(
-    config: Config,
-    folder: RunFolder,
-    log: RunLog,
-    trainer: Trainer,
-    state: checkpoint.RunState,
-    evaluation: Evaluation,
+    log: RunLog, trainer: Trainer, state: RunState, keeping: Safekeeping, evaluation: Evaluation
 ) -> None:
-    per_epoch = trainer.data.steps_per_epoch
-    initial_tau = config.loss.temperature or 0.07
-    with trainer.profiler:
-        while not trainer.finished:
-            seen_before = trainer.step
-            trainer.train_epoch()
-            state.epoch, state.epoch_step = divmod(trainer.step, per_epoch)
-            state.samples_seen += (trainer.step - seen_before) * config.run.batch_size * trainer.world.world_size
-            state.step = trainer.step
-            _report_skips(log, train_data=trainer.data, epoch=state.epoch)
-            state.stream = trainer.data.state_dict()
-            checkpoint.save_by_flags(
-                folder.checkpoints, state, config.run, final=trainer.finished, initial_tau=initial_tau
-            )
-            evaluation(state.model, state.epoch, final=trainer.finished)
+    while not trainer.finished and not keeping.stopped:
+        trainer.train_epoch(keeping.after_step)
+        if keeping.stopped:
+            return
+        keeping.after_epoch()
+        _report_skips(log, train_data=trainer.data, epoch=state.epoch)
+        evaluation(state.model, state.epoch, final=trainer.finished)
     log.info(f"trained {trainer.step} steps")
 
 

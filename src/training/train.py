@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import islice
 
 from drrho_clip.schedules import Horizon
@@ -24,7 +24,11 @@ from training.step import Stepper
 
 @dataclass
 class Trainer:
-    """One run's loop. ``step`` counts optimizer steps from the run's start; ``horizon.end_step`` ends it."""
+    """One run's loop. ``step`` counts optimizer steps from the run's start; ``horizon.end_step`` ends it.
+
+    ``meters`` add up over the epoch that is under way; a run that goes on inside an epoch starts with those of
+    its checkpoint.
+    """
 
     stepper: Stepper
     rates: LearningRates
@@ -36,6 +40,7 @@ class Trainer:
     data_wait: DataWait
     log_every: int = 100
     step: int = 0
+    meters: dict[str, Meter] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -47,17 +52,21 @@ class Trainer:
         """The epoch that the next step belongs to."""
         return self.step // self.data.steps_per_epoch
 
-    def train_epoch(self) -> None:
-        """From ``step`` to the end of its epoch, or of the run where that comes first."""
+    def train_epoch(self, after_step: Callable[[], bool]) -> None:
+        """From ``step`` to the end of its epoch, or of the run where that comes first.
+
+        ``after_step`` is called after each step; where it returns True, this is the last one for now.
+        """
         epoch, per_epoch = self.epoch, self.data.steps_per_epoch
         stop = min((epoch + 1) * per_epoch, self.horizon.end_step)
         task = self.stepper.task
         task.model.train()
         task.loss.set_epoch(epoch)
-        meters: dict[str, Meter] = defaultdict(Meter)
+        begun = self.step - epoch * per_epoch
+        if begun == 0:
+            self.meters = {}
         window = _Window(first=True)
         with self.log.progress(stop - self.step, f"epoch {epoch}", unit="step", every=math.inf) as progress:
-            begun = self.step - epoch * per_epoch
             for batch in islice(self.data.epoch(epoch, begun), stop - self.step):
                 window.loaded()
                 self.rates.set(self.step, (-task.bare.logit_scale.detach()).exp())
@@ -65,19 +74,22 @@ class Trainer:
                 values = self.stepper(batch, self.step)
                 values["logit_scale"] = task.bare.logit_scale.detach().exp()
                 for name, value in values.items():
-                    meters[name].update(value, len(batch))
+                    self.meters.setdefault(name, Meter()).update(value, len(batch))
                 self.step += 1
                 self.profiler.step()
                 progress.update()
                 window.stepped()
                 done = self.step - epoch * per_epoch
                 if (done - 1) % self.log_every == 0 or self.step == stop:
-                    self._report(epoch, done, len(batch), meters, window)
+                    self._report(epoch, done, len(batch), window)
                     window = _Window()
+                if after_step():
+                    return
+                window.resumed()
 
-    def _report(self, epoch: int, done: int, batch: int, meters: dict[str, Meter], window: _Window) -> None:
+    def _report(self, epoch: int, done: int, batch: int, window: _Window) -> None:
         per_step = batch * self.world.world_size
-        losses = read(meters)  # waits for the device, so the window's times are complete
+        losses = read(self.meters)  # waits for the device, so the window's times are complete
         seconds = window.seconds()
         scale = losses.pop("logit_scale")[0]
         if self.world.is_main:
@@ -106,20 +118,30 @@ class _Window:
 
     def __init__(self, first: bool = False) -> None:
         self.first = first
-        self.started = self._last = time.perf_counter()
-        self._waited, self._steps = 0.0, 0
+        self._last = time.perf_counter()
+        self._waited, self._worked, self._steps = 0.0, 0.0, 0
 
     def loaded(self) -> None:
-        self._waited += time.perf_counter() - self._last
+        self._waited += self._lap()
 
     def stepped(self) -> None:
-        self._last = time.perf_counter()
+        self._worked += self._lap()
         self._steps += 1
 
+    def resumed(self) -> None:
+        """What has passed since ``stepped``, with a checkpoint perhaps, is neither."""
+        self._lap()
+
     def seconds(self) -> float:
-        """Per step."""
-        return max(time.perf_counter() - self.started, 1e-9) / self._steps
+        """Per step, up to now."""
+        self._worked += self._lap()
+        return max(self._waited + self._worked, 1e-9) / self._steps
 
     def data_seconds(self) -> float:
         """Per step, waiting for the loader."""
         return self._waited / self._steps
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds

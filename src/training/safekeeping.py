@@ -1,0 +1,88 @@
+"""After each step: is it time to save, was the run asked to stop? And what a run that stops leaves behind.
+
+All ranks decide alike at the same step: step counts are the same everywhere, and what only one of them knows (its
+clock, a signal) goes through an ``Agreement``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+from training.distributed import gather_object
+from training.interrupts import Agreement, Interrupts, how_to_continue
+from training.logger import RunLog, hold
+from training.params import RunConfig
+from training.run_state import RunState
+from training.saver import Saver
+from training.train import Trainer
+
+_REQUEUED = ("SIGTERM", "SIGUSR1")  # Slurm's; who presses Ctrl-C wants the run to end
+
+
+class Safekeeping:
+    """Keeps ``state`` up to date with ``trainer`` and has ``saver`` save it.
+
+    ``stopped``: the run was asked to stop and did, with steps left to take.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        trainer: Trainer,
+        state: RunState,
+        saver: Saver,
+        interrupts: Interrupts,
+        agreement: Agreement,
+    ) -> None:
+        self.stopped = False
+        self._config, self._trainer, self._state, self._saver = config, trainer, state, saver
+        self._interrupts, self._agreement = interrupts, agreement
+        self._every = 60 * config.save_every_minutes if config.save_every_minutes else math.inf
+        self._saved = time.monotonic()
+
+    def after_step(self) -> bool:
+        """Save where it is time to; whether the run is to stop here."""
+        trainer, n = self._trainer, self._config.save_every_n_steps
+        overdue = trainer.world.is_main and time.monotonic() - self._saved >= self._every
+        stop, save = self._agreement.exchange(self._interrupts.wanted is not None, overdue)
+        save = save or (n is not None and trainer.step % n == 0)
+        self.stopped = stop and not trainer.finished
+        at_boundary = trainer.step % trainer.data.steps_per_epoch == 0
+        if save and not self.stopped and not trainer.finished and not (at_boundary and self._epoch_is_due()):
+            self._save([f"step_{trainer.step}"])
+        return self.stopped
+
+    def after_epoch(self) -> None:
+        """Save what the flags ask for after an epoch, or at the run's end."""
+        self.capture()
+        self._saver.save_epoch(self._state, final=self._trainer.finished)
+        self._saved = time.monotonic()
+
+    def leave(self, log: RunLog, folder: Path) -> bool:
+        """Save a run that was asked to stop, and say how it goes on. Whether Slurm is to queue it again."""
+        self._save([f"step_{self._trainer.step}"])
+        self._saver.close()
+        signal = next(filter(None, gather_object(self._interrupts.wanted)), "")
+        path = folder / f"step_{self._state.step}.pt"
+        log.info(how_to_continue(signal, self._state.step, self._state.name, path))
+        return self._config.requeue_on_preempt and signal in _REQUEUED
+
+    def capture(self) -> None:
+        """Bring the state up to date. Collective."""
+        trainer, state = self._trainer, self._state
+        global_batch = self._config.batch_size * trainer.world.world_size
+        state.samples_seen += (trainer.step - state.step) * global_batch
+        state.step = trainer.step
+        state.epoch, state.epoch_step = divmod(trainer.step, trainer.data.steps_per_epoch)
+        state.stream = trainer.data.state_dict()
+        state.meters = hold(trainer.meters) if state.epoch_step else {}
+
+    def _save(self, names: list[str]) -> None:
+        self.capture()
+        self._saver.save(self._state, names)
+        self._saved = time.monotonic()
+
+    def _epoch_is_due(self) -> bool:
+        return self._saver.due(self._trainer.step // self._trainer.data.steps_per_epoch)
