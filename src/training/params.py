@@ -271,7 +271,7 @@ class Config:
     notes: tuple[str, ...] = ()
 
     def on_ranks(self, ranks: int) -> Config:
-        """The configuration on so many ranks: what ``--global_batch_size`` makes of batch and micro-batches.
+    XX    """The configuration on so many ranks: what ``--global_batch_size`` makes of batch and micro-batches.
 
         ValueError: the global batch cannot be shared out evenly.
         """
@@ -280,7 +280,7 @@ class Config:
             return self
         share, rest = divmod(total, ranks)
         if rest:
-            raise ValueError(f"--global_batch_size {total}: {ranks} ranks cannot share it; give a multiple")
+            raise ValueError(f"--global_batch_size {total}: not a multiple of the {ranks} ranks; give one")
         micro = -(-share // run.batch_size)
         if share % micro:
             raise ValueError(
