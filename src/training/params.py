@@ -271,7 +271,7 @@ class Config:
     notes: tuple[str, ...] = ()
 
     def on_ranks(self, ranks: int) -> Config:
-    XX    """The configuration on so many ranks: what ``--global_batch_size`` makes of batch and micro-batches.
+        """The configuration on so many ranks: what ``--global_batch_size`` makes of batch and micro-batches.
 
         ValueError: the global batch cannot be shared out evenly.
         """
@@ -290,8 +290,8 @@ class Config:
             )
         if micro > 1 and self.distributed.ddp_static_graph:
             raise ValueError(
-                f"--ddp-static-graph does not work with the {micro} micro-batches that --global_batch_size {total} "
-                f"makes on {ranks} ranks: leave it out, or give a --batch-size of {share}"
+                f"--ddp-static-graph does not work with the {micro} micro-batches of --global_batch_size {total} on "
+                f"{ranks} ranks: leave it out, or give a --batch-size of {share}"
             )
         return replace(self, run=replace(run, batch_size=share, accum_freq=micro))
 
