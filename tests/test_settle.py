@@ -25,12 +25,14 @@ def own_batch(step: int) -> Batch:
 class Process:
     """What a process builds when it starts, with what a checkpoint holds in it."""
 
-    def __init__(self, kind: str, accum: int, saved: tuple[dict, dict, dict] | None) -> None:
+    def __init__(
+        self, kind: str, accum: int = 1, static_graph: bool = False, saved: tuple[dict, dict, dict] | None = None
+    ) -> None:
         k, r = collectives.world_size(), collectives.rank()
         self.model = tiny_models.build(kind, text_cfg={"vocab_size": 8192})  # 2 MB: more than DDP's first bucket
         self.loss = make_loss("drrho")
         self.loss.set_epoch(1)
-        wrapped = distributed.wrap(self.model, World(r, r, k, k, CPU), static_graph=False, sync_bn=False)
+        wrapped = distributed.wrap(self.model, World(r, r, k, k, CPU), static_graph=static_graph, sync_bn=False)
         optimizer = create_optimizer(self.model, OPTIM, CPU)
         if saved is not None:
             self.model.load_state_dict(saved[0])
@@ -50,29 +52,32 @@ class Process:
         )
 
 
-def _interrupted(kind: str, accum: int, settle: bool) -> bool:
-    whole = Process(kind, accum, None)
+def _interrupted(settle: bool, *process) -> bool:
+    whole = Process(*process)
     losses = whole.train(range(6), settle)
-    first = Process(kind, accum, None)
+    first = Process(*process)
     begun = first.train(range(3), settle)
-    second = Process(kind, accum, first.saved())
+    second = Process(*process, saved=first.saved())
     same = begun + second.train(range(3, 6), settle) == losses
     theirs = dict(whole.model.state_dict())
     return same and all(torch.equal(v, theirs[n]) for n, v in second.model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind, accum", [("tiny-vit", 1), ("tiny-vit", 2), ("tiny-resnet", 1)])
-def test_three_ranks_that_start_again_train_on_bit_for_bit(kind, accum):
-    assert ranks(3).run(_interrupted, kind, accum, True) == [True] * 3
+PROCESSES = [("tiny-vit", 1), ("tiny-vit", 2), ("tiny-vit", 1, True), ("tiny-resnet", 1)]
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=["plain", "accumulation", "static-graph", "batchnorm"])
+def test_three_ranks_that_start_again_train_on_bit_for_bit(process):
+    assert ranks(3).run(_interrupted, True, *process) == [True] * 3
 
 
 def test_without_settling_they_do_not():
     """Else the test above would show nothing."""
-    assert ranks(3).run(_interrupted, "tiny-vit", 1, False) == [False] * 3
+    assert ranks(3).run(_interrupted, False, "tiny-vit") == [False] * 3
 
 
 def _settled_only(kind: str) -> list[str]:
-    process = Process(kind, 1, None)
+    process = Process(kind)
     before = process.saved()
     process.stepper.settle(own_batch(0), 0)
     after = process.saved()

@@ -191,15 +191,15 @@ def test_embeddings_have_unit_norm_in_every_precision(precision):
         assert (outputs[name].norm(dim=1) - 1).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("accum", [1, 3])
-def test_gradients_that_overflow_and_then_do_not(accum):
+@pytest.mark.parametrize("accum, fused", [(1, False), (1, True), (3, True)])
+def test_gradients_that_overflow_and_then_do_not(accum, fused):
     """torch's scaler: steps with infinite gradients change nothing but its scale, the first finite one is a step
     like any other, clipped after its gradients were brought back to their own scale."""
 
     def train(scaler, steps):
         model, loss = build("drrho"), make_loss("drrho")
         loss.set_epoch(1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
         task = make_task(model, loss, "drrho")
         stepper = Stepper(task, optimizer, accum=accum, scaler=scaler, grad_clip_norm=0.5, max_skipped_steps=50)
         start = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -90,18 +90,20 @@ class Stepper:
     def settle(self, batch: Batch, step: int) -> None:
         """Bring DDP's gradient buckets into their final order, with ``batch`` and the number of the step to come.
 
-        DDP arranges them anew after its first backward pass, in the order in which gradients came. Where one
-        lies decides in which order ranks sum it: from three ranks on, a run that was started again would round
-        otherwise than one that was not. So every process does a first pass that is dropped. All ranks call this
-        in training mode, before their first step; in a single process it does nothing.
+        DDP arranges them anew after its first backward pass, in the order in which gradients came; with a static
+        graph, after the second. Where a gradient lies decides in which order ranks sum it: from three ranks on, a
+        run that was started again would round otherwise than one that was not. So every process does these passes
+        and drops them. All ranks call this in training mode before their first step; a single process need not.
         """
-        if not isinstance(_unwrapped(self.task.model), DistributedDataParallel):
+        wrapped = _unwrapped(self.task.model)
+        if not isinstance(wrapped, DistributedDataParallel):
             return
-        self.task.seed_generators(step)
         statistics = RunningStatistics(self._norms)
-        self._backward(self.task.select(batch, step, self._embed_without_graph))
-        statistics.restore(unless=False)
-        self.optimizer.zero_grad(set_to_none=True)
+        for _ in range(2 if wrapped.static_graph else 1):
+            self.task.seed_generators(step)
+            self._backward(self.task.select(batch, step, self._embed_without_graph))
+            statistics.restore(unless=False)
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, batch: Batch) -> _Computed:
         return self._backward_whole(batch) if self.accum == 1 else self._backward_accumulated(batch)
