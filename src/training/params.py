@@ -290,8 +290,8 @@ class Config:
             )
         if micro > 1 and self.distributed.ddp_static_graph:
             raise ValueError(
-                f"--ddp-static-graph does not work with the {micro} micro-batches of --global_batch_size {total} on "
-                f"{ranks} ranks: leave it out, or give a --batch-size of {share}"
+                f"--ddp-static-graph does not work with the {micro} micro-batches that {ranks} ranks need for "
+                f"--global_batch_size {total}: leave it out, or give a --batch-size of {share}"
             )
         return replace(self, run=replace(run, batch_size=share, accum_freq=micro))
 
