@@ -148,6 +148,12 @@ class Launchers:
         return tuple(json.loads(self.record.read_text()))
 
 
+def program(argv: list[str]) -> list[str]:
+    """The flags of the program that srun starts. One rank that fails ends them all."""
+    assert argv[:4] == ["--kill-on-bad-exit=1", "python", "-u", "src/training/main.py"]
+    return argv[4:]
+
+
 @pytest.fixture
 def launchers(tmp_path: Path) -> Launchers:
     return Launchers(tmp_path)
@@ -171,9 +177,9 @@ def test_every_slurm_script_is_in_the_table() -> None:
 def test_slurm_scripts_carry_the_published_figures(launchers: Launchers, name: str) -> None:
     part = ["3"] if name == "fastclip_v3_laion400m" else []
     argv, env = launchers.call(f"scripts/slurm/{name}.sh", *part, MASTER_PORT="12999")
-    assert argv[:3] == ["python", "-u", "src/training/main.py"]
-    config = params.parse(argv[3:])
+    config = params.parse(program(argv))
     common = {"workers": 6, "save_frequency": 1, "local_loss": True, "precision": "amp_bf16", "resume": None}
+    common["requeue_on_preempt"] = True
     wanted = {**common, **RECIPES[name]}
     assert flags_of(config, wanted) == wanted
     assert config.loss.name == LOSSES.get(name, "fastclip")
@@ -185,16 +191,49 @@ def test_slurm_scripts_carry_the_published_figures(launchers: Launchers, name: s
 @pytest.mark.parametrize("name", RECIPES)
 def test_slurm_scripts_ask_for_the_published_machines(name: str) -> None:
     header = (ROOT / "scripts" / "slurm" / f"{name}.sh").read_text().split("set -euo")[0].splitlines()
-    asked = dict(line.removeprefix("#SBATCH --").split("=") for line in header if line.startswith("#SBATCH"))
+    asked = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2] for line in header if line.startswith("#SBATCH")
+    )
     nodes = "4" if "laion" in name else "2"
     assert (asked["nodes"], asked["ntasks-per-node"], asked["gres"]) == (nodes, "4", "gpu:4")
+    # Warned two minutes before its end, and put back into the queue when a node fails; one log for all its parts.
+    assert (asked["signal"], asked["requeue"], asked["open-mode"]) == ("USR1@120", "", "append")
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "state", "again"),
+    [
+        (0, "", "RUNNING", False),
+        (1, "", "RUNNING", False),  # what is wrong with a command stays wrong
+        (124, "", "RUNNING", True),
+        (137, "4", "RUNNING", True),
+        (137, "5", "RUNNING", False),
+        (137, "", "COMPLETING", False),  # cancelled
+    ],
+)
+def test_a_slurm_job_starts_again_after_a_hang_or_a_kill(launchers, code, restarts, state, again):
+    launchers._put("srun", f"#!/bin/sh\nexit {code}\n")
+    launchers._put("squeue", f"#!/bin/sh\necho {state}\n")
+    launchers._put("scontrol", f'#!/bin/sh\necho node7\necho "$@" >>{launchers.root}/asked\n')
+    env = {"SLURM_JOB_NODELIST": "node7", "SLURM_JOB_ID": "71", "SLURM_RESTART_COUNT": restarts}
+    path = f"{launchers.bin}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "scripts/slurm/openclip_cc3m.sh"],
+        cwd=launchers.root,
+        env={**os.environ, "PATH": path, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code
+    assert ("requeue 71" in (launchers.root / "asked").read_text().splitlines()) == again
+    assert ("killed" in done.stdout) == (code > 1 and state == "RUNNING")
 
 
 def test_data_and_further_flags_are_the_users(launchers: Launchers) -> None:
     argv, _ = launchers.call(
         "scripts/slurm/drrho_clip_dfn192m.sh", "--batch-size", "8", TRAIN_DATA="my data/{0..3}.tar"
     )
-    config = params.parse(argv[3:])
+    config = params.parse(program(argv))
     assert (config.data.train_data, config.run.batch_size) == ("my data/{0..3}.tar", 8)
 
 
@@ -203,7 +242,7 @@ def test_laion400m_goes_on_where_its_last_part_ended(launchers: Launchers) -> No
     checkpoints.mkdir(parents=True)
     (checkpoints / "epoch_3.pt").touch()
     argv, _ = launchers.call("scripts/slurm/fastclip_v3_laion400m.sh", "6")
-    config = params.parse(argv[3:])
+    config = params.parse(program(argv))
     assert (config.run.resume, config.schedule.stop_epochs, config.schedule.epochs) == ("latest", 6, 30)
 
 

@@ -7,6 +7,9 @@
 #SBATCH --mem=120G
 #SBATCH --time=2-00:00:00
 #SBATCH --output=%x_%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
 # FastCLIP-v0 (learnable temperature): ResNet-50 on CC3M, as published (2 nodes with 4 GPUs each).
 # From the repository's root: sbatch scripts/slurm/fastclip_v0_cc3m.sh [FURTHER FLAGS]
 set -euo pipefail
@@ -16,8 +19,8 @@ train_data=${TRAIN_DATA:-'./datasets/cc3m_webdataset/cc3m_train/{00000..00331}.t
 
 . scripts/lib/slurm.sh
 
-srun python -u src/training/main.py \
-    --save-frequency 1 \
+srun --kill-on-bad-exit=1 python -u src/training/main.py \
+    --save-frequency 1 --requeue_on_preempt \
     --train-data "$train_data" \
     --train-num-samples 2723840 --data_size 3318333 \
     --warmup 10000 \

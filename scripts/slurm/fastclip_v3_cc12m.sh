@@ -7,6 +7,9 @@
 #SBATCH --mem=120G
 #SBATCH --time=2-00:00:00
 #SBATCH --output=%x_%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
 # FastCLIP-v3: ViT-B/32 on CC12M, as published (2 nodes with 4 GPUs each).
 # From the repository's root: sbatch scripts/slurm/fastclip_v3_cc12m.sh [FURTHER FLAGS]
 set -euo pipefail
@@ -16,8 +19,8 @@ train_data=${TRAIN_DATA:-'./datasets/cc12m_webdataset/cc12m/{00000..01242}.tar'}
 
 . scripts/lib/slurm.sh
 
-srun python -u src/training/main.py \
-    --save-frequency 1 \
+srun --kill-on-bad-exit=1 python -u src/training/main.py \
+    --save-frequency 1 --requeue_on_preempt \
     --train-data "$train_data" \
     --train-num-samples 9187328 --data_size 12423374 \
     --warmup 10000 \

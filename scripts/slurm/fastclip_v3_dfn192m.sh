@@ -7,6 +7,9 @@
 #SBATCH --mem=120G
 #SBATCH --time=2-00:00:00
 #SBATCH --output=%x_%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
 # FastCLIP-v3: ViT-B/16 on DFN-192M, as published (2 nodes with 4 GPUs each).
 # From the repository's root: sbatch scripts/slurm/fastclip_v3_dfn192m.sh [FURTHER FLAGS]
 set -euo pipefail
@@ -16,8 +19,8 @@ train_data=${TRAIN_DATA:-'./datasets/dfn2b/large/shards/000{00000..19245}.tar::.
 
 . scripts/lib/slurm.sh
 
-srun python -u src/training/main.py \
-    --save-frequency 1 \
+srun --kill-on-bad-exit=1 python -u src/training/main.py \
+    --save-frequency 1 --requeue_on_preempt \
     --train-data "$train_data" \
     --train-num-samples 192160462 --data_size 255020000 \
     --warmup 500 \

@@ -7,6 +7,9 @@
 #SBATCH --mem=120G
 #SBATCH --time=2-00:00:00
 #SBATCH --output=%x_%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
 # FastCLIP-v3: ViT-B/16 on LAION400M, as published (4 nodes with 4 GPUs each), in parts that fit a queue's time limit:
 #   sbatch scripts/slurm/fastclip_v3_laion400m.sh 3     epochs 1 to 3
 #   sbatch scripts/slurm/fastclip_v3_laion400m.sh 6     goes on from there to 6, and so on until 30
@@ -24,8 +27,8 @@ shift
 resume=()
 if compgen -G "logs/$name/checkpoints/epoch_*.pt" >/dev/null; then resume=(--resume latest); fi
 
-srun python -u src/training/main.py \
-    --save-frequency 1 \
+srun --kill-on-bad-exit=1 python -u src/training/main.py \
+    --save-frequency 1 --requeue_on_preempt \
     --train-data "$train_data" \
     --train-num-samples 315658316 --data_size 414080000 \
     --warmup 13200 \
