@@ -41,7 +41,10 @@ logger = logging.getLogger(__name__)
 
 
 class Meter:
-    """The last value and the weighted mean of a scalar, kept where it is: updating never waits for the device."""
+    """The last value and the weighted mean of a scalar, kept where it is: updating never waits for the device.
+
+    Values that are not finite, those of steps that were skipped, are left out of the mean.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -49,32 +52,29 @@ class Meter:
     def reset(self) -> None:
         self.now: Tensor | float = float("nan")
         self.sum: Tensor | float = 0.0
-        self.count = 0.0
+        self.count: Tensor | float = 0.0
 
     def update(self, value: Tensor | float, n: float = 1) -> None:
         """Add a 0-d ``value`` with weight ``n``. Tensors are copied, as a compiled step reuses its outputs."""
-        if isinstance(value, Tensor):
-            value = value.detach().to(torch.float64, copy=True)
+        value = torch.as_tensor(value, dtype=torch.float64).detach().clone()
+        finite = value.isfinite()
         self.now = value
-        self.sum = self.sum + value * n
-        self.count += n
+        self.sum = self.sum + torch.where(finite, value * n, 0.0)
+        self.count = self.count + finite.double() * n
 
 
 def read(meters: Mapping[str, Meter]) -> dict[str, tuple[float, float]]:
     """``name -> (now, mean)`` as floats, NaN where nothing was added. One copy from the device for all meters."""
-    cells = [cell for meter in meters.values() for cell in (meter.now, meter.sum)]
-    on_device = [cell for cell in cells if isinstance(cell, Tensor)]
-    host = iter(torch.stack([cell.to(on_device[0].device) for cell in on_device]).tolist() if on_device else ())
-    values = [next(host) if isinstance(cell, Tensor) else cell for cell in cells]
-    return {
-        name: (now, total / meter.count if meter.count else float("nan"))
-        for (name, meter), now, total in zip(meters.items(), values[::2], values[1::2], strict=True)
-    }
+    return {name: (now, total / n if n else math.nan) for name, (now, total, n) in hold(meters).items()}
 
 
 def hold(meters: Mapping[str, Meter]) -> dict[str, list[float]]:
-    """``meters`` as plain values, for a checkpoint. Waits for the device."""
-    return {name: [float(meter.now), float(meter.sum), meter.count] for name, meter in meters.items()}
+    """``name -> [now, sum, count]`` as floats, for a checkpoint. One copy from the device for all meters."""
+    cells = [cell for meter in meters.values() for cell in (meter.now, meter.sum, meter.count)]
+    on_device = [cell.double() for cell in cells if isinstance(cell, Tensor)]
+    host = iter(torch.stack([cell.to(on_device[0].device) for cell in on_device]).tolist() if on_device else ())
+    values = [next(host) if isinstance(cell, Tensor) else cell for cell in cells]
+    return {name: values[3 * i : 3 * i + 3] for i, name in enumerate(meters)}
 
 
 def held_meters(held: Mapping[str, Sequence[float]]) -> dict[str, Meter]:

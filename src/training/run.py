@@ -205,6 +205,8 @@ def _resume(start: Start, log: RunLog, state: RunState, trainer: Trainer) -> Non
     begun = trainer.data.resume(state.stream, state.epoch, state.epoch_step)
     trainer.step = state.step = state.epoch * per_epoch + begun
     trainer.meters = held_meters(state.meters) if begun else {}
+    if state.skipped:
+        trainer.stepper.skipped.load_state_dict(state.skipped)
     log.goes_on(trainer.step)
 
 

@@ -78,6 +78,7 @@ class Safekeeping:
         state.epoch, state.epoch_step = divmod(trainer.step, trainer.data.steps_per_epoch)
         state.stream = trainer.data.state_dict()
         state.meters = hold(trainer.meters) if state.epoch_step else {}
+        state.skipped = trainer.stepper.skipped.state_dict()
 
     def _save(self, names: list[str]) -> None:
         self.capture()

@@ -27,7 +27,7 @@ class Trainer:
     """One run's loop. ``step`` counts optimizer steps from the run's start; ``horizon.end_step`` ends it.
 
     ``meters`` add up over the epoch that is under way; a run that goes on inside an epoch starts with those of
-    its checkpoint.
+    its checkpoint. ``settled``: the gradient buckets are (``Stepper.settle``).
     """
 
     stepper: Stepper
@@ -41,6 +41,7 @@ class Trainer:
     log_every: int = 100
     step: int = 0
     meters: dict[str, Meter] = field(default_factory=dict)
+    settled: bool = False
 
     @property
     def finished(self) -> bool:
@@ -68,6 +69,9 @@ class Trainer:
         window = _Window(first=True)
         with self.log.progress(stop - self.step, f"epoch {epoch}", unit="step", every=math.inf) as progress:
             for batch in islice(self.data.epoch(epoch, begun), stop - self.step):
+                if not self.settled:
+                    self.stepper.settle(batch, self.step)
+                    self.settled = True
                 window.loaded()
                 self.rates.set(self.step, (-task.bare.logit_scale.detach()).exp())
                 task.loss.set_temperature_rate(self.rates.lr_tau)
@@ -92,6 +96,8 @@ class Trainer:
         losses = read(self.meters)  # waits for the device, so the window's times are complete
         seconds = window.seconds()
         scale = losses.pop("logit_scale")[0]
+        if news := self.stepper.skipped.news():
+            self.log.warning(news)
         if self.world.is_main:
             self.data_wait.update(window.data_seconds(), seconds, first=window.first)
         self.log.train(
