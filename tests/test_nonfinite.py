@@ -167,7 +167,7 @@ def test_the_limit_stops_all_ranks_with_one_diagnosis(kind):
     assert unchanged and first[2]
     assert counts == first[4] == {"in_a_row": 3, "total": 3}
     assert "--max_skipped_steps 3" in message and "up to step 4" in message
-    assert f"decay {OPTIM.lr:.3g}, logit_scale {OPTIM.lr_tau:.3g}" in message and f"tau {tau:.4g}" in message
+    assert f"Learning rate {OPTIM.lr:.3g} (of the temperature {OPTIM.lr_tau:.3g}); tau {tau:.4g}." in message
     if kind == "pixels":
         assert f"not finite: pixels, on rank 1; sample keys {keys[1]}." in message
     elif kind == "reference":

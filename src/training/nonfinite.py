@@ -136,7 +136,7 @@ class Evidence:
 def explain(skipped: SkippedSteps, evidence: Evidence, model: nn.Module, optimizer: Optimizer) -> NotFinite:
     """The error for too many skipped steps in a row, the same on all ranks, which call it together.
 
-    ``evidence`` is of the last step, whose gradients are still there.
+    ``evidence`` is of the last step, whose gradients are still there; ``optimizer`` from ``create_optimizer``.
     """
     in_a_row, total = skipped.read()
     found = gather_object(evidence.first_bad(model))
@@ -148,10 +148,12 @@ def explain(skipped: SkippedSteps, evidence: Evidence, model: nn.Module, optimiz
         cause = f"The first tensor that is not finite: {name}, on rank {rank}; sample keys {shown}."
     else:
         cause = "Every tensor is finite, but the gradient's norm overflows."
-    rates = {group.get("name", str(i)): f"{group['lr']:.3g}" for i, group in enumerate(optimizer.param_groups)}
+    rates = {group["name"]: f"{group['lr']:.3g}" for group in optimizer.param_groups}
+    of_tau = rates.pop("logit_scale", None)
+    rate = ", ".join(sorted(set(rates.values()))) + (f" (of the temperature {of_tau})" if of_tau else "")
     return NotFinite(
         f"--max_skipped_steps {skipped.limit}: the last {in_a_row} steps up to step {evidence.step} ({total} in "
-        f"all) were skipped, for a loss or gradient that is not finite. {cause} Learning rates: "
-        f"{', '.join(f'{name} {rate}' for name, rate in rates.items())}; tau {float(evidence.tau):.4g}. None of "
-        "these steps has changed anything: mend the samples or lower --lr, and continue with --resume latest"
+        f"all) were skipped, for a loss or gradient that is not finite. {cause} Learning rate {rate}; "
+        f"tau {float(evidence.tau):.4g}. None of these steps has changed anything: mend the samples or lower "
+        "--lr, and continue with --resume latest"
     )
