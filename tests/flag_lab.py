@@ -113,6 +113,24 @@ class Lab:
         (self.root / "pictures/zeroshot_classification_templates.txt").write_text("a {c}\n")
         return str(self.root / "pictures")
 
+    @cached_property
+    def features(self) -> str:
+        """The reference's features of the sixteen samples."""
+        line = "--ref_model @reference --ref_model_pretrained @reference_weights --cache_ref_model_features"
+        folder = self.root / "features"
+        assert main([*self.words(line), "--cached_ref_features_dir", str(folder), "--name", "features"]) == 0
+        return str(folder)
+
+    @cached_property
+    def published_features(self) -> str:
+        """Files in the published layout, four rows in each; row r holds multiples of r + 1."""
+        folder = self.root / "published_features"
+        folder.mkdir()
+        for number in range(4):
+            rows = torch.arange(4 * number, 4 * number + 4)
+            torch.save((rows[:, None, None] + 1) * torch.ones(4, 2, 3), folder / f"{number:08d}.pt")
+        return str(folder)
+
     @property
     def elsewhere(self) -> str:
         return str(self.root / "elsewhere")

@@ -52,6 +52,12 @@ def stream(lab: Lab, words: list[str], world: World = WORLD) -> list[tuple[list[
     return [(b.index.tolist(), b.image.double().sum().item(), b.text.sum().item()) for b in train.epoch(0)]
 
 
+def reference_features(lab: Lab, words: list[str]) -> list[float]:
+    """What comes with the batches of one epoch."""
+    train = data.build_train(parse(words), WORLD, PIXELS, None)
+    return [value for batch in train.epoch(0) for value in batch.ref_features.flatten().tolist()]
+
+
 def rows(lab: Lab, words: list[str]) -> list[int]:
     return [row for batch, _, _ in stream(lab, words) for row in batch]
 

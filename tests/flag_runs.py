@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from flag_lab import WORLD, Lab, Run
 from training import distributed, folder, logger, published
 from training.distributed import World
+from training.main import main
 from training.params import parse
 from training.remote_sync import remote_sync
 from training.safekeeping import Safekeeping
@@ -67,6 +69,14 @@ def evaluations(run: Run) -> list[str]:
 
 def epochs_evaluated(run: Run) -> list[int]:
     return [json.loads(line)["epoch"] for line in evaluations(run)]
+
+
+def cached_rows(lab: Lab, words: list[str]) -> list[int]:
+    """The rows that a run writes to an empty folder."""
+    number = next(lab.numbers)
+    folder = lab.root / f"cache{number}"
+    assert main([*words, "--cached_ref_features_dir", str(folder), "--name", f"caching{number}"]) == 0
+    return [int(row) for file in sorted(folder.glob("parts/*.rows.npy")) for row in np.load(file)[:, 0]]
 
 
 def compilations(lab: Lab, words: list[str]) -> list[str]:

@@ -39,6 +39,8 @@ CSV = "--dataset-type csv --train-data @wide_csv"
 REFERENCE = "--ref_model @reference --ref_model_pretrained @reference_weights"
 SELECT = f"{REFERENCE} --ref_features_usage select --batch-size 8"
 DISTILL = f"--fastclip {REFERENCE} --ref_features_usage distill"
+CACHE = f"{REFERENCE} --cache_ref_model_features"
+PUBLISHED = "--fastclip --cached_ref_features_dir @published_features --num_samples_per_shard 4"
 TEACHER = "--distill-model @reference --distill-pretrained @reference_weights"
 COOLDOWN = "--lr-scheduler const-cooldown --epochs-cooldown 3 --epochs 4"
 VALIDATE = "--epochs 0 --val-data @shards"
@@ -110,6 +112,12 @@ EFFECTS: dict[str, Effect] = {
     "ref_filter_ratio": Effect(("0.5", "0.75"), parts.selected, SELECT),
     "ref_filter_n_chunks": Effect(("1", "2"), parts.selected, f"{SELECT} --ref_filter_ratio 0.5"),
     "ref_filter_topk": Effect(SWITCH, parts.selected, f"{SELECT} --ref_filter_ratio 0.5"),
+    "cache_ref_model_features": Effect(SWITCH, observe_run(runs.files), f"{REFERENCE} --fastclip"),
+    "cached_ref_features_dir": Effect((None, "@features"), observe_run(runs.losses), FASTCLIP),
+    "ref_features_offset": Effect(("0", "-2"), refusal_or(parts.reference_features), PUBLISHED),
+    "num_samples_per_shard": Effect(("4", "3"), refusal_or(parts.reference_features), PUBLISHED),
+    "cache_group_size": Effect(("1", "2"), runs.cached_rows, CACHE),
+    "cache_rank": Effect(("0", "1"), runs.cached_rows, f"{CACHE} --cache_group_size 2"),
     "distill_model": Effect(("@reference", "@vit"), parts.reference_size, "--distill-pretrained x"),
     "distill_pretrained": Effect(
         ("@reference_weights", "@other_reference_weights"),

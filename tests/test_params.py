@@ -228,7 +228,7 @@ def groups(c: Config):
 
 def test_nothing_can_be_written():
     c = config(f"{FASTCLIP} --aug-cfg scale=(0.5,1.0) --image-mean 0.1 0.2 0.3")
-    assert len(groups(c)) == 9
+    assert len(groups(c)) == 10
     for group in [c, *groups(c)]:
         for field in fields(group):
             with pytest.raises(FrozenInstanceError):
@@ -257,7 +257,7 @@ def test_flags_are_kept_as_they_were_given():
 def test_every_flag_reaches_the_configuration():
     # Refused ones have nothing to reach; these are resolved into other fields.
     resolved = {"loss", "siglip", "fastclip", "config_file", "distill_model", "distill_pretrained"}
-    resolved |= {"ref_features_usage", "dataset_resampled"}
+    resolved |= {"ref_features_usage", "dataset_resampled", "cache_ref_model_features"}
     reached = {field.name for group in groups(config(DATA)) for field in fields(group)}
     assert set(ALL) - reached == resolved | set(limits.REFUSED)
 

@@ -17,6 +17,8 @@ class Batch:
     ``index``      int64 [b], rows of the sample state. Stays on the CPU: it is checked there, without a sync.
     ``ref_image``  the same views for the reference model, [b, 3, H_r, W_r]; None where ``image`` serves both.
     ``ref_text``   int64 [b, L_r] of the reference's tokenizer; None where ``text`` serves both.
+    ``ref_features``  floating point [b, 2, d_r], the reference's embeddings of image and text where they come with
+                   the data; None where it runs.
     """
 
     image: Tensor
@@ -24,6 +26,7 @@ class Batch:
     index: Tensor
     ref_image: Tensor | None = None
     ref_text: Tensor | None = None
+    ref_features: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)

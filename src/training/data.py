@@ -10,6 +10,7 @@ import torch
 from open_clip.transform import PreprocessCfg
 
 from training.distributed import World
+from training.feature_store import open_features
 from training.images import TrainView, eval_transform
 from training.lanes import Layout, default_layout
 from training.loader import TrainData, ValData, ValStream, prefetch
@@ -52,6 +53,7 @@ def build_train(config: Config, world: World, target: Model, reference: Model | 
         ),
         target.tokenizer,
         reference.tokenizer if needs_ref_text else None,
+        open_features(config),
         seed=run.seed,
         batch_size=run.batch_size,
         steps=steps,

@@ -124,6 +124,25 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--distill-model", "str", None, "OpenCLIP's distillation: the teacher, open_clip name or JSON path"),
         Flag("--distill-pretrained", "str", None, "weights of --distill-model: open_clip tag or file"),
     ),
+    "reference features on disk": (
+        Flag(
+            "--cache_ref_model_features",
+            "switch",
+            False,
+            "write the reference's features of --train-data, and end",
+        ),
+        Flag(
+            "--cached_ref_features_dir",
+            "str",
+            "",
+            "train on these features instead of a live reference: folder, or pattern of published files; with "
+            "--cache_ref_model_features the folder to write (default: ref_features in --logs)",
+        ),
+        Flag("--ref_features_offset", "int", 0, "row of this run that row 0 of the cached features belongs to"),
+        Flag("--num_samples_per_shard", "int", 10000, "rows of a file in the published layout of cached features"),
+        Flag("--cache_group_size", "int", 1, "independent jobs that share the shards when caching"),
+        Flag("--cache_rank", "int", 0, "number of this job among --cache_group_size"),
+    ),
     "loss": (
         Flag("--loss", "str", None, "name of the loss; without it the flags below and the model decide"),
         Flag("--siglip", "switch", False, "sigmoid loss"),
@@ -262,12 +281,6 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--trace", "switch", False, "use --torchcompile"),
         Flag("--horovod", "switch", False, "use torchrun or srun"),
         Flag("--use-bnb-linear", "str", None, "use --precision amp_bf16"),
-        Flag("--cache_ref_model_features", "switch", False, "the reference runs live"),
-        Flag("--cached_ref_features_dir", "str", "", "the reference runs live"),
-        Flag("--ref_features_offset", "int", 0, "the reference runs live"),
-        Flag("--num_samples_per_shard", "int", 10000, "the reference runs live"),
-        Flag("--cache_group_size", "int", 1, "the reference runs live"),
-        Flag("--cache_rank", "int", 0, "the reference runs live"),
         Flag("--cap_model", "str", "", "write captions into the shards"),
         Flag("--cap_model_pretrained", "str", "", "write captions into the shards"),
         Flag("--cache_syn_texts", "switch", False, "write captions into the shards"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from training.command_line import Given, Refusal
 from training.flags import ALL
 
-_LIVE = "the reference runs beside the target and its features are not cached yet, so leave this flag out"
 _CAPTIONS = "captions are not synthesized here, so write them into the shards and leave this flag out"
 # Published flags without an effect here: what to say when one is set to anything but its default.
 REFUSED: dict[str, str] = {
@@ -13,12 +12,6 @@ REFUSED: dict[str, str] = {
     "torchscript": "a scripted model cannot be trained with DDP and autocast; use --torchcompile instead",
     "trace": "a traced model freezes its batch size and control flow; use --torchcompile instead",
     "use_bnb_linear": "bitsandbytes layers are not supported; use --precision amp_bf16 to save time and memory",
-    "cache_ref_model_features": _LIVE,
-    "cached_ref_features_dir": _LIVE,
-    "ref_features_offset": _LIVE,
-    "num_samples_per_shard": _LIVE,
-    "cache_group_size": _LIVE,
-    "cache_rank": _LIVE,
     "cap_model": _CAPTIONS,
     "cap_model_pretrained": _CAPTIONS,
     "cache_syn_texts": _CAPTIONS,
@@ -45,8 +38,10 @@ INTERVALS: dict[str, str] = {
     "save_every_minutes": _POSITIVE,
     **dict.fromkeys(["train_num_samples", "val_num_samples", "force_image_size"], _AT_LEAST_1),
     **dict.fromkeys(["ref_filter_n_chunks", "logit_scale_bound"], _AT_LEAST_1),
+    **dict.fromkeys(["num_samples_per_shard", "cache_group_size"], _AT_LEAST_1),
     **dict.fromkeys(["beta1", "beta2", "momentum", "force_patch_dropout", "ref_filter_ratio"], _SHARE),
     "max_skipped_steps": _AT_LEAST_1,
+    "cache_rank": _AT_LEAST_0,
     "gamma": "(0, 1]",
     "max_bad_fraction": "[0, 1]",
     "image_mean": "(-inf, inf)",  # which leaves out nan

@@ -89,12 +89,13 @@ def build_target(config: Config, world: World) -> BuiltModel:
 
 
 def build_reference(config: Config, world: World) -> BuiltModel | None:
-    """The frozen reference in eval mode, nothing in it asking for a gradient; None where the run has none.
+    """The frozen reference in eval mode, nothing in it asking for a gradient.
 
+    None where the run has no reference, or finds its features on disk.
     With ``--ref_model_checkpoint`` beside a tag, the tag only says how to build the model. ValueError as above.
     """
     c = config.reference
-    if not c.ref_model:
+    if not c.ref_model or (config.cache.cached_ref_features_dir and not config.cache.writes):
         return None
     teacher = bool(config.flags.get("distill_model"))
     flag, weights_flag = "--ref_model", "--ref_model_pretrained"

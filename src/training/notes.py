@@ -85,6 +85,12 @@ IDLE = (
         lambda s: "select" not in s.usage,
         "without --ref_features_usage select",
     ),
+    Idle(
+        ("ref_features_offset", "num_samples_per_shard"),
+        lambda s: not s.given.cached_ref_features_dir,
+        "without --cached_ref_features_dir",
+    ),
+    Idle(("cache_group_size", "cache_rank"), lambda s: True, "without --cache_ref_model_features"),
     Idle(("csv_separator", "csv_img_key", "csv_caption_key"), lambda s: "csv" not in s.kinds, "without csv data"),
     Idle(
         ("sample_index",),
@@ -129,7 +135,10 @@ IDLE = (
 def collect(setting: Setting) -> tuple[str, ...]:
     """One sentence per thing worth knowing, for the log."""
     given, found, said = setting.given, [], set()
-    if not setting.trains and given.epochs > 0:
+    if given.cache_ref_model_features:
+        if given.ref_features_offset:
+            found.append("--ref_features_offset: no effect on what is written, rows keep their numbers")
+    elif not setting.trains and given.epochs > 0:
         found.append("no --train-data: this run only evaluates")
     if setting.trains:
         for idle in IDLE:

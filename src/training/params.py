@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from training import launcher, limits, model_names, notes, rules
+from training import cache_rules, launcher, limits, model_names, notes, rules
+from training.cache_rules import CacheConfig
 from training.command_line import Given, Refusal, read
 
 T = TypeVar("T")
@@ -262,6 +263,7 @@ class Config:
     evaluation: EvalConfig
     model: ModelConfig
     reference: ReferenceConfig
+    cache: CacheConfig
     loss: LossConfig
     optim: OptimConfig
     schedule: ScheduleConfig
@@ -318,8 +320,9 @@ def configure(given: Given) -> Config:
     """``given`` checked and grouped. Refusal: the first thing that is wrong with it."""
     limits.check_values(given)
     dataset_type = rules.kind_of_data(given, "train_data")
-    trains = given.epochs > 0 and dataset_type != "none"
-    rules.check_something_to_do(given, trains)
+    writes = cache_rules.writes(given)
+    trains = given.epochs > 0 and dataset_type != "none" and not writes
+    rules.check_something_to_do(given, trains or writes)
     model_names.check_model(given, "model")
     optim = _optimizer(given)
     rules.check_schedule(given, optim.lr)
@@ -328,9 +331,11 @@ def configure(given: Given) -> Config:
     rules.check_files(given)
     rules.check_distillation(given)
 
+    cache = _group(CacheConfig, given, **cache_rules.resolve(given, dataset_type, trains))
+    reads = bool(cache.cached_ref_features_dir) and not writes
     objective = rules.resolve_objective(given)
     reference = ReferenceConfig(
-        **rules.resolve_reference(given, objective),
+        **rules.resolve_reference(given, objective, reads=reads, writes=writes),
         **given.pick("ref_filter_ratio", "ref_filter_n_chunks", "ref_filter_topk"),
     )
     if trains:
@@ -343,6 +348,7 @@ def configure(given: Given) -> Config:
         evaluation=evaluation,
         model=_model(given),
         reference=reference,
+        cache=cache,
         loss=_group(
             LossConfig,
             given,

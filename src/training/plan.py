@@ -21,6 +21,7 @@ import torch
 from drrho_clip.schedules import Horizon
 from training import data, folder, objective, preflight, pretrained
 from training.distributed import World
+from training.feature_store import Features, open_features
 from training.optimizer import horizon
 from training.params import Config
 
@@ -45,16 +46,16 @@ def describe(config: Config, world_size: int | None = None) -> str:
     """
     ranks = launched_ranks(config, os.environ) if world_size is None else world_size
     config = config.on_ranks(ranks)
-    sections = [*_models(config)]
+    features = open_features(config)
+    sections = [*_models(config, features)]
     if config.trains:
         preflight.check_batch(config, ranks)
-        preflight.check_teachers(config)
+        preflight.check_teachers(config, features)
         sections = [("loss", _loss(config)), *sections, *_training(config, ranks)]
-    sections += [*_evaluation(config), *_files(config)]
+    sections += [*(_caching(config) if config.cache.writes else _evaluation(config)), *_files(config)]
     width = max(len(name) for name, _ in sections) + 2
-    title = (
-        f"{'Training' if config.trains else 'Evaluation'} on {_count(ranks, 'rank')} (dry run: nothing is done)"
-    )
+    what = "Training" if config.trains else "Caching" if config.cache.writes else "Evaluation"
+    title = f"{what} on {_count(ranks, 'rank')} (dry run: nothing is done)"
     lines = [f"  {name:<{width}}{text}" for name, text in sections]
     return "\n".join([title, *lines, *(f"  note: {note}" for note in config.notes)])
 
@@ -92,11 +93,14 @@ def _loss(config: Config) -> str:
     return ", ".join(filter(None, [f"{config.loss.name} ({config.loss.decided_by})", margins, *used]))
 
 
-def _models(config: Config) -> Iterator[tuple[str, str]]:
+def _models(config: Config, features: Features | None) -> Iterator[tuple[str, str]]:
     c, r = config.model, config.reference
     forced = {"force_image_size": c.force_image_size, "force_custom_text": c.force_custom_text}
-    yield "target", _model(c.model, count_parameters(c.model, "--model", **forced), c.pretrained)
-    if r.ref_model:
+    if not config.cache.writes:
+        yield "target", _model(c.model, count_parameters(c.model, "--model", **forced), c.pretrained)
+    if features is not None:
+        yield "reference", f"not built, its features are on disk: {features.describe()}"
+    elif r.ref_model:
         weights = r.ref_model_checkpoint or r.ref_model_pretrained
         yield "reference", _model(r.ref_model, count_parameters(r.ref_model, "--ref_model"), weights)
 
@@ -117,6 +121,13 @@ def _training(config: Config, ranks: int) -> Iterator[tuple[str, str]]:
     state = state_size(config, ranks)
     what = f"{state.rows:,} rows of {state.columns} numbers, {state.bytes_per_rank / 1e6:,.3g} MB per rank"
     yield "sample state", what if state.columns else "none"
+
+
+def _caching(config: Config) -> Iterator[tuple[str, str]]:
+    c = config.cache
+    yield "data", f"{config.data.dataset_type} {config.data.train_data or ''}".rstrip()
+    job = f", as job {c.cache_rank + 1} of {c.cache_group_size}" if c.cache_group_size > 1 else ""
+    yield "writes", f"reference features of each sample to {c.cached_ref_features_dir}/{job}"
 
 
 def _steps(config: Config, length: Horizon) -> str:

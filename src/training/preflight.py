@@ -8,6 +8,7 @@ from __future__ import annotations
 from drrho_clip import losses
 from training import distributed, pretrained
 from training.distributed import World
+from training.feature_store import Features, open_features
 from training.params import Config
 from training.shards import look_for_shards
 
@@ -17,15 +18,21 @@ def check(config: Config, world: World) -> list[str]:
     remarks = []
     if config.trains:
         check_batch(config, world.world_size)
-        check_teachers(config)
+        features = open_features(config)
+        check_teachers(config, features)
+        if features is not None:
+            remarks.append(
+                f"the reference's features come from disk: {features.describe()}. They are of one fixed view of "
+                "each image, whatever augmentation the target sees"
+            )
         if config.model.use_bn_sync:
             distributed.check_sync_bn(world)
             if not world.distributed:
                 remarks.append(
                     "--use-bn-sync: no effect in a single process, whose BatchNorm sees the whole batch"
                 )
-        if config.data.dataset_type == "webdataset":
-            remarks += look_for_shards(config.data.train_data, "--train-data")
+    if (config.trains or config.cache.writes) and config.data.dataset_type == "webdataset":
+        remarks += look_for_shards(config.data.train_data, "--train-data")
     if config.evaluation.val_dataset_type == "webdataset":
         remarks += look_for_shards(config.evaluation.val_data, "--val-data")
     return remarks
@@ -41,20 +48,24 @@ def check_batch(config: Config, ranks: int) -> None:
         )
 
 
-def check_teachers(config: Config) -> None:
-    """ValueError: the teachers' widths do not add up to the reference's.
+def check_teachers(config: Config, features: Features | None) -> None:
+    """ValueError: the teachers' widths do not add up to the reference's, whose ``features`` may be on disk.
 
     A reference whose config would have to be downloaded first is left to the loss.
     """
     reference, widths = config.reference, config.loss.distill_teacher_dimension
     if "distill" not in reference.usage or config.loss.name == "distill" or widths == (-1,):
         return
-    name = pretrained.open_clip_name(reference.ref_model, "--ref_model")
-    if ":" in name:  # hf-hub: and the like
-        return
-    width = pretrained.architecture(name, f"--ref_model {reference.ref_model}")["embed_dim"]
+    if features is not None:
+        width, source = features.width, "--cached_ref_features_dir"
+    else:
+        source = f"--ref_model {reference.ref_model}"
+        name = pretrained.open_clip_name(reference.ref_model, "--ref_model")
+        if ":" in name:  # hf-hub: and the like
+            return
+        width = pretrained.architecture(name, source)["embed_dim"]
     if sum(widths) != width:
         raise ValueError(
             f"--distill_teacher_dimension {' '.join(map(str, widths))}: these widths add up to {sum(widths)}, but "
-            f"the embeddings of --ref_model {reference.ref_model} are {width} wide"
+            f"the embeddings of {source} are {width} wide"
         )

@@ -245,9 +245,16 @@ def uses_temperature(given: Given, objective: Objective) -> bool:
 # ---------------------------------------------------------------------------------------------------- reference
 
 
-def resolve_reference(given: Given, objective: Objective) -> dict[str, Any]:
-    """``ref_model``, its weights and what it is used for; empty without a reference."""
+def resolve_reference(given: Given, objective: Objective, *, reads: bool, writes: str) -> dict[str, Any]:
+    """``ref_model``, its weights and what it is used for; empty without a reference.
+
+    ``reads``: its features are on disk, so that the model itself may go unnamed. ``writes``: what the run writes
+    instead of training, 'features' of the reference where it is one.
+    """
     usage = _usage(given)
+    nothing = {"ref_model": "", "ref_model_pretrained": "", "ref_model_checkpoint": "", "usage": frozenset()}
+    if writes and writes != "features":
+        return nothing
     if given.distill_model:
         if given.ref_model:
             raise Refusal(
@@ -261,27 +268,33 @@ def resolve_reference(given: Given, objective: Objective) -> dict[str, Any]:
             "ref_model_checkpoint": "",
             "usage": frozenset({"distill"}),
         }
+    if writes and not given.ref_model:
+        raise Refusal("--cache_ref_model_features needs --ref_model: the model to write features of")
     if not given.ref_model:
         for key in ("ref_model_pretrained", "ref_model_checkpoint"):
             if given.values[key]:
                 raise Refusal(f"{given.say(key)} has no effect without --ref_model: name the reference")
+    if not given.ref_model and not reads:
         if given.chose("ref_features_usage"):
             raise Refusal(f"{given.say('ref_features_usage')} has no effect without --ref_model: name a reference")
         if objective.spec.reference == "required":
             raise Refusal(f"{given.say('loss')} needs a teacher: give --distill-model and --distill-pretrained")
-        return {"ref_model": "", "ref_model_pretrained": "", "ref_model_checkpoint": "", "usage": frozenset()}
-    check_model(given, "ref_model")
-    if not (given.ref_model_pretrained or given.ref_model_checkpoint or brings_weights(given.ref_model)):
-        raise Refusal(
-            f"{given.say('ref_model')} has no weights: give --ref_model_pretrained TAG or FILE, or "
-            "--ref_model_checkpoint FILE"
-        )
+        return nothing
+    if given.ref_model:
+        check_model(given, "ref_model")
+        weights = given.ref_model_pretrained or given.ref_model_checkpoint or brings_weights(given.ref_model)
+        if not weights and not reads:
+            raise Refusal(
+                f"{given.say('ref_model')} has no weights: give --ref_model_pretrained TAG or FILE, or "
+                "--ref_model_checkpoint FILE"
+            )
     if objective.spec.reference == "required":
         usage = usage - {"ref"} | {"distill"}
-    elif objective.spec.reference == "none" and "ref" in usage:
+    elif objective.spec.reference == "none" and "ref" in usage and not writes:
+        flag = given.say("cached_ref_features_dir" if reads else "ref_model")
         raise Refusal(
-            f"{given.say('ref_model')}: the loss {objective.name!r} has no use for a reference's margins, add "
-            "--fastclip, or use the reference with --ref_features_usage distill or select"
+            f"{flag}: the loss {objective.name!r} has no use for a reference's margins, add --fastclip, or use "
+            "the reference with --ref_features_usage distill or select"
         )
     return {
         "ref_model": given.ref_model,

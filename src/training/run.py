@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from drrho_clip.reference import Reference
-from training import checkpoint, data, distributed, models, objective, precision, preflight
+from drrho_clip.reference import CachedReference, Reference
+from training import cache_run, checkpoint, data, distributed, models, objective, precision, preflight
 from training.classification import ClassificationSet
 from training.data_wait import DataWait
 from training.distributed import World
@@ -65,11 +66,23 @@ def launch(config: Config) -> None:
             for remark in (*config.notes, *remarks):
                 log.info(remark)
             _set_numerics(config, world, log)
-            ended = (train if config.trains else evaluate)(start, log)
+            ended = _action(config)(start, log)
             if ended.complete:
                 log.done()
         if ended.requeue:
             distributed.on_main(requeue)
+
+
+def _action(config: Config) -> Callable[[Start, RunLog], Ended]:
+    if config.cache.writes:
+        return write_cache
+    return train if config.trains else evaluate
+
+
+def write_cache(start: Start, log: RunLog) -> Ended:
+    """Go through the training data once and keep what the flags ask for."""
+    cache_run.write(start.config, start.world, log)
+    return Ended(complete=True)
 
 
 def evaluate(start: Start, log: RunLog) -> Ended:
@@ -139,7 +152,7 @@ def _build_task(
         static_graph=config.distributed.ddp_static_graph,
         sync_bn=config.model.use_bn_sync,
     )
-    frozen = None
+    frozen = CachedReference() if config.cache.cached_ref_features_dir else None
     if reference is not None:
         pixels = reference.preprocess
         frozen = Reference(reference.module, pixels.mean, pixels.std, run_precision.autocast_dtype)

@@ -17,10 +17,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from drrho_clip.batch import Batch
 from training.batch_memory import BatchMemory
+from training.feature_store import Features
 from training.image_size import check_size
 from training.images import TrainView, Views
 from training.lanes import Layout, Progress
 from training.order import BEGIN, Lane, Place, seed_of
+from training.row_store import MissingRow
 from training.samples import Allowance, NothingUsable, RawSample, Skips, Source, Unusable
 from training.tokens import Tokenizer, Tokens
 from training.webdata import SharedKey
@@ -38,6 +40,7 @@ class Sample(NamedTuple):
     text: str
     index: int
     seed: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class TrainStream(IterableDataset):
         view: TrainView,
         tokenizer: Tokenizer,
         ref_tokenizer: Tokenizer | None,
+        features: Features | None = None,
         *,
         seed: int,
         batch_size: int,
@@ -88,6 +92,7 @@ class TrainStream(IterableDataset):
         self.allowed = allowed or Allowance()
         self.tokens = Tokens(tokenizer)
         self.ref_tokens = None if ref_tokenizer is None else Tokens(ref_tokenizer)
+        self.features = features
         self.seed, self.batch_size, self.steps = seed, batch_size, steps
         self.rank, self.ranks, self.own_shards = rank, ranks, own_shards
         self.layout, self.start = layout, Progress()
@@ -107,7 +112,7 @@ class TrainStream(IterableDataset):
                 epoch, readers = turn // self.steps, {}
             try:
                 batch, places = self._batch(turn % self.steps, epoch, readers, skips)
-            except (NothingUsable, SharedKey) as error:
+            except (NothingUsable, SharedKey, MissingRow) as error:
                 yield Chunk(None, skips.take(), failure=error)
                 return
             yield Chunk(batch, skips.take(), places)
@@ -139,13 +144,15 @@ class TrainStream(IterableDataset):
 
     def _collate(self, samples: list[Sample]) -> Batch:
         texts, seeds = [sample.text for sample in samples], [sample.seed for sample in samples]
+        rows, names = [sample.index for sample in samples], [sample.name for sample in samples]
         references = [sample.views.reference for sample in samples]
         return Batch(
             image=self._images.stack([sample.views.target for sample in samples]),
             text=self.tokens(texts, seeds),
-            index=torch.tensor([sample.index for sample in samples]),
+            index=torch.tensor(rows),
             ref_image=None if references[0] is None else self._ref_images.stack(references),
             ref_text=None if self.ref_tokens is None else self.ref_tokens(texts, seeds),
+            ref_features=None if self.features is None else self.features(rows, texts, names),
         )
 
 
@@ -190,7 +197,7 @@ class LaneReader:
         self._usable += 1
         self._skips.in_a_row = 0
         seed = seed_of(self._stream.seed, self._epoch, raw.turn, raw.index)
-        return Sample(self._stream.view(image, seed), raw.text[:LONGEST_TEXT], raw.index, seed)
+        return Sample(self._stream.view(image, seed), raw.text[:LONGEST_TEXT], raw.index, seed, raw.name)
 
     def _end_turn(self) -> None:
         self._usable, self._barren = 0, 0 if self._usable else self._barren + 1

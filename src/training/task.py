@@ -18,7 +18,7 @@ from drrho_clip.batch import Batch
 from drrho_clip.losses import Loss, LossInputs, LossOutput
 from drrho_clip.losses.distillation import Distillation
 from drrho_clip.normalize import normalize
-from drrho_clip.reference import Reference
+from drrho_clip.reference import CachedReference, Reference
 from drrho_clip.selection import select
 from training.order import seed_of
 from training.precision import Precision
@@ -56,7 +56,7 @@ class Task:
         precision: Precision,
         loss: Loss,
         loss_weight: float = 1.0,
-        reference: Reference | None = None,
+        reference: Reference | CachedReference | None = None,
         margins: bool = False,
         constant_scale: float = 0.0,
         distillation: Distillation | None = None,

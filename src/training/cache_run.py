@@ -1,0 +1,298 @@
+"""The run that goes through the training data once and keeps what a frozen model makes of each sample.
+
+The unit of work is a training shard (of a csv file a block of rows). Job ``--cache_rank`` of
+``--cache_group_size`` has one stretch of the list; what of it is not in the store yet is dealt to the job's ranks,
+in rounds, and a rank's loader processes take shards in turn. Ranks write parts of whole shards as they go (see
+``row_store``). What an interrupted run has written stays, and the next one takes the rest, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from drrho_clip.batch import Batch
+from drrho_clip.reference import Reference
+from training import distributed, feature_store, models, precision
+from training.batch_memory import PREFETCH
+from training.distributed import World
+from training.fixed_view import FixedView
+from training.logger import Progress, RunLog
+from training.order import Part
+from training.params import Config
+from training.row_store import StoreWriter, caption_checksum
+from training.samples import RawSample, Skips
+from training.shards import Shard
+from training.stream import LONGEST_TEXT, decode_or_skip, this_worker
+from training.tabular import CsvSource, open_csv
+from training.tokens import Tokenizer
+from training.webdata import ShardSource, open_shards
+
+log = logging.getLogger(__name__)
+
+BLOCK = 512  # rows of a csv file that are one unit of work
+PART_BYTES = 2**28
+ROUND = 256  # shards per rank between two meetings of the ranks, which wait for each other at most 30 minutes
+UNREADABLE = "unreadable shard"  # as ``shards.read_shard`` reports it
+
+
+class Unit(NamedTuple):
+    """One piece of the data: a ``shard``, or the rows ``first`` to ``stop`` of a ``table``."""
+
+    number: int
+    name: str
+    shard: Shard | None = None
+    sample_index: str = "key"
+    table: CsvSource | None = None
+    first: int = 0
+    stop: int = 0
+
+    def read(self, skips: Skips) -> Iterator[RawSample]:
+        """Its samples, each once; what is wrong with them goes to ``skips``."""
+        if self.table is not None:
+            yield from (self.table.sample(row, 0) for row in range(self.first, self.stop))
+            return
+        for item in ShardSource([self.shard], 0, sample_index=self.sample_index).in_order(Part(0, 1)):
+            skips.extend(item.faults)
+            if item.sample is not None:
+                yield item.sample
+
+
+class Work(Protocol):
+    """What is made of the samples."""
+
+    view: FixedView
+    tokenizer: Tokenizer | None
+
+    def __call__(self, images: Tensor, texts: Tensor | None) -> dict[str, np.ndarray]:
+        """Values [n, ...] by name of ``images`` [n, 3, H, W] and token ids [n, L], both on the device."""
+
+
+class FeatureWork:
+    """Embeddings by the frozen reference, [n, 2, d] in ``dtype``."""
+
+    def __init__(self, config: Config, world: World, dtype: torch.dtype) -> None:
+        built, self.dtype = models.build_reference(config, world), dtype
+        pixels, autocast = built.preprocess, precision.resolve(config.run.precision, world.device).autocast_dtype
+        self.reference = Reference(built.module, pixels.mean, pixels.std, autocast)
+        if config.model.torchcompile:
+            self.reference.compile()
+        self.view, self.tokenizer = FixedView(pixels), built.tokenizer
+
+    def __call__(self, images: Tensor, texts: Tensor | None) -> dict[str, np.ndarray]:
+        """See ``Work``."""
+        features = self.reference.features(Batch(images, texts, torch.arange(len(images))))
+        return {"features": torch.stack(features, 1).to(self.dtype).cpu().numpy()}
+
+
+def write(config: Config, world: World, run_log: RunLog) -> None:
+    """Write what is missing. ValueError: a store of something else; in the end, shards that cannot be read."""
+    cache, folder = config.cache, Path(config.cache.cached_ref_features_dir)
+    units = _stretch(_units(config, world), cache.cache_rank, cache.cache_group_size)
+    dtype = _dtype(config, world)
+    made = {"precision": config.run.precision, "dtype": str(dtype).removeprefix("torch.")}
+    identity = feature_store.model_identity(config.reference) | made
+    writer = StoreWriter(folder, feature_store.KIND, identity)
+    missing = distributed.on_main(lambda: _missing(units, writer))
+    run_log.info(f"{writer.kind} of {len(missing)} of {len(units)} shards are to be written to {folder}")
+    failed: list[str] = []
+    if missing:
+        work = FeatureWork(config, world, dtype)
+        with run_log.progress(
+            -(-len(missing) // world.world_size), f"caching {writer.kind}", unit="shards"
+        ) as bar:
+            for begin in range(0, len(missing), ROUND * world.world_size):
+                dealt = missing[begin : begin + ROUND * world.world_size]
+                mine = _stretch(dealt, world.rank, world.world_size)
+                for names in distributed.gather_object(_write_units(mine, work, writer, config, world, bar)):
+                    failed += names
+    rows = distributed.on_main(writer.index)
+    run_log.info(f"{folder} holds {writer.kind} of {rows:,} samples")
+    if failed:
+        raise ValueError(
+            f"--train-data: {len(failed)} of {len(missing)} shards cannot be read, {failed[0]} first; the rest is "
+            "written, run again when they are mended"
+        )
+
+
+def _dtype(config: Config, world: World) -> torch.dtype:
+    """float32 where the model runs in it, else float16, which resolves embeddings from bfloat16 and float16."""
+    chosen = precision.resolve(config.run.precision, world.device)
+    return torch.float32 if (chosen.autocast_dtype or chosen.pixel_dtype) == torch.float32 else torch.float16
+
+
+def _units(config: Config, world: World) -> list[Unit]:
+    """All of the training data in pieces. All ranks call it together."""
+    settings = replace(config.data, epoch_policy="wrap", train_num_samples=1)
+    if settings.dataset_type == "webdataset":
+        shards = open_shards(settings, config.run.seed, world, steps=1).shards
+        names = [shard.url.rsplit("/", 1)[-1] for shard in shards]
+        return [Unit(i, name, shard, settings.sample_index) for i, (name, shard) in enumerate(zip(names, shards))]
+    table = open_csv(settings.train_data, settings, config.run.seed)
+    cuts = [(first, min(first + BLOCK, table.samples)) for first in range(0, table.samples, BLOCK)]
+    return [Unit(i, f"rows {a}-{b - 1}", table=table, first=a, stop=b) for i, (a, b) in enumerate(cuts)]
+
+
+def _missing(units: Sequence[Unit], writer: StoreWriter) -> list[Unit]:
+    """Those that are not in the store. ValueError: it holds something else, or shards of another list."""
+    done = writer.done()
+    for unit in units:
+        if done.get(unit.number, unit.name) != unit.name:
+            raise ValueError(
+                f"{writer.folder} has {done[unit.number]} as number {unit.number} of the shards, where "
+                f"--train-data has {unit.name}: give the list that it was begun with (new shards at its end), or "
+                "another folder"
+            )
+    return [unit for unit in units if unit.number not in done]
+
+
+def _stretch(units: Sequence[Unit], number: int, count: int) -> Sequence[Unit]:
+    """Part ``number`` of ``count`` of a list."""
+    return units[number * len(units) // count : (number + 1) * len(units) // count]
+
+
+def _write_units(
+    units: Sequence[Unit], work: Work, writer: StoreWriter, config: Config, world: World, bar: Progress
+) -> list[str]:
+    """Go through ``units`` and write parts; the names of those that cannot be read."""
+    workers = min(config.data.workers, len(units))
+    loader = DataLoader(
+        CacheStream(units, work.view, work.tokenizer, config.run.batch_size),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        prefetch_factor=PREFETCH if workers else None,
+    )
+    pending, skips = _Pending(writer, {unit.number: unit.name for unit in units}), Skips()
+    for chunk in loader:
+        values = {}
+        if chunk.images is not None:
+            texts = None if chunk.texts is None else chunk.texts.to(world.device, non_blocking=True)
+            values = work(chunk.images.to(world.device, non_blocking=True), texts)
+        pending.add(chunk, values)
+        skips.merge(chunk.skips)
+        bar.update(len(chunk.ended) + len(chunk.failed))
+    pending.write()
+    if skips.counts:
+        log.warning("left out: %s", skips)
+    return [pending.names[number] for number in sorted(pending.failed)]
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Samples from one loader process. ``units``, ``rows``, ``checksums``: [n]; ``images`` None where n is 0.
+
+    The units ``ended`` have no more samples, those ``failed`` could not be read to their end.
+    """
+
+    images: Tensor | None
+    texts: Tensor | None
+    units: np.ndarray
+    rows: np.ndarray
+    checksums: np.ndarray
+    ended: list[int]
+    failed: list[int]
+    skips: Skips
+
+    def pin_memory(self) -> Chunk:
+        """A copy in page-locked memory; ``DataLoader`` calls this by its name."""
+        pinned = {name: getattr(self, name) for name in ("images", "texts")}
+        return replace(self, **{name: t.pin_memory() for name, t in pinned.items() if t is not None})
+
+
+class CacheStream(IterableDataset):
+    """The samples of ``units``, each once, in batches that may span several units."""
+
+    def __init__(
+        self, units: Sequence[Unit], view: FixedView, tokenizer: Tokenizer | None, batch_size: int
+    ) -> None:
+        self.units, self.view, self.tokenizer, self.batch_size = units, view, tokenizer, batch_size
+
+    def __iter__(self) -> Iterator[Chunk]:
+        worker, workers = this_worker()
+        samples: list[tuple[int, RawSample, Tensor]] = []
+        ended: list[int] = []
+        for unit in self.units[worker::workers]:
+            skips = Skips()
+            for raw in unit.read(skips):
+                image = decode_or_skip(raw, skips, self.view.decode)
+                if image is not None:
+                    samples.append((unit.number, raw, self.view(image)))
+                if len(samples) == self.batch_size:
+                    yield self._chunk(samples, ended, [], Skips())
+                    samples, ended = [], []
+            failed = [unit.number] if skips.counts[UNREADABLE] else []
+            ended += [] if failed else [unit.number]
+            if failed or skips.counts:
+                yield self._chunk(samples, ended, failed, skips)
+                samples, ended = [], []
+        yield self._chunk(samples, ended, [], Skips())
+
+    def _chunk(
+        self, samples: list[tuple[int, RawSample, Tensor]], ended: list[int], failed: list[int], skips: Skips
+    ) -> Chunk:
+        texts = [raw.text[:LONGEST_TEXT] for _, raw, _ in samples]
+        return Chunk(
+            torch.stack([image for *_, image in samples]) if samples else None,
+            self.tokenizer(texts) if samples and self.tokenizer else None,
+            np.array([unit for unit, *_ in samples], np.int64),
+            np.array([raw.index for _, raw, _ in samples], np.int64),
+            np.array([caption_checksum(text) for text in texts], np.uint32),
+            ended,
+            failed,
+            skips,
+        )
+
+
+class _Pending:
+    """Values of a rank that are not written yet, unit by unit; ``names`` of the units by number."""
+
+    def __init__(self, writer: StoreWriter, names: dict[int, str]) -> None:
+        self.writer, self.names = writer, names
+        self.failed: set[int] = set()
+        self._ended: set[int] = set()
+        self._held: dict[int, list[dict[str, np.ndarray]]] = defaultdict(list)
+        self._bytes = 0
+
+    def add(self, chunk: Chunk, values: dict[str, np.ndarray]) -> None:
+        """Take over a chunk's values, and write a part if there is enough for one."""
+        columns = {"rows": chunk.rows, "checksums": chunk.checksums, **values}
+        for unit in np.unique(chunk.units).tolist():
+            mine = chunk.units == unit
+            self._held[unit].append({name: column[mine] for name, column in columns.items()})
+        self._ended.update(chunk.ended)
+        self.failed.update(chunk.failed)
+        for unit in chunk.failed:
+            self._held.pop(unit, None)
+        self._bytes += sum(value.nbytes for value in values.values())
+        if self._bytes >= PART_BYTES:
+            self.write()
+
+    def write(self) -> None:
+        """A part of the units that have ended; the others' values are kept."""
+        pieces = [piece for unit in sorted(self._ended) for piece in self._held.pop(unit, ())]
+        if not pieces:
+            return
+        columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        _, first = np.unique(columns["rows"], return_index=True)
+        if len(first) < len(columns["rows"]):
+            log.warning("%d samples have the row of another one; it is kept", len(columns["rows"]) - len(first))
+        self.writer.write(
+            [(unit, self.names[unit]) for unit in self._ended],
+            **{name: column[first] for name, column in columns.items()},
+        )
+        self._ended.clear()
+        held = (value.nbytes for pieces in self._held.values() for piece in pieces for value in piece.values())
+        self._bytes = sum(held)

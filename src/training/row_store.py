@@ -1,0 +1,350 @@
+"""Values per sample on disk, made once and read by row: the layout under cached features and synthetic captions.
+
+    DIR/index.json              what is there; written last, so that a reader finds all of it or nothing
+    DIR/table-DIGEST.npy        uint32 [rows, 2]: 1 + position of each row (0: not there), checksum of its caption
+    DIR/parts/N.rows.npy        int64 [n, 2]: the rows of a part in ascending order, and the same checksums
+    DIR/parts/N.VALUES.npy      [n, ...]: their values, in this order
+    DIR/parts/N.json            what the part holds; written last, so that a part is whole or not there
+
+How it scales (DFN: 255M rows, of which 192M exist; 2 vectors of 512 float16 are 2 KiB per row, 390 GB):
+
+- Writers need no lock. A part has one writer, is complete before its name appears, and holds what several training
+  shards gave, some 256 MB: a few thousand files in all, so that a process may map every one.
+- Rows may come in any order and with gaps; neither costs space. What a dense array would do by arithmetic the
+  table does for 8 bytes per row (2 GB for DFN, mapped once per node): position p of all parts laid end to end lies
+  in the part whose range holds p. A lookup is one read of the table and one of the values.
+- The files are ``.npy`` whose header fills a page, so that a row of 2 or 4 KiB lies in one page and one read
+  brings it. They are mapped with ``MADV_RANDOM``: else the kernel reads 128 KiB around every row. The pages of a
+  batch are asked for before the first is touched (``MADV_WILLNEED``), so that a disk has all its reads at once.
+- Nothing is checked per byte at the start: sizes are, and every lookup compares the caption's checksum. Values of
+  another data set, of other rows or of rewritten captions are thus an error and not a bad model.
+  ``python -m training.check_cache DIR`` verifies the checksums of all files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FORMAT = 1
+_PAGE = 4096
+_BLOCK = 2**24  # bytes that are written, or read for a checksum, at a time
+
+
+class MissingRow(ValueError):
+    """A sample without a value in the store, or with the value of another one."""
+
+
+class Part(NamedTuple):
+    """One part as its json has it. ``shards``: [number, name] of each training shard that is in it, all of it."""
+
+    name: str
+    rows: int
+    shards: list[tuple[int, str]]
+    files: dict[str, dict[str, Any]]
+    identity: dict[str, Any]
+
+
+def caption_checksum(text: str) -> int:
+    """CRC-32 of a caption, which tells whether a row is still the sample that it was."""
+    return zlib.crc32(text.encode(errors="surrogatepass"))
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+class StoreWriter:
+    """Writes parts of a store of ``kind`` whose values were made as ``identity`` says (plain values, for json).
+
+    Processes that write at the same time have shards of their own: the lowest shard number names the part.
+    """
+
+    def __init__(self, folder: Path, kind: str, identity: Mapping[str, Any]) -> None:
+        self.folder, self.kind, self.identity = folder, kind, dict(identity)
+
+    def done(self) -> dict[int, str]:
+        """The training shards that are in the store, number -> name.
+
+        ValueError: what is there is of another kind, or was made in another way.
+        """
+        shards: dict[int, str] = {}
+        for part in _parts(self.folder, self.kind):
+            _compare(self.folder, part.identity, self.identity)
+            shards.update(part.shards)
+        return shards
+
+    def write(
+        self, shards: Sequence[tuple[int, str]], rows: np.ndarray, checksums: np.ndarray, **values: np.ndarray
+    ) -> None:
+        """One part, of these ``shards``: ``rows`` int64 [n], their captions' checksums, ``values`` [n, ...]."""
+        folder, name = self.folder / "parts", f"{min(shards)[0]:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        order = np.argsort(rows, kind="stable")
+        arrays = {"rows": np.stack([rows, checksums.astype(np.int64)], 1), **values}
+        files = {key: _write_array(folder / f"{name}.{key}.npy", array[order]) for key, array in arrays.items()}
+        part = {"shards": sorted(shards), "rows": len(rows), "files": files, "identity": self.identity}
+        _write_json(folder / f"{name}.json", {"format": FORMAT, "kind": self.kind, **part})
+
+    def index(self) -> int:
+        """Make what is there readable, the parts of other writers too; how many rows that is.
+
+        ValueError: two parts have the same row.
+        """
+        while True:
+            parts = _parts(self.folder, self.kind)
+            table = self._write_table(parts)
+            listed = [part._asdict() | {"shards": len(part.shards)} for part in parts]
+            for part in listed:
+                del part["identity"]
+            index = {"format": FORMAT, "kind": self.kind, "identity": self.identity, "table": table}
+            _write_json(self.folder / "index.json", index | {"parts": listed})
+            # Another writer may have finished a part, and its index, in between: then this one's was the older.
+            if [part.name for part in _parts(self.folder, self.kind)] == [part.name for part in parts]:
+                break
+        for stale in self.folder.glob("table-*.npy"):
+            if stale.name != table["name"]:
+                stale.unlink(missing_ok=True)
+        return sum(part.rows for part in parts)
+
+    def _write_table(self, parts: list[Part]) -> dict[str, Any]:
+        listed = [_open_array(self.folder / f"parts/{part.name}.rows.npy") for part in parts]
+        height = max((int(rows[-1, 0]) + 1 for rows in listed if len(rows)), default=0)
+        if sum(map(len, listed)) >= 2**32:
+            raise ValueError(f"{self.folder}: more than 2^32 - 1 rows; split the data into several stores")
+        table = np.zeros((height, 2), np.uint32)
+        position = 1
+        for part, rows in zip(parts, listed, strict=True):
+            places = rows[:, 0]
+            taken = table[places, 0] != 0
+            taken[1:] |= places[1:] == places[:-1]
+            if taken.any():
+                raise ValueError(
+                    f"{self.folder}: row {places[taken.argmax()]} comes twice, the second time in "
+                    f"{part.shards[0][1]} or a shard behind it; samples need rows of their own"
+                )
+            table[places, 0] = np.arange(position, position + len(rows))
+            table[places, 1] = rows[:, 1]
+            position += len(rows)
+        names = "\n".join(f"{part.name} {part.files['rows']['blake2b']}" for part in parts)
+        name = f"table-{hashlib.blake2b(names.encode(), digest_size=8).hexdigest()}.npy"
+        return {"name": name, **_write_array(self.folder / name, table)}
+
+
+def _parts(folder: Path, kind: str) -> list[Part]:
+    """The finished parts in ``folder``, by name."""
+    parts = []
+    for file in sorted((folder / "parts").glob("*.json")):
+        held = json.loads(file.read_text())
+        _check_format(folder, held, kind)
+        shards = [tuple(shard) for shard in held["shards"]]
+        parts.append(Part(file.stem, held["rows"], shards, held["files"], held["identity"]))
+    return parts
+
+
+def _compare(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    different = [key for key in wanted if held.get(key) != wanted[key]]
+    if different:
+        was = ", ".join(f"{key} {held.get(key)}" for key in different)
+        now = ", ".join(f"{key} {wanted[key]}" for key in different)
+        raise ValueError(f"{folder} was begun with {was}, and this run has {now}: give another folder for it")
+
+
+def _write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
+    """Write ``array`` as .npy, whole or not at all; its size in bytes, and its checksum."""
+    array = np.ascontiguousarray(array)
+    described = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+    magic = np.lib.format.magic(1, 0)
+    header = repr(described).encode().ljust(_PAGE - len(magic) - 3) + b"\n"
+    data = memoryview(array).cast("B") if array.size else memoryview(b"")
+    blocks = (data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK))
+    digest = hashlib.blake2b(digest_size=16)
+
+    def written() -> Iterable[bytes | memoryview]:
+        for block in (magic + len(header).to_bytes(2, "little") + header, *blocks):
+            digest.update(block)
+            yield block
+
+    _replace(path, written())
+    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, [json.dumps(content, indent=1).encode()])
+
+
+def _replace(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            for block in blocks:
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+class RowStore:
+    """A store that ``StoreWriter.index`` has made readable. Every process maps the files that it needs."""
+
+    def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
+        self.folder, self.identity = folder, index["identity"]
+        self.parts = [part["name"] for part in index["parts"]]
+        self.files = {f"parts/{p['name']}.{key}.npy": f for p in index["parts"] for key, f in p["files"].items()}
+        self.files[index["table"]["name"]] = index["table"]
+        self._table = index["table"]["name"]
+        self._ends = np.cumsum([part["rows"] for part in index["parts"]], dtype=np.int64)
+        self._maps: dict[str, _Mapped] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}  # another process maps for itself
+
+    def __len__(self) -> int:
+        """The rows that are there."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def find(self, rows: np.ndarray, checksums: np.ndarray, say: Callable[[int], str]) -> np.ndarray:
+        """The positions of ``rows`` (int64 [n]) with these captions, for ``gather``.
+
+        MissingRow: the first one that is not there or has another caption; ``say(i)`` names the i-th sample.
+        """
+        table = self._map(self._table)
+        within = (rows >= 0) & (rows < len(table.array))
+        if not within.all():
+            raise MissingRow(f"{say(int(within.argmin()))} is not in {self.folder}")
+        table.expect(rows)
+        entries = table.array[rows]
+        good = entries[:, 0] > 0
+        if not good.all():
+            raise MissingRow(f"{say(int(good.argmin()))} is not in {self.folder}")
+        good = entries[:, 1] == checksums
+        if not good.all():
+            raise MissingRow(
+                f"{say(int(good.argmin()))} has another caption than it had in {self.folder}: that store is of "
+                "other data, or of data whose rows or captions were changed"
+            )
+        return entries[:, 0].astype(np.int64) - 1
+
+    def gather(self, key: str, positions: np.ndarray) -> np.ndarray:
+        """Values ``key`` at ``positions`` (int64 [n]), of one shape in all parts, as one array [n, ...]."""
+        order = np.argsort(positions, kind="stable")
+        places = positions[order]
+        part_of = np.searchsorted(self._ends, places, side="right")
+        cuts = np.flatnonzero(np.diff(part_of)) + 1
+        pieces = []
+        for piece in np.split(np.arange(len(places)), cuts):
+            if len(piece):
+                mapped, start = self._values(key, int(part_of[piece[0]]))
+                mapped.expect(places[piece] - start)
+                pieces.append((mapped.array, order[piece], places[piece] - start))
+        out = np.empty((len(places), *pieces[0][0].shape[1:]), pieces[0][0].dtype)
+        for array, target, source in pieces:
+            out[target] = array[source]
+        return out
+
+    def one(self, key: str, position: int) -> np.ndarray:
+        """Values ``key`` at one position."""
+        mapped, start = self._values(key, int(np.searchsorted(self._ends, position, side="right")))
+        return mapped.array[position - start]
+
+    def shape(self, key: str) -> tuple[np.dtype, tuple[int, ...]]:
+        """Type and shape of one row's values, by the first part."""
+        array = self._values(key, 0)[0].array
+        return array.dtype, array.shape[1:]
+
+    def _values(self, key: str, part: int) -> tuple[_Mapped, int]:
+        start = int(self._ends[part - 1]) if part else 0
+        return self._map(f"parts/{self.parts[part]}.{key}.npy"), start
+
+    def _map(self, name: str) -> _Mapped:
+        if name not in self._maps:
+            self._maps[name] = _Mapped(self.folder / name)
+        return self._maps[name]
+
+
+def open_store(folder: str | Path, kind: str, flag: str) -> RowStore:
+    """The store of ``kind`` in ``folder``. ValueError, with ``flag``: there is none, or a file is not whole."""
+    folder = Path(folder)
+    try:
+        index = json.loads((folder / "index.json").read_text())
+    except FileNotFoundError:
+        begun = (
+            ": caching was begun and not finished, run it again to go on" if (folder / "parts").is_dir() else ""
+        )
+        raise ValueError(f"{flag} {folder}: there is no index.json{begun}") from None
+    except ValueError as error:
+        raise ValueError(f"{flag} {folder}: index.json cannot be read ({error})") from None
+    _check_format(folder, index, kind)
+    store = RowStore(folder, index)
+    if not len(store):
+        raise ValueError(f"{flag} {folder}: the store holds no rows")
+    for name, file in store.files.items():
+        path = folder / name
+        size = path.stat().st_size if path.exists() else None
+        if size != file["bytes"]:
+            state = "is not there" if size is None else f"has {size} bytes instead of {file['bytes']}"
+            raise ValueError(f"{flag} {folder}: {name} {state}; copy the store again, or make it anew")
+    return store
+
+
+def damaged(store: RowStore) -> list[str]:
+    """The files whose contents are not what was written. Reads all of them."""
+    names = []
+    for name, file in store.files.items():
+        digest = hashlib.blake2b(digest_size=16)
+        with (store.folder / name).open("rb") as opened:
+            while block := opened.read(_BLOCK):
+                digest.update(block)
+        if digest.hexdigest() != file["blake2b"]:
+            names.append(name)
+    return names
+
+
+def _check_format(folder: Path, held: Any, kind: str) -> None:
+    if not isinstance(held, dict) or "kind" not in held or held.get("format") != FORMAT:
+        raise ValueError(f"{folder}: not a store of this program, or of another version of it")
+    if held["kind"] != kind:
+        raise ValueError(f"{folder} holds {held['kind']}, not {kind}: give the folder of {kind}")
+
+
+class _Mapped:
+    """A .npy file in memory that is read here and there."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            self._start = file.tell()
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._map.madvise(mmap.MADV_RANDOM)
+        count = int(np.prod(shape))
+        held = np.frombuffer(self._map, dtype, count, self._start) if count else np.empty(0, dtype)
+        self.array = held.reshape(shape)
+        self._row = self.array.nbytes // max(len(self.array), 1)
+
+    def expect(self, rows: np.ndarray) -> None:
+        """Let the kernel fetch the pages of ``rows`` at once; reading them one by one would wait for each."""
+        begin = self._start + rows * self._row
+        first, last = begin // mmap.PAGESIZE, (begin + self._row - 1) // mmap.PAGESIZE
+        pages = np.unique(np.concatenate([first, last]))
+        cuts = np.flatnonzero(np.diff(pages) > 1) + 1
+        for run in np.split(pages, cuts):
+            if len(run):
+                self._map.madvise(mmap.MADV_WILLNEED, int(run[0]) * mmap.PAGESIZE, len(run) * mmap.PAGESIZE)
+
+
+def _open_array(path: Path) -> np.ndarray:
+    return _Mapped(path).array

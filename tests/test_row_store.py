@@ -1,0 +1,142 @@
+"""Values per sample on disk: what is written is found by row, and nothing else is."""
+
+import json
+
+import numpy as np
+import pytest
+
+from training.check_cache import main as check_cache
+from training.row_store import MissingRow, StoreWriter, caption_checksum, open_store
+
+MADE = {"model": "m", "weights": "w"}
+
+
+def checksums(rows: np.ndarray) -> np.ndarray:
+    return np.array([caption_checksum(f"caption {row}") for row in rows.tolist()], np.uint32)
+
+
+def values(rows: np.ndarray) -> np.ndarray:
+    """What row r has: r, -r and 2 r."""
+    return np.stack([rows, -rows, 2 * rows], 1).astype(np.float32)
+
+
+def write(folder, parts: dict[int, list[int]]) -> StoreWriter:
+    """A store with a part per shard number, with these rows."""
+    writer = StoreWriter(folder, "things", MADE)
+    for number, held in parts.items():
+        rows = np.array(held)
+        writer.write([(number, f"{number}.tar")], rows, checksums(rows), things=values(rows))
+    writer.index()
+    return writer
+
+
+def read(store, rows: list[int]) -> np.ndarray:
+    rows = np.array(rows)
+    return store.gather("things", store.find(rows, checksums(rows), lambda i: f"sample {rows[i]}"))
+
+
+def test_rows_come_back_in_any_order_from_any_part(tmp_path):
+    """Parts with gaps, out of order, and overlapping ranges; a batch with repeated rows."""
+    write(tmp_path, {0: [7, 3, 1000], 1: [5, 2, 999_999], 2: [4]})
+    store = open_store(tmp_path, "things", "--flag")
+    assert len(store) == 7
+    rng = np.random.default_rng(0)
+    there = np.array([7, 3, 1000, 5, 2, 999_999, 4])
+    for size in (1, 3, 50):
+        rows = rng.choice(there, size)
+        assert np.array_equal(read(store, rows.tolist()), values(rows))
+    assert store.one("things", int(store.find(np.array([5]), checksums(np.array([5])), str)[0])).tolist() == [
+        5,
+        -5,
+        10,
+    ]
+
+
+@pytest.mark.parametrize("row", [-1, 0, 6, 1001, 10**9])
+def test_a_row_that_is_not_there_is_named(tmp_path, row):
+    write(tmp_path, {0: [3, 1000], 1: [5]})
+    with pytest.raises(MissingRow, match=f"^sample {row} is not in "):
+        read(open_store(tmp_path, "things", "--flag"), [3, row, 5])
+
+
+def test_a_row_with_another_caption_is_refused(tmp_path):
+    write(tmp_path, {0: [3, 5]})
+    wrong = checksums(np.array([3, 4]))
+    with pytest.raises(MissingRow, match=r"^sample 1 has another caption than it had in "):
+        open_store(tmp_path, "things", "--flag").find(np.array([3, 5]), wrong, lambda i: f"sample {i}")
+
+
+def test_a_row_in_two_parts_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"row 5 comes twice, the second time in 4\.tar"):
+        write(tmp_path, {0: [3, 5], 4: [5, 6]})
+
+
+def test_writers_that_finish_one_after_the_other_are_all_indexed(tmp_path):
+    write(tmp_path, {0: [1]})
+    before = open_store(tmp_path, "things", "--flag")
+    write(tmp_path, {3: [2]})
+    store = open_store(tmp_path, "things", "--flag")
+    assert (len(before), len(store)) == (1, 2)
+    assert StoreWriter(tmp_path, "things", MADE).done() == {0: "0.tar", 3: "3.tar"}
+    assert len(list(tmp_path.glob("table-*"))) == 1
+
+
+def test_a_part_appears_whole_or_not_at_all(tmp_path):
+    """Its json comes last: without it the shards count as missing and their rows are not read."""
+    write(tmp_path, {0: [1], 1: [2]})
+    (tmp_path / "parts/00000001.json").unlink()
+    writer = StoreWriter(tmp_path, "things", MADE)
+    assert writer.done() == {0: "0.tar"}
+    assert writer.index() == 1
+
+
+def test_another_identity_or_kind_does_not_mix(tmp_path):
+    write(tmp_path, {0: [1]})
+    with pytest.raises(ValueError, match="was begun with weights w, and this run has weights v"):
+        StoreWriter(tmp_path, "things", MADE | {"weights": "v"}).done()
+    with pytest.raises(ValueError, match="holds things, not others"):
+        open_store(tmp_path, "others", "--flag")
+
+
+def test_a_file_that_is_cut_or_gone_is_named(tmp_path):
+    write(tmp_path, {0: [1, 2]})
+    file = tmp_path / "parts/00000000.things.npy"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=rf"things.npy has {len(whole) - 1} bytes instead of {len(whole)}"):
+        open_store(tmp_path, "things", "--flag")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"things\.npy is not there"):
+        open_store(tmp_path, "things", "--flag")
+
+
+def test_check_cache_finds_a_changed_byte(tmp_path, capsys):
+    write(tmp_path, {0: [1, 2]})
+    assert check_cache([str(tmp_path)]) == 0
+    file = tmp_path / "parts/00000000.things.npy"
+    changed = bytearray(file.read_bytes())
+    changed[-1] ^= 1
+    file.write_bytes(changed)
+    capsys.readouterr()
+    assert check_cache([str(tmp_path)]) == 1
+    assert "parts/00000000.things.npy" in capsys.readouterr().out
+
+
+def test_what_is_no_store_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"--flag .*there is no index\.json$"):
+        open_store(tmp_path, "things", "--flag")
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(ValueError, match="begun and not finished"):
+        open_store(tmp_path, "things", "--flag")
+    (tmp_path / "index.json").write_text(json.dumps({"format": 99, "kind": "things"}))
+    with pytest.raises(ValueError, match="another version"):
+        open_store(tmp_path, "things", "--flag")
+
+
+def test_files_are_plain_npy_whose_rows_do_not_straddle_pages(tmp_path):
+    rows = np.arange(4)
+    writer = StoreWriter(tmp_path, "things", MADE)
+    writer.write([(0, "0.tar")], rows, checksums(rows), things=np.ones((4, 2, 512), np.float16))
+    file = tmp_path / "parts/00000000.things.npy"
+    assert np.load(file).shape == (4, 2, 512)
+    assert file.stat().st_size == 4096 + 4 * 2048
