@@ -262,3 +262,11 @@ def test_photographs_are_the_same_every_time(tmp_path):
     assert json.loads(members["000000008.json"])["key"] == "000000008"
     assert Image.open(io.BytesIO(members["000000008.jpg"])).size == (photographs.WIDTH, photographs.HEIGHT)
     assert not members["000000007.txt"].isascii() or b"&" in members["000000007.txt"]
+
+
+def test_features():
+    result, text = run("features.py", "--rows", 3000, "--dim", 8, "--batch", 64, "--repeats", 2)
+    assert result["rows"] == 3000
+    assert result["bytes"] > 3000 * (2 * 8 * 2 + 16 + 8)
+    assert all(result[f"{key}_ms"] > 0 for key in ("warm", "cold", "one_by_one"))
+    assert "Lookup of 64 random rows of 3,000, float16 [2, 8]" in text
