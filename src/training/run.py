@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +57,9 @@ def launch(config: Config) -> None:
     config = config.on_ranks(world.world_size)
     remarks = preflight.check(config, world)
     folder = choose_folder(config, world)
+    if config.cache.writes:
+        write_cache(config, world, folder, remarks)
+        return
     start = Start(config, world, folder, open_sets(config), checkpoint_to_resume(config, folder))
     with open_run(config, world, folder) as log:
         with remote_sync(config.run, folder.path):
@@ -66,23 +68,21 @@ def launch(config: Config) -> None:
             for remark in (*config.notes, *remarks):
                 log.info(remark)
             _set_numerics(config, world, log)
-            ended = _action(config)(start, log)
+            ended = (train if config.trains else evaluate)(start, log)
             if ended.complete:
                 log.done()
         if ended.requeue:
             distributed.on_main(requeue)
 
 
-def _action(config: Config) -> Callable[[Start, RunLog], Ended]:
-    if config.cache.writes:
-        return write_cache
-    return train if config.trains else evaluate
-
-
-def write_cache(start: Start, log: RunLog) -> Ended:
+def write_cache(config: Config, world: World, folder: RunFolder, remarks: list[str]) -> None:
     """Go through the training data once and keep what the flags ask for."""
-    cache_run.write(start.config, start.world, log)
-    return Ended(complete=True)
+    with open_run(config, world, folder) as log:
+        for remark in (*config.notes, *remarks):
+            log.info(remark)
+        _set_numerics(config, world, log)
+        cache_run.write(config, world, log)
+        log.done()
 
 
 def evaluate(start: Start, log: RunLog) -> Ended:
