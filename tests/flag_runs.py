@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -145,6 +146,20 @@ def requeues(lab: Lab, words: list[str]) -> int:
     ):
         assert Lab.run(replace(lab, runs={}), words).code == 0
     return requeue.call_count
+
+
+def ends_for_a_hang(lab: Lab, words: list[str]) -> list[int]:
+    """The exit codes with which a run would be ended, one of whose steps takes long."""
+    codes: list[int] = []
+    after_step = Safekeeping.after_step
+
+    def slow(self: Safekeeping) -> bool:
+        time.sleep(0.5 if self._trainer.step == 2 else 0)
+        return after_step(self)
+
+    with mock.patch.object(Safekeeping, "after_step", slow), mock.patch("training.failures.end", codes.append):
+        assert Lab.run(replace(lab, runs={}), words).code == 0
+    return codes
 
 
 def waits(lab: Lab, words: list[str]) -> list[float]:

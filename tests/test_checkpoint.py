@@ -61,6 +61,7 @@ RUN = RunConfig(
     delete_previous_checkpoint=False,
     resume=None,
     requeue_on_preempt=False,
+    step_timeout=0.0,
     remote_sync=None,
     remote_sync_frequency=300,
     remote_sync_protocol="fsspec",

@@ -208,6 +208,7 @@ EFFECTS: dict[str, Effect] = {
     "delete_previous_checkpoint": Effect(SWITCH, observe_run(runs.files)),
     "resume": Effect((None, "@checkpoint"), observe_run(lambda run: len(run.forwards))),
     "requeue_on_preempt": Effect(SWITCH, runs.requeues),
+    "step_timeout": Effect(("0.1", "0"), runs.ends_for_a_hang),
     "u_format": Effect(("log", "linear"), runs.published_rows, "--resume @checkpoint"),
     "copy_codebase": Effect(SWITCH, observe_opened(lambda files, level, wandb: files)),
     "debug": Effect(SWITCH, observe_opened(lambda files, level, wandb: level)),

@@ -30,6 +30,7 @@ NEW = {
     "--save_every_minutes",
     "--save_every_n_steps",
     "--save_published_state",
+    "--step_timeout",
     "--tau_gradient",
     "--u_format",
 }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -184,33 +185,59 @@ def test_a_loader_that_is_told_twice_ends():
 # --- going on --------------------------------------------------------------------------------------------------
 
 
-def scontrol(folder: Path, monkeypatch, body: str) -> Path:
-    program = folder / "scontrol"
-    program.write_text(f'#!/bin/sh\necho "$@" >>{folder}/called\n{body}\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    return folder / "called"
+class Slurm:
+    """Stand-ins for Slurm's commands. ``called``: what they were called with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.put("squeue", "echo RUNNING")
+        self.put("scontrol", "exit 0")
+
+    def put(self, name: str, body: str) -> None:
+        (self.folder / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{self.folder}/called\n{body}\n')
+        (self.folder / name).chmod(0o755)
+
+    @property
+    def called(self) -> list[str]:
+        file = self.folder / "called"
+        return file.read_text().splitlines() if file.exists() else []
 
 
-def test_a_job_is_queued_again(tmp_path, monkeypatch, caplog):
-    called = scontrol(tmp_path, monkeypatch, "exit 0")
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Iterator[Slurm]:
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    yield Slurm(tmp_path)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_job_is_queued_again_and_its_end_is_awaited(slurm, caplog):
     with caplog.at_level("INFO"):
         assert requeue({"SLURM_JOB_ID": "71"})
-    assert called.read_text() == "requeue 71\n"
+    assert slurm.called[-1] == "scontrol requeue 71"
     assert "job 71" in caplog.text
+    os.kill(os.getpid(), signal.SIGTERM)  # Slurm's, while this process is about to end
 
 
-@pytest.mark.parametrize("body", ["echo slurm_requeue error: Job may only be requeued once >&2; exit 1", None])
-def test_a_job_that_cannot_be_queued_again_says_why(tmp_path, monkeypatch, caplog, body):
-    if body is None:
-        monkeypatch.setenv("PATH", str(tmp_path))
-    else:
-        scontrol(tmp_path, monkeypatch, body)
+def test_a_job_that_its_user_has_cancelled_stays_cancelled(slurm, caplog):
+    slurm.put("squeue", "echo COMPLETING")
+    with caplog.at_level("INFO"):
+        assert not requeue({"SLURM_JOB_ID": "71"})
+    assert not any("requeue" in call for call in slurm.called)
+    assert "COMPLETING" in caplog.text
+
+
+@pytest.mark.parametrize("why", ["Job may only be requeued once", "No such file"])
+def test_a_job_that_cannot_be_queued_again_says_why(slurm, monkeypatch, caplog, why):
+    slurm.put("scontrol", f"echo slurm_requeue error: {why} >&2; exit 1")
+    if why == "No such file":
+        monkeypatch.setenv("PATH", str(slurm.folder / "empty"))
     assert not requeue({"SLURM_JOB_ID": "71"})
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "scontrol requeue 71 failed" in record.getMessage() and "--resume latest" in record.getMessage()
-    assert ("may only be requeued once" if body else "scontrol") in record.getMessage()
+    assert "job 71" in record.getMessage() and "--resume latest" in record.getMessage()
+    assert why in record.getMessage()
 
 
 def test_outside_slurm_nothing_is_queued(caplog):

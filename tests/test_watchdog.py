@@ -35,7 +35,8 @@ def enter(rank: int, size: int, port: int, folder: str, body, argument) -> None:
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank)
     )
     torch.set_num_threads(1)
-    failures.PATIENCE, failures._A_MOMENT, watchdog._GRACE = 1.5, 0.5, 1.0
+    failures.PATIENCE, failures._A_MOMENT = 1.5, 0.5
+    watchdog._POLL, watchdog._GRACE = 0.1, 1.0
     world = distributed.start(CONFIG)
     Path(folder, f"pid-{rank}").write_text(str(os.getpid()))
     code = 1
@@ -101,7 +102,7 @@ def holds_the_interpreter() -> None:
 
 def step_by_step(world: World, hang) -> None:
     """The last rank hangs in step 3, the others wait for it."""
-    with Watchdog(world, TIMEOUT, poll=0.1) as dog:
+    with Watchdog(world, TIMEOUT) as dog:
         for step in range(5):
             dog.beat(step)
             if step == 3 and world.rank == world.world_size - 1:
@@ -127,7 +128,7 @@ def test_a_rank_whose_threads_do_not_run_is_named(tmp_path):
 
 
 def steps_until_stopped(world: World, folder: str) -> None:
-    with Watchdog(world, TIMEOUT, poll=0.1) as dog:
+    with Watchdog(world, TIMEOUT) as dog:
         for step in range(10**6):
             dog.beat(step)
             distributed.all_reduce_sum(torch.ones(1))
@@ -166,7 +167,7 @@ class Boom(RuntimeError):
 
 def one_raises(world: World, how: str) -> None:
     """Rank 1 of 3 raises; 0 is in a collective then, 2 in something that nothing but its watchdog ends."""
-    with Watchdog(world, 0, poll=0.1) as dog:
+    with Watchdog(world, 0) as dog:
         dog.beat(0)
         distributed.barrier()
         if world.rank == 1 or how == "all":
@@ -216,7 +217,7 @@ def ended(monkeypatch) -> list[int]:
 
 def watch(seconds: dict[str, float], timeout: float = 0.2) -> None:
     """The first step, a step, a pause and another step, that take ``seconds``."""
-    with Watchdog(ALONE, timeout, poll=0.02) as dog:
+    with Watchdog(ALONE, timeout) as dog:
         time.sleep(seconds.get("start", 0))
         for step in ("first", "second"):
             dog.beat(0)

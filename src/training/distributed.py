@@ -16,6 +16,7 @@ objects never touch a CUDA stream.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -39,6 +40,10 @@ Group = dist.ProcessGroup | None  # None: the group of all ranks, or a single pr
 _CPU = torch.device("cpu")
 _TIMEOUT = timedelta(minutes=30)  # a rank may have to wait for another's download or evaluation
 _PATIENCE = timedelta(seconds=5)
+# The newer name of DDP's setting, where torch has it: the older one warns there.
+_SYNC_BUFFERS = "forward_sync_buffers"
+if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    _SYNC_BUFFERS = "broadcast_buffers"
 _url = "env://"  # where the ranks have met
 
 
@@ -254,14 +259,14 @@ def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -
         model = convert_sync_batchnorm(model)  # unlike torch's it keeps the activation of timm's BatchNormAct
     if not any(p.requires_grad for p in model.parameters()):
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[world.device] if on_cuda else None,
-        gradient_as_bucket_view=True,
-        static_graph=static_graph,
+    settings = {
+        "device_ids": [world.device] if on_cuda else None,
+        "gradient_as_bucket_view": True,
+        "static_graph": static_graph,
         # Only running statistics differ between ranks; open_clip's attention masks need no broadcast per forward.
-        broadcast_buffers=any(isinstance(module, _BatchNorm) for module in model.modules()),
-    )
+        _SYNC_BUFFERS: any(isinstance(module, _BatchNorm) for module in model.modules()),
+    }
+    return DistributedDataParallel(model, **settings)
 
 
 def check_sync_bn(world: World) -> None:

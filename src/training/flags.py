@@ -260,6 +260,9 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "how a published checkpoint stores u, where the file does not show it",
             choices=("log", "linear"),
         ),
+        Flag(
+            "--step_timeout", "float", 900.0, "seconds without a step after which a run counts as hung; 0: never"
+        ),
         Flag("--requeue_on_preempt", "switch", False, "under Slurm, queue the job again when a signal stops it"),
         Flag("--remote-sync", "str", None, "copy the run's folder to this place"),
         Flag("--remote-sync-frequency", "int", 300, "seconds between copies"),

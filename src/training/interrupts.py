@@ -135,25 +135,41 @@ class Agreement:
 def requeue(env: Mapping[str, str] = os.environ) -> bool:
     """Ask Slurm to queue this job again; whether it will. Where it cannot, the log says why, and what to do.
 
-    Rank 0 calls it when all else is done on all ranks, since Slurm then ends the job.
+    All ranks call it together when all else is done, since Slurm then ends the job: from here on they leave its
+    signals alone. A job that Slurm is ending already, as its user has cancelled it, stays ended.
     """
     job = env.get("SLURM_JOB_ID")
     if job is None:
         log.info("--requeue_on_preempt: this is no Slurm job, so nothing queues it again")
         return False
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+    return distributed.on_main(lambda: _requeue(job))
+
+
+def _requeue(job: str) -> bool:
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-        reason = done.stderr.strip() or f"exit code {done.returncode}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        done, reason = None, str(error)
-    if done is None or done.returncode:
+        state = _ask("squeue", "--noheader", "--jobs", job, "--format", "%T").strip()
+        if state != "RUNNING":
+            log.info(
+                f"--requeue_on_preempt: Slurm is ending job {job} by itself ({state}): it is not queued again"
+            )
+            return False
+        _ask("scontrol", "requeue", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
         log.warning(
-            f"--requeue_on_preempt: scontrol requeue {job} failed ({reason}); submit the job again with "
-            "--resume latest, and see that it was submitted with --requeue"
+            f"--requeue_on_preempt: job {job} cannot be queued again ({reason}); submit it with --resume latest, "
+            "and give sbatch --requeue so that it can be the next time"
         )
         return False
     log.info(f"Slurm has job {job} in its queue again; it goes on by itself")
     return True
+
+
+def _ask(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def how_to_continue(signal_name: str, step: int, name: str, checkpoint: str | os.PathLike | None) -> str:

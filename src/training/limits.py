@@ -27,7 +27,7 @@ INTERVALS: dict[str, str] = {
     ),
     **dict.fromkeys(["fastclip_eps", "temperature", "loss_weight", "distill_logit_scale"], _POSITIVE),
     **dict.fromkeys(["lr", "wd", "warmup", "lr_min", "lr_cooldown_end", "epochs", "workers", "seed"], _AT_LEAST_0),
-    **dict.fromkeys(["save_frequency", "val_frequency", "zeroshot_frequency"], _AT_LEAST_0),
+    **dict.fromkeys(["save_frequency", "val_frequency", "zeroshot_frequency", "step_timeout"], _AT_LEAST_0),
     **dict.fromkeys(["lock_image_unlocked_groups", "lock_text_unlocked_layers"], _AT_LEAST_0),
     **dict.fromkeys(["coca_caption_loss_weight", "coca_contrastive_loss_weight"], _AT_LEAST_0),
     **dict.fromkeys(["gamma_decay_epochs", "rho", "distill_weight", "distill_ref_logit_scale"], _AT_LEAST_0),

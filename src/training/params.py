@@ -229,6 +229,7 @@ class RunConfig:
     delete_previous_checkpoint: bool
     resume: str | None
     requeue_on_preempt: bool
+    step_timeout: float
     remote_sync: str | None
     remote_sync_frequency: int
     remote_sync_protocol: str

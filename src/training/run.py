@@ -27,6 +27,7 @@ from training.saver import Saver
 from training.step import Stepper
 from training.task import Task
 from training.train import Trainer
+from training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,12 @@ def launch(config: Config) -> None:
             for remark in (*config.notes, *remarks):
                 log.info(remark)
             _set_numerics(config, world, log)
-            ended = (train if config.trains else evaluate)(start, log)
+            with Watchdog(world, config.run.step_timeout) as watchdog:
+                ended = train(start, log, watchdog) if config.trains else evaluate(start, log)
             if ended.complete:
                 log.done()
         if ended.requeue:
-            distributed.on_main(requeue)
+            requeue()
 
 
 def write_cache(config: Config, world: World, folder: RunFolder, remarks: list[str]) -> None:
@@ -96,7 +98,7 @@ def evaluate(start: Start, log: RunLog) -> Ended:
     return Ended()
 
 
-def train(start: Start, log: RunLog) -> Ended:
+def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
     """Train epoch by epoch, from the beginning or from a checkpoint."""
     config, world, folder = start.config, start.world, start.folder
     target = models.build_target(config, world)
@@ -127,8 +129,9 @@ def train(start: Start, log: RunLog) -> Ended:
         keeping = Safekeeping(config.run, trainer, state, saver, interrupts, agreement)
         if start.checkpoint is not None and _evaluation_is_missing(start, state):
             evaluation(state.model, state.epoch, final=trainer.finished)
-        _train_epochs(log, trainer, state, keeping, evaluation)
-        requeue_wanted = keeping.stopped and keeping.leave(log, folder.checkpoints)
+        _train_epochs(log, trainer, state, keeping, evaluation, watchdog)
+        with watchdog.paused():
+            requeue_wanted = keeping.stopped and keeping.leave(log, folder.checkpoints)
     return Ended(complete=not keeping.stopped, requeue=requeue_wanted)
 
 
@@ -230,15 +233,26 @@ def _evaluation_is_missing(start: Start, state: RunState) -> bool:
 
 
 def _train_epochs(
-    log: RunLog, trainer: Trainer, state: RunState, keeping: Safekeeping, evaluation: Evaluation
+    log: RunLog,
+    trainer: Trainer,
+    state: RunState,
+    keeping: Safekeeping,
+    evaluation: Evaluation,
+    watchdog: Watchdog,
 ) -> None:
+    def after_step() -> bool:
+        watchdog.beat(trainer.step)
+        return keeping.after_step()
+
+    watchdog.beat(trainer.step)
     while not trainer.finished and not keeping.stopped:
-        trainer.train_epoch(keeping.after_step)
+        trainer.train_epoch(after_step)
         if keeping.stopped:
             return
-        keeping.after_epoch()
-        _report_skips(log, train_data=trainer.data, epoch=state.epoch)
-        evaluation(state.model, state.epoch, final=trainer.finished)
+        with watchdog.paused():
+            keeping.after_epoch()
+            _report_skips(log, train_data=trainer.data, epoch=state.epoch)
+            evaluation(state.model, state.epoch, final=trainer.finished)
     log.info(f"trained {trainer.step} steps")
 
 

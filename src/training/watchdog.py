@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 HUNG = 124  # exit code, as timeout(1) has it
 FIRST = 4.0
-_POLL = 2.0
+_POLL = 2.0  # seconds between looks
 _GRACE = 3.0  # seconds for the main thread of a bystander to end by itself
 
 _SRC = Path(__file__).resolve().parents[1]
@@ -61,11 +61,11 @@ class Watchdog:
     """Watches the thread that makes it. ``timeout`` in seconds, 0: hangs are not noticed, failures are.
 
     All ranks enter the context, and leave it together. ``first``: limit of a launch's first step, in timeouts.
-    ``poll``: seconds between looks.
     """
 
-    def __init__(self, world: World, timeout: float, *, first: float = FIRST, poll: float = _POLL) -> None:
-        self._world, self._timeout, self._first, self._poll = world, timeout, first, poll
+    def __init__(self, world: World, timeout: float, *, first: float = FIRST) -> None:
+        self._world, self._timeout, self._first = world, timeout, first
+        self._poll = min(_POLL, timeout / 4) if timeout else _POLL
         self._main = threading.get_ident()
         self._step = -1
         self._beats = self._pauses = self._resumed = 0
