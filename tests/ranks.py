@@ -25,27 +25,28 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _serve(rank: int, size: int, port: int, pipe) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank)
-    )
+def _serve(rank: int, size: int, port: int | None, pipe) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    if port is not None:
+        os.environ["MASTER_PORT"] = str(port)
+        dist.init_process_group("gloo", rank=rank, world_size=size)
     while (call := pipe.recv()) is not None:
         function, args, kwargs = call
         try:
             pipe.send((True, function(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
+    if port is not None:
+        dist.destroy_process_group()
 
 
 class Ranks:
-    """A pool of ``size`` processes in one gloo group."""
+    """A pool of ``size`` processes in one gloo group; not ``joined``: with a launcher's variables alone."""
 
-    def __init__(self, size: int, timeout: float = 120.0) -> None:
+    def __init__(self, size: int, joined: bool = True, timeout: float = 120.0) -> None:
         self.size, self.timeout = size, timeout
-        context, port = mp.get_context("forkserver"), free_port()
+        context, port = mp.get_context("forkserver"), free_port() if joined else None
         context.set_forkserver_preload(["drrho_clip.losses"])  # imported once, not by every rank
         self.pipes, self.processes = [], []
         for rank in range(size):
@@ -80,8 +81,24 @@ class Ranks:
 
 
 @cache
-def ranks(size: int) -> Ranks:
+def ranks(size: int, joined: bool = True) -> Ranks:
     """The pool of ``size`` ranks, started at its first use and kept until the tests end."""
-    pool = Ranks(size)
+    pool = Ranks(size, joined)
     atexit.register(pool.close)
     return pool
+
+
+def run_program(size: int, words: list[str], before=None) -> list[tuple[int, object]]:
+    """The program with ``words`` on ``size`` ranks that meet anew: the ranks' exit codes.
+
+    ``before()`` is called on each rank before, e.g. to record what happens; its answer comes with the code.
+    """
+    return ranks(size, joined=False).run(_run_program, words, free_port(), before)
+
+
+def _run_program(words: list[str], port: int, before) -> tuple[int, object]:
+    from training import main
+
+    os.environ["MASTER_PORT"] = str(port)
+    seen = before() if before else None
+    return main.main(words), seen

@@ -69,10 +69,10 @@ class Trainer:
         window = _Window(first=True)
         with self.log.progress(stop - self.step, f"epoch {epoch}", unit="step", every=math.inf) as progress:
             for batch in islice(self.data.epoch(epoch, begun), stop - self.step):
+                window.loaded()
                 if not self.settled:
                     self.stepper.settle(batch, self.step)
                     self.settled = True
-                window.loaded()
                 self.rates.set(self.step, (-task.bare.logit_scale.detach()).exp())
                 task.loss.set_temperature_rate(self.rates.lr_tau)
                 values = self.stepper(batch, self.step)
@@ -96,7 +96,7 @@ class Trainer:
         losses = read(self.meters)  # waits for the device, so the window's times are complete
         seconds = window.seconds()
         scale = losses.pop("logit_scale")[0]
-        if news := self.stepper.skipped.news():
+        if (news := self.stepper.skipped.news()) and self.world.is_main:
             self.log.warning(news)
         if self.world.is_main:
             self.data_wait.update(window.data_seconds(), seconds, first=window.first)
