@@ -13,6 +13,7 @@ reference_weights=${REFERENCE_WEIGHTS:-openai} # a tag of open_clip, or a file
 epochs=${EPOCHS:-10}
 logs=${LOGS:-./logs}
 name=${NAME:-drrho_clip}
+restarts=${RESTARTS:-0} # how often torchrun starts all ranks again, from the last checkpoint, where one died
 ranks=${RANKS:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c GPU || true)}
 
 if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
@@ -22,7 +23,7 @@ export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 gamma=$(awk -v epochs="$epochs" 'BEGIN { g = 4.177 * epochs ^ -0.7265; printf "%.4f", g < 1 ? g : 1 }')
 
 # The lone -- keeps torchrun's own parser away from --logs.
-torchrun --standalone --nproc_per_node="$((ranks > 0 ? ranks : 1))" -m training.main -- \
+torchrun --standalone --nproc_per_node="$((ranks > 0 ? ranks : 1))" --max-restarts="$restarts" -m training.main -- \
     --train-data "$train_data" \
     --train-num-samples "$samples" --data_size "$data_size" \
     --warmup 500 \

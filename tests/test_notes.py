@@ -21,6 +21,10 @@ from commands import DATA, FASTCLIP, config
             f"{FASTCLIP} --gamma 1 --sample_state_device cpu",
             "--sample_state_device: no effect with a loss that keeps nothing per sample",
         ),
+        (
+            f"{DATA} --requeue_on_preempt",
+            "--requeue_on_preempt: no effect outside of Slurm, which has the queue",
+        ),
         (f"{DATA} --eps 1e-8 --optimizer lion", "--eps: no effect with this optimizer"),
         (f"{DATA} --lock-text-unlocked-layers 1", "--lock-text-unlocked-layers: no effect without --lock-text"),
         (

@@ -247,10 +247,16 @@ def test_laion400m_goes_on_where_its_last_part_ended(launchers: Launchers) -> No
 
 
 def test_single_node_starts_a_rank_per_gpu(launchers: Launchers) -> None:
-    own = {"TRAIN_DATA": "shards/{0..9}.tar", "SAMPLES": "1000", "DATA_SIZE": "1200", "EPOCHS": "20"}
+    own = {
+        "TRAIN_DATA": "shards/{0..9}.tar",
+        "SAMPLES": "1000",
+        "DATA_SIZE": "1200",
+        "EPOCHS": "20",
+        "RESTARTS": "3",
+    }
     argv, _ = launchers.call("scripts/single_node.sh", "--seed", "7", **own)
     start = argv.index("training.main")
-    assert argv[:start] == ["--standalone", "--nproc_per_node=2", "-m"]
+    assert argv[:start] == ["--standalone", "--nproc_per_node=2", "--max-restarts=3", "-m"]
     config = params.parse(argv[start + 1 :])
     assert (config.data.train_data, config.data.data_size, config.run.seed) == ("shards/{0..9}.tar", 1200, 7)
     assert (config.loss.name, config.reference.usage) == ("fastclip", {"ref"})

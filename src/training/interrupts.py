@@ -28,7 +28,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from training import distributed
+from training import distributed, launcher
 
 log = logging.getLogger(__name__)
 
@@ -136,11 +136,11 @@ def requeue(env: Mapping[str, str] = os.environ) -> bool:
     """Ask Slurm to queue this job again; whether it will. Where it cannot, the log says why, and what to do.
 
     All ranks call it together when all else is done, since Slurm then ends the job: from here on they leave its
-    signals alone. A job that Slurm is ending already, as its user has cancelled it, stays ended.
+    signals alone. A job that Slurm is ending already, as its user has cancelled it, stays ended. Outside of Slurm
+    nothing is asked; ``notes.py`` has said so.
     """
-    job = env.get("SLURM_JOB_ID")
+    job = launcher.slurm_job(env)
     if job is None:
-        log.info("--requeue_on_preempt: this is no Slurm job, so nothing queues it again")
         return False
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGUSR1):

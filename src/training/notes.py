@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from training import launcher
 from training.command_line import Given
 from training.flags import ALL
 from training.rules import Objective, keeps_rows
@@ -36,6 +37,7 @@ _DISTILL = tuple(
 )
 
 IDLE = (
+    Idle(("requeue_on_preempt",), lambda _: launcher.slurm_job() is None, "outside of Slurm, which has the queue"),
     Idle(
         (
             *("gamma", "gamma_schedule", "gamma_decay_epochs", "fastclip_eps", "rho"),
