@@ -120,6 +120,18 @@ def test_replicated_table_reads_what_was_written():
     )
 
 
+def test_checkpoint(tmp_path):
+    model = tiny_models.path("tiny-vit", tmp_path)
+    result, text = run(
+        *("checkpoint.py", "--model", model, "--data-size", 1000, "--repeats", 1, "--folder", tmp_path)
+    )
+    assert result["stall_ratio"] == pytest.approx(result["stall_seconds"] / result["synchronous_seconds"])
+    assert result["written_seconds"] > result["stall_seconds"] > 0
+    assert result["bytes"] > 3 * 4 * result["parameters"] + 2 * 4 * 1000
+    assert min(result["check_seconds"], result["resume_seconds"], result["step_ratio"]) > 0
+    assert "training waits for a save" in text
+
+
 def test_train_step(tmp_path):
     model, reference = (tiny_models.path(name, tmp_path) for name in ("tiny-vit", "tiny-vit-reference"))
     sizes = ["--batch-size", 6, "--steps", 1, "--repeats", 1, "--data-size", 100]

@@ -9,10 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from test_checkpoint import RUN, Run, assert_same, save
+import tiny_models
+from test_checkpoint import RUN, Run, assert_same, flip, save
+from training import published
 from training.checkpoint import find_latest
-from training.remote_sync import RemoteSync, remote_sync
+from training.main import main
+from training.remote_sync import RemoteSync, fetch, fetch_newest, remote_sync
 
 
 @pytest.fixture
@@ -145,3 +149,57 @@ def test_targets_that_cannot_work_are_refused_at_the_start(folder, tmp_path, mon
 def test_without_the_flag_nothing_happens(folder):
     with remote_sync(RUN, folder):
         pass
+
+
+@pytest.fixture
+def copied(folder, tmp_path) -> tuple[Run, Path]:
+    """A run that has copied two checkpoints and then lost its machine, and where they are."""
+    run = Run(0)
+    copy = RemoteSync(folder, f"file://{tmp_path}/remote/run")
+    for epoch in (1, 2):
+        save([folder / "checkpoints" / f"epoch_{epoch}.pt"], run.epochs(1).state)
+        copy()
+    shutil.rmtree(folder)
+    return run, tmp_path / "remote" / "run" / "checkpoints"
+
+
+def test_a_run_goes_on_elsewhere_from_what_was_copied(copied, folder, tmp_path):
+    run, _ = copied
+    path = fetch_newest(config(tmp_path / "remote"), folder)
+    assert path == folder / "checkpoints" / "epoch_2.pt"
+    assert_same(Run(1).resumed(path).everything(), run.everything())
+    assert not list(path.parent.glob(".*"))
+    assert fetch_newest(config(tmp_path / "nothing"), folder) is None
+
+
+def test_a_damaged_copy_is_skipped_for_the_one_before(copied, folder, tmp_path, caplog):
+    _, remote = copied
+    flip(next((remote / "epoch_2.state").glob("*.distcp")), 100)
+    assert fetch_newest(config(tmp_path / "remote"), folder).name == "epoch_1.pt"
+    assert "skipped" in caplog.text and "checksum" in caplog.text
+    assert find_latest(folder / "checkpoints").name == "epoch_1.pt"
+    with pytest.raises(ValueError, match=r"--resume file://.*epoch_2\.pt: .*checksum"):
+        fetch(f"file://{remote}/epoch_2.pt", folder / "checkpoints")
+
+
+def test_a_particular_one_is_fetched_by_its_address(copied, folder):
+    _, remote = copied
+    path = fetch(f"file://{remote}/epoch_1.pt", folder / "checkpoints")
+    assert Run(1).resumed(path).state.epoch == 1
+    with pytest.raises(ValueError, match=r"epoch_9\.pt cannot be read"):
+        fetch(f"file://{remote}/epoch_9.pt", folder / "checkpoints")
+
+
+def test_the_program_resumes_from_a_copy(tmp_path):
+    """On a machine that has nothing but the address; the end is that of the run that nothing stopped."""
+    words = (
+        "--dataset-type synthetic --train-num-samples 24 --batch-size 8 --workers 0 --precision fp32 --epochs 2"
+    )
+    words += f" --model {tiny_models.path('tiny-vit', tmp_path)} --name run --lr 1e-3 --warmup 0 --fastclip"
+    words += f" --data_size 24 --remote-sync file://{tmp_path}/remote --remote-sync-protocol fsspec"
+    words += " --remote-sync-frequency 1000"
+    assert main([*words.split(), "--logs", f"{tmp_path}/one", "--stop_iters", "4"]) == 0
+    for logs in ("one", "other"):
+        assert main([*words.split(), "--logs", f"{tmp_path}/{logs}", "--resume", "latest"]) == 0
+    one, other = (published.read(tmp_path / logs / "run/checkpoints/epoch_2.pt") for logs in ("one", "other"))
+    assert all(torch.equal(one["state_dict"][name], other["state_dict"][name]) for name in one["state_dict"])

@@ -29,6 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from training import remote_sync
 from training.checkpoint import find_latest, problem
 from training.distributed import World, broadcast_object, node_main_first
 from training.params import Config
@@ -95,13 +96,16 @@ def create_folder(folder: RunFolder, config: Config, world: World) -> None:
             raise ValueError(f"--logs {config.run.logs}: the run's folder cannot be written ({error})") from error
 
 
-def checkpoint_to_resume(config: Config, folder: RunFolder) -> Path | None:
-    """``--resume FILE``, else with ``--resume latest`` or after a restart the furthest one in the run's folder.
+def checkpoint_to_resume(config: Config, folder: RunFolder, *, fetch: bool = True) -> Path | str | None:
+    """``--resume FILE``, else with ``--resume latest`` or after a restart the newest one in the run's folder.
 
-    None: the run starts at its beginning. A launcher may restart a job before its first checkpoint; that a user
-    asks for one that is not there is a ValueError. All ranks call it together.
+    What lies elsewhere (``--resume URL``, ``latest`` where only ``--remote-sync`` has one) is fetched into the
+    folder; without ``fetch`` it is only named. None: the run starts at its beginning. A launcher may restart a job
+    before its first checkpoint; that a user asks for one that is not there is a ValueError. Collective.
     """
     wanted = config.run.resume
+    if wanted is not None and "://" in wanted:
+        return remote_sync.fetch(wanted, folder.checkpoints) if fetch else wanted
     if wanted is not None and wanted != "latest":
         if not Path(wanted).is_file():
             raise ValueError(f"--resume {wanted}: there is no such file, check the path")
@@ -112,7 +116,9 @@ def checkpoint_to_resume(config: Config, folder: RunFolder) -> Path | None:
     if wanted is None and not folder.restarted:
         return None
     latest = find_latest(folder.checkpoints)
-    if latest is None and wanted == "latest":
+    if latest is None and config.run.remote_sync is not None and fetch:
+        latest = remote_sync.fetch_newest(config.run, folder.path)
+    if latest is None and wanted == "latest" and fetch:
         raise ValueError(
             f"--resume latest: no complete checkpoint in {folder.checkpoints}; check --logs and --name, give a "
             "file, or leave the flag out to start at the beginning"

@@ -165,7 +165,7 @@ def _files(config: Config) -> Iterator[tuple[str, str]]:
     if "tensorboard" in config.run.report_to:
         names.append("tensorboard/")
     yield "files", ", ".join(names)
-    resumes = folder.checkpoint_to_resume(config, chosen)
+    resumes = folder.checkpoint_to_resume(config, chosen, fetch=False)
     if resumes:
         yield "resumes", str(resumes)
 

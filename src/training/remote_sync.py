@@ -4,21 +4,30 @@ Every ``--remote-sync-frequency`` seconds a thread copies the files that changed
 target may be anything that fsspec knows. Of the checkpoints only complete ones go, the sample state before the
 file that names it, and each file gets its name at the target once it is there in full: what is found there can be
 resumed. Nothing is ever deleted at the target.
+
+A run whose own folder holds nothing to go on from, on another cluster say, fetches the newest checkpoint from there;
+``--resume URL`` fetches a particular one.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from training.checkpoint import contents
-from training.distributed import on_main
+from training import published
+from training.checkpoint import contents, problem
+from training.distributed import on_main, rank_in
 from training.params import RunConfig
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +84,70 @@ def _version(file: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_size, status.st_mtime_ns
+
+
+def fetch_newest(config: RunConfig, folder: Path) -> Path | None:
+    """Fetch the newest checkpoint that ``--remote-sync`` has copied of this run; None where there is none.
+
+    All ranks call it together. ``folder``: the run's. ValueError: the target cannot be read.
+    """
+    url = f"{_url(config, folder.name)}/checkpoints"
+    names = on_main(lambda: _attempt(url, lambda files, root: _names(files, root)))
+    for name in names:
+        try:
+            path = fetch(f"{url}/{name}", folder / "checkpoints")
+        except ValueError as error:
+            if rank_in() == 0:
+                _log.warning("skipped: %s", error)
+            continue
+        return path
+    return None
+
+
+def fetch(url: str, folder: Path) -> Path:
+    """Copy the checkpoint at ``url``, a .pt, into ``folder`` with its sample state; where it lies then.
+
+    All ranks call it together. ValueError: it cannot be read, or is not what was written.
+    """
+    path = on_main(lambda: _attempt(url, lambda files, remote: _fetch(files, remote, folder)))
+    fault = problem(path)
+    if fault:
+        on_main(path.unlink)
+        raise ValueError(f"--resume {url}: {fault}")
+    return path
+
+
+def _fetch(files: AbstractFileSystem, remote: str, folder: Path) -> Path:
+    """The sample state before the file that names it, as at the other end."""
+    path = folder / PurePosixPath(remote).name
+    partial = path.with_name(f".{path.name}.tmp")
+    folder.mkdir(parents=True, exist_ok=True)
+    _log.info("fetching %s", remote)
+    files.get_file(remote, str(partial))
+    state = published.read(partial).get("sample_state")
+    if state:
+        place = folder / PurePosixPath(state["folder"]).name
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        for name in state["files"]:
+            source = PurePosixPath(remote).with_name(place.name) / PurePosixPath(name).name
+            files.get_file(str(source), str(place / source.name))
+    partial.rename(path)
+    return path
+
+
+def _names(files: AbstractFileSystem, folder: str) -> list[str]:
+    """The checkpoints in the remote ``folder``, the newest first."""
+    found = [PurePosixPath(name) for name in files.glob(f"{folder}/*.pt")] if files.exists(folder) else []
+    found = [path for path in found if not path.name.startswith(".")]
+    return [path.name for path in sorted(found, key=lambda p: files.modified(str(p)), reverse=True)]
+
+
+def _attempt(url: str, function: Callable[[AbstractFileSystem, str], T]) -> T:
+    try:
+        return function(*url_to_fs(url))
+    except Exception as error:  # each backend has exceptions of its own
+        raise ValueError(f"{url} cannot be read ({error})") from error
 
 
 @contextmanager
