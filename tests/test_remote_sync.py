@@ -193,13 +193,14 @@ def test_a_particular_one_is_fetched_by_its_address(copied, folder):
 def test_the_program_resumes_from_a_copy(tmp_path):
     """On a machine that has nothing but the address; the end is that of the run that nothing stopped."""
     words = (
-        "--dataset-type synthetic --train-num-samples 24 --batch-size 8 --workers 0 --precision fp32 --epochs 2"
+        "--dataset-type synthetic --train-num-samples 24 --batch-size 8 --workers 0 --precision fp32 --fastclip"
     )
-    words += f" --model {tiny_models.path('tiny-vit', tmp_path)} --name run --lr 1e-3 --warmup 0 --fastclip"
+    words += f" --epochs 2 --model {tiny_models.path('tiny-vit', tmp_path)} --name run --lr 1e-3 --warmup 0"
     words += f" --data_size 24 --remote-sync file://{tmp_path}/remote --remote-sync-protocol fsspec"
-    words += " --remote-sync-frequency 1000"
     assert main([*words.split(), "--logs", f"{tmp_path}/one", "--stop_iters", "4"]) == 0
-    for logs in ("one", "other"):
+    for logs in ("other", "one"):
         assert main([*words.split(), "--logs", f"{tmp_path}/{logs}", "--resume", "latest"]) == 0
+        log = (tmp_path / logs / "run/out.log").read_text()
+        assert "step_4.pt: 1 epochs, 4 steps" in log and "trained 6 steps" in log
     one, other = (published.read(tmp_path / logs / "run/checkpoints/epoch_2.pt") for logs in ("one", "other"))
     assert all(torch.equal(one["state_dict"][name], other["state_dict"][name]) for name in one["state_dict"])

@@ -5,7 +5,7 @@ target may be anything that fsspec knows. Of the checkpoints only complete ones 
 file that names it, and each file gets its name at the target once it is there in full: what is found there can be
 resumed. Nothing is ever deleted at the target.
 
-A run whose own folder holds nothing to go on from, on another cluster say, fetches the newest checkpoint from there;
+A run whose own folder holds nothing to go on from, on another cluster say, fetches the newest checkpoint there;
 ``--resume URL`` fetches a particular one.
 """
 
