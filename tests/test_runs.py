@@ -197,3 +197,14 @@ def test_bad_evaluation_folders_are_refused_before_models_are_built(flags, tmp_p
     assert program.main(words) == 2
     assert "--imagenet-val" in capfd.readouterr().err
     assert not (tmp_path / "logs").exists()
+
+
+def test_bare_weights_begin_a_run_with_the_temperature_that_was_asked_for(flags, tmp_path):
+    weights = tiny_models.build("tiny-vit").state_dict()
+    torch.save({**weights, "logit_scale": torch.tensor(4.5)}, tmp_path / "weights.pt")
+    words = flags("--name", "a", "--epochs", "1", "--resume", tmp_path / "weights.pt", *FASTCLIP)
+    words[words.index("--lr") + 1] = "0"
+    assert program.main([*words, "--lr_tau", "0", "--temperature", "0.05"]) == 0
+    trained = load_weights(tmp_path / "logs/a/checkpoints/epoch_1.pt")
+    assert trained["logit_scale"].exp().item() == pytest.approx(20)
+    assert all(torch.equal(trained[name], value) for name, value in weights.items() if name != "logit_scale")

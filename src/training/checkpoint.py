@@ -56,8 +56,8 @@ class Found:
 
 def resume(
     path: Path, state: RunState, *, steps_per_epoch: int, global_batch: int, u_format: str | None = None
-) -> None:
-    """Fill ``state`` from ``path``, a checkpoint of ours or a published one; bare weights fill the model alone.
+) -> bool:
+    """Fill ``state`` from ``path``, a checkpoint of ours or a published one; False: bare weights, the model alone.
 
     Collective. ``steps_per_epoch``, ``global_batch``: see ``RunState.fill``; ``u_format``: see
     ``published.from_published``. The file has been checked (``problem``).
@@ -65,10 +65,11 @@ def resume(
     """
     held = published.read(path)
     if not state.fill(held, path, steps_per_epoch=steps_per_epoch, global_batch=global_batch):
-        return
+        return False
     if state.sample_state is not None:
         _check_parts(path, held.get("data_sizes"), state.data_sizes)
         _load_rows(path, held, state.sample_state, u_format)
+    return True
 
 
 def find_latest(folder: Path) -> Path | None:

@@ -219,7 +219,6 @@ class WandbWriter(Writer):
         with _named("wandb"):
             import wandb
 
-        resumes = folder.restarted or config.run.resume == "latest"
         self.run = wandb.init(
             project=config.run.wandb_project_name,
             name=folder.name,
@@ -227,7 +226,7 @@ class WandbWriter(Writer):
             notes=config.run.wandb_notes,
             config={name: _plain(value) for name, value in config.flags.items()},
             dir=folder.path,
-            resume="allow" if resumes else None,
+            resume="allow" if folder.restarted or config.run.resume else None,
         )
         self.log_every = config.run.log_every_n_steps
         # Not W&B's own step, which may never go back.

@@ -82,7 +82,8 @@ def build_target(config: Config, world: World) -> BuiltModel:
         pretrained_image=c.pretrained_image,
     )
     _lock(module, c, is_hugging_face="hf_model_name" in architecture["text_cfg"])
-    _set_temperature(module, loss)
+    start_temperature(module, loss)
+    _choose_scalars(module, loss)
     if c.grad_checkpointing:
         module.set_grad_checkpointing()
     return _finish(module, tokenizer, c.model, weights, world, role="target")
@@ -208,11 +209,16 @@ def _keep_float32(module: nn.Module, initial: Mapping[str, float | None] | None)
         setattr(module, name, nn.Parameter(value))
 
 
-def _set_temperature(module: nn.Module, loss: LossConfig) -> None:
+def start_temperature(module: nn.Module, loss: LossConfig) -> None:
+    """``--temperature``, where it was given and acts, rather than the one that came with weights."""
     if loss.name.startswith("fastclip") and loss.temperature is not None:
         with torch.no_grad():
             module.logit_scale.fill_(math.log(1 / loss.temperature))
         _log.info("temperature starts at %g, as --temperature says", loss.temperature)
+
+
+def _choose_scalars(module: nn.Module, loss: LossConfig) -> None:
+    """Which of temperature and bias are trained."""
     individual = loss.name == "fastclip_individual"
     constant = loss.name == "fastclip" and loss.temperature_scheme == "global_constant"
     module.logit_scale.requires_grad_(not (individual or constant))

@@ -126,12 +126,13 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
         listen() as interrupts,
         Agreement() as agreement,
     ):
-        keeping = Safekeeping(config.run, trainer, state, saver, interrupts, agreement)
+        keeping = Safekeeping(config.run, trainer, state, saver, interrupts, agreement, watchdog)
         if start.checkpoint is not None and _evaluation_is_missing(start, state):
             evaluation(state.model, state.epoch, final=trainer.finished)
         _train_epochs(log, trainer, state, keeping, evaluation, watchdog)
         with watchdog.paused():
             requeue_wanted = keeping.stopped and keeping.leave(log, folder.checkpoints)
+            saver.close()
     return Ended(complete=not keeping.stopped, requeue=requeue_wanted)
 
 
@@ -211,13 +212,15 @@ def _resume(start: Start, log: RunLog, state: RunState, trainer: Trainer) -> Non
     if config.model.pretrained:
         log.info(f"--resume comes before --pretrained {config.model.pretrained}: weights are the checkpoint's")
     global_batch = config.run.batch_size * trainer.world.world_size
-    checkpoint.resume(
+    resumed = checkpoint.resume(
         start.checkpoint,
         state,
         steps_per_epoch=per_epoch,
         global_batch=global_batch,
         u_format=config.run.u_format,
     )
+    if not resumed:
+        models.start_temperature(state.model, config.loss)
     begun = trainer.data.resume(state.stream, state.epoch, state.epoch_step)
     trainer.step = state.step = state.epoch * per_epoch + begun
     trainer.meters = held_meters(state.meters) if begun else {}

@@ -17,6 +17,7 @@ from training.params import RunConfig
 from training.run_state import RunState
 from training.saver import Saver
 from training.train import Trainer
+from training.watchdog import Watchdog
 
 _REQUEUED = ("SIGTERM", "SIGUSR1")  # Slurm's; who presses Ctrl-C wants the run to end
 
@@ -35,10 +36,11 @@ class Safekeeping:
         saver: Saver,
         interrupts: Interrupts,
         agreement: Agreement,
+        watchdog: Watchdog,
     ) -> None:
         self.stopped = False
         self._config, self._trainer, self._state, self._saver = config, trainer, state, saver
-        self._interrupts, self._agreement = interrupts, agreement
+        self._interrupts, self._agreement, self._watchdog = interrupts, agreement, watchdog
         self._every = 60 * config.save_every_minutes if config.save_every_minutes else math.inf
         self._saved = time.monotonic()
 
@@ -81,8 +83,9 @@ class Safekeeping:
         state.skipped = trainer.stepper.skipped.state_dict()
 
     def _save(self, names: list[str]) -> None:
-        self.capture()
-        self._saver.save(self._state, names)
+        with self._watchdog.paused():  # the save before may take its time
+            self.capture()
+            self._saver.save(self._state, names)
         self._saved = time.monotonic()
 
     def _epoch_is_due(self) -> bool:
