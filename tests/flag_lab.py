@@ -67,6 +67,14 @@ class Lab:
     def other_reference_weights(self) -> str:
         return self._weights("tiny-vit-reference", "other.pt", seed=1)
 
+    @cached_property
+    def coca_weights(self) -> str:
+        return self._weights("tiny-coca", "coca.pt")
+
+    @cached_property
+    def other_coca_weights(self) -> str:
+        return self._weights("tiny-coca", "other_coca.pt", seed=1)
+
     def _weights(self, name: str, file: str, seed: int = 0, **changes: Any) -> str:
         torch.save(tiny_models.build(name, seed=seed, **changes).state_dict(), self.root / file)
         return str(self.root / file)
@@ -119,6 +127,14 @@ class Lab:
         line = "--ref_model @reference --ref_model_pretrained @reference_weights --cache_ref_model_features"
         folder = self.root / "features"
         assert main([*self.words(line), "--cached_ref_features_dir", str(folder), "--name", "features"]) == 0
+        return str(folder)
+
+    @cached_property
+    def captions(self) -> str:
+        """Three captions of each of the sixteen samples, by a CoCa that knows nothing."""
+        line = "--cap_model @coca --cap_model_pretrained @coca_weights --cache_syn_texts --num_syn_texts 3"
+        folder = self.root / "captions"
+        assert main([*self.words(line), "--cached_syn_texts_dir", str(folder), "--name", "captions"]) == 0
         return str(folder)
 
     @cached_property

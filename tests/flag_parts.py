@@ -132,6 +132,16 @@ def reference_parameters(lab: Lab, words: list[str]) -> dict[str, tuple[float, b
     return built and sums(built.module)
 
 
+def captioner_parameters(lab: Lab, words: list[str]) -> dict[str, tuple[float, bool]]:
+    return sums(models.build_captioner(parse(words), WORLD).module)
+
+
+def captioner_size(lab: Lab, words: list[str]) -> int:
+    """The captioning model's parameters, whatever its weights."""
+    with mock.patch("training.pretrained.load"), mock.patch("training.pretrained.find", return_value=Weights()):
+        return sum(p.numel() for p in models.build_captioner(parse(words), WORLD).module.parameters())
+
+
 def reference_size(lab: Lab, words: list[str]) -> int:
     """The reference's parameters, whatever its weights."""
     with mock.patch("training.pretrained.load"), mock.patch("training.pretrained.find", return_value=Weights()):

@@ -72,6 +72,14 @@ def epochs_evaluated(run: Run) -> list[int]:
     return [json.loads(line)["epoch"] for line in evaluations(run)]
 
 
+def files_or_refusal(lab: Lab, words: list[str]) -> list[str] | str:
+    """What a run leaves, or that it is refused."""
+    try:
+        return lab.run(words).files
+    except SystemExit:
+        return "refused"
+
+
 def cached_rows(lab: Lab, words: list[str]) -> list[int]:
     """The rows that a run writes to an empty folder."""
     number = next(lab.numbers)

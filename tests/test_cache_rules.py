@@ -1,9 +1,10 @@
-"""Cached features on the command line: bad combinations are one sentence, good ones say what the run does."""
+"""Cached features and captions on the command line: bad combinations are one sentence."""
 
 import pytest
 
 from commands import DATA, FASTCLIP, REFERENCE, config, refusal
 
+CAPTION = f"{DATA} --data_size 2000 --cap_model coca_ViT-B-32 --cap_model_pretrained some --cache_syn_texts"
 WRITE = f"{DATA} --data_size 2000 {REFERENCE} --cache_ref_model_features"
 
 
@@ -34,6 +35,16 @@ WRITE = f"{DATA} --data_size 2000 {REFERENCE} --cache_ref_model_features"
         (f"{FASTCLIP} --num_samples_per_shard 0", "--num_samples_per_shard 0: the value must lie in"),
         (f"{FASTCLIP} --cache_group_size 0", "--cache_group_size 0: the value must lie in"),
         (f"{FASTCLIP} --cache_rank -1", "--cache_rank -1: the value must lie in"),
+        (f"{CAPTION} --cache_ref_model_features {REFERENCE}", "are two runs, each of which reads all images once"),
+        (f"{CAPTION} --cap_model ''", "--cache_syn_texts needs --cap_model"),
+        (f"{CAPTION} --cap_model ViT-B-32", "--cap_model ViT-B-32: it has no caption decoder"),
+        (f"{CAPTION} --cap_model coca_ViT", "--cap_model coca_ViT: open_clip has no such model"),
+        (f"{CAPTION} --cap_model_pretrained ''", "--cap_model coca_ViT-B-32 has no weights"),
+        (f"{CAPTION} --num_syn_texts 0", "--num_syn_texts 0: the value must lie in"),
+        (f"{FASTCLIP} --cap_model coca_ViT-B-32", "run once with --cache_syn_texts, then train with"),
+        (f"{FASTCLIP} --cached_syn_texts_dir nowhere", "there is no such folder on this machine"),
+        (f"{DATA} --cached_syn_texts_dir .", "--cached_syn_texts_dir . needs --data_size"),
+        (f"{FASTCLIP} --cached_ref_features_dir . --cached_syn_texts_dir .", "holds features of the own captions"),
     ],
 )
 def test_refused(line, sentence, capsys):
@@ -70,7 +81,16 @@ def test_features_stand_for_a_reference(tmp_path):
 def test_flags_without_effect_are_named(tmp_path):
     notes = config(f"{FASTCLIP} --ref_features_offset 5 --cache_rank 0 --num_samples_per_shard 9").notes
     assert "--ref_features_offset, --num_samples_per_shard: no effect without --cached_ref_features_dir" in notes
-    assert "--cache_rank: no effect without --cache_ref_model_features" in notes
+    assert "--cache_rank: no effect without a cache to write" in notes
     assert config(f"{WRITE} --ref_features_offset 5").notes == (
         "--ref_features_offset: no effect on what is written, rows keep their numbers",
     )
+
+
+def test_captions_are_written_or_drawn_from(tmp_path):
+    c = config(f"{CAPTION} --logs here {REFERENCE}")
+    assert (c.cache.writes, c.trains, c.reference.ref_model) == ("captions", False, "")
+    assert (c.cache.cached_syn_texts_dir, c.cache.num_syn_texts) == ("here/syn_texts", 5)
+    drawn = config(f"{FASTCLIP} --cached_syn_texts_dir {tmp_path}")
+    assert (drawn.cache.writes, drawn.trains, drawn.cache.num_syn_texts) == ("", True, None)
+    assert config(f"{FASTCLIP} --cached_syn_texts_dir {tmp_path} --num_syn_texts 2").cache.num_syn_texts == 2

@@ -14,6 +14,7 @@ import tiny_models
 from flag_lab import CPU, Lab
 from ranks import ranks
 from training import cache_run, models
+from training.cache_work import FeatureWork
 from training.distributed import World
 from training.folder import choose_folder
 from training.images import decode, eval_transform
@@ -98,15 +99,15 @@ def test_jobs_of_a_group_share_the_shards(lab, whole, tmp_path):
 def test_an_interrupted_run_goes_on(lab, whole, tmp_path, monkeypatch):
     """Parts of one shard each; the third one's forward pass fails. The next run does the other two alone."""
     monkeypatch.setattr(cache_run, "PART_BYTES", 1)
-    forward, calls = cache_run.FeatureWork.__call__, []
+    forward, calls = FeatureWork.__call__, []
 
-    def failing(work, images, texts):
+    def failing(work, images, texts, rows):
         calls.append(len(images))
         if len(calls) == 3:
             raise RuntimeError("power cut")
-        return forward(work, images, texts)
+        return forward(work, images, texts, rows)
 
-    monkeypatch.setattr(cache_run.FeatureWork, "__call__", failing)
+    monkeypatch.setattr(FeatureWork, "__call__", failing)
     argv = words(lab, tmp_path / "halves", "--batch-size 4")
     with pytest.raises(RuntimeError, match="power cut"):
         main(argv)
@@ -170,5 +171,5 @@ def test_the_plan_of_a_run_that_writes(lab, capsys):
     assert main([*words(lab, lab.root / "none", "--cache_group_size 3 --cache_rank 1"), "--dry_run"]) == 0
     plan = capsys.readouterr().out
     assert plan.startswith("Caching on 1 rank")
-    assert f"reference features of each sample to {lab.root}/none/, as job 2 of 3" in plan
+    assert f"the reference's features of each sample to {lab.root}/none/, as job 2 of 3" in plan
     assert not (lab.root / "none").exists()

@@ -41,6 +41,8 @@ SELECT = f"{REFERENCE} --ref_features_usage select --batch-size 8"
 DISTILL = f"--fastclip {REFERENCE} --ref_features_usage distill"
 CACHE = f"{REFERENCE} --cache_ref_model_features"
 PUBLISHED = "--fastclip --cached_ref_features_dir @published_features --num_samples_per_shard 4"
+CAPTIONER = "--cap_model @coca --cap_model_pretrained @coca_weights"
+DRAWN = "--cached_syn_texts_dir @captions"
 TEACHER = "--distill-model @reference --distill-pretrained @reference_weights"
 COOLDOWN = "--lr-scheduler const-cooldown --epochs-cooldown 3 --epochs 4"
 VALIDATE = "--epochs 0 --val-data @shards"
@@ -118,6 +120,19 @@ EFFECTS: dict[str, Effect] = {
     "num_samples_per_shard": Effect(("4", "3"), refusal_or(parts.reference_features), PUBLISHED),
     "cache_group_size": Effect(("1", "2"), runs.cached_rows, CACHE),
     "cache_rank": Effect(("0", "1"), runs.cached_rows, f"{CACHE} --cache_group_size 2"),
+    # synthetic captions
+    "cache_syn_texts": Effect(SWITCH, runs.files_or_refusal, CAPTIONER),
+    "cap_model": Effect(
+        ("@coca", "coca_ViT-B-32"), parts.captioner_size, "--cache_syn_texts --cap_model_pretrained x"
+    ),
+    "cap_model_pretrained": Effect(
+        ("@coca_weights", "@other_coca_weights"),
+        parts.captioner_parameters,
+        "--cache_syn_texts --cap_model @coca",
+    ),
+    "cached_syn_texts_dir": Effect((None, "@captions"), parts.stream),
+    "syn_texts_offset": Effect(("0", "-13"), refusal_or(parts.stream), DRAWN),
+    "num_syn_texts": Effect(("1", "3"), parts.stream, f"{DRAWN} --train-num-samples 16"),
     "distill_model": Effect(("@reference", "@vit"), parts.reference_size, "--distill-pretrained x"),
     "distill_pretrained": Effect(
         ("@reference_weights", "@other_reference_weights"),

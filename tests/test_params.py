@@ -257,7 +257,7 @@ def test_flags_are_kept_as_they_were_given():
 def test_every_flag_reaches_the_configuration():
     # Refused ones have nothing to reach; these are resolved into other fields.
     resolved = {"loss", "siglip", "fastclip", "config_file", "distill_model", "distill_pretrained"}
-    resolved |= {"ref_features_usage", "dataset_resampled", "cache_ref_model_features"}
+    resolved |= {"ref_features_usage", "dataset_resampled", "cache_ref_model_features", "cache_syn_texts"}
     reached = {field.name for group in groups(config(DATA)) for field in fields(group)}
     assert set(ALL) - reached == resolved | set(limits.REFUSED)
 

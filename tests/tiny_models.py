@@ -93,4 +93,7 @@ def build(name: str, seed: int = 0, **changes: Any) -> nn.Module:
         settings["output_dict"] = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kind(**settings)
+        model = kind(**settings)
+        if kind is open_clip.CoCa:  # which leaves its last layer as it found the memory
+            nn.init.normal_(model.text_decoder.text_projection, std=0.125)
+        return model

@@ -13,17 +13,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from drrho_clip.batch import Batch
-from drrho_clip.reference import Reference
-from training import distributed, feature_store, models, precision
+from training import cache_work, distributed
 from training.batch_memory import PREFETCH
+from training.cache_work import Work
 from training.distributed import World
 from training.fixed_view import FixedView
 from training.logger import Progress, RunLog
@@ -67,48 +66,18 @@ class Unit(NamedTuple):
                 yield item.sample
 
 
-class Work(Protocol):
-    """What is made of the samples."""
-
-    view: FixedView
-    tokenizer: Tokenizer | None
-
-    def __call__(self, images: Tensor, texts: Tensor | None) -> dict[str, np.ndarray]:
-        """Values [n, ...] by name of ``images`` [n, 3, H, W] and token ids [n, L], both on the device."""
-
-
-class FeatureWork:
-    """Embeddings by the frozen reference, [n, 2, d] in ``dtype``."""
-
-    def __init__(self, config: Config, world: World, dtype: torch.dtype) -> None:
-        built, self.dtype = models.build_reference(config, world), dtype
-        pixels, autocast = built.preprocess, precision.resolve(config.run.precision, world.device).autocast_dtype
-        self.reference = Reference(built.module, pixels.mean, pixels.std, autocast)
-        if config.model.torchcompile:
-            self.reference.compile()
-        self.view, self.tokenizer = FixedView(pixels), built.tokenizer
-
-    def __call__(self, images: Tensor, texts: Tensor | None) -> dict[str, np.ndarray]:
-        """See ``Work``."""
-        features = self.reference.features(Batch(images, texts, torch.arange(len(images))))
-        return {"features": torch.stack(features, 1).to(self.dtype).cpu().numpy()}
-
-
 def write(config: Config, world: World, run_log: RunLog) -> None:
     """Write what is missing. ValueError: a store of something else; in the end, shards that cannot be read."""
-    cache, folder = config.cache, Path(config.cache.cached_ref_features_dir)
+    asked, cache = cache_work.job(config, world), config.cache
     units = _stretch(_units(config, world), cache.cache_rank, cache.cache_group_size)
-    dtype = _dtype(config, world)
-    made = {"precision": config.run.precision, "dtype": str(dtype).removeprefix("torch.")}
-    identity = feature_store.model_identity(config.reference) | made
-    writer = StoreWriter(folder, feature_store.KIND, identity)
+    writer = StoreWriter(Path(asked.folder), asked.kind, asked.identity)
     missing = distributed.on_main(lambda: _missing(units, writer))
-    run_log.info(f"{writer.kind} of {len(missing)} of {len(units)} shards are to be written to {folder}")
+    run_log.info(f"{writer.kind} of {len(missing)} of {len(units)} shards are to be written to {writer.folder}")
     failed: list[str] = []
     if missing:
-        work = FeatureWork(config, world, dtype)
+        work = asked.begin()
         with run_log.progress(
-            -(-len(missing) // world.world_size), f"caching {writer.kind}", unit="shards"
+            -(-len(missing) // world.world_size), f"writing {writer.kind}", unit="shards"
         ) as bar:
             for begin in range(0, len(missing), ROUND * world.world_size):
                 dealt = missing[begin : begin + ROUND * world.world_size]
@@ -116,18 +85,12 @@ def write(config: Config, world: World, run_log: RunLog) -> None:
                 for names in distributed.gather_object(_write_units(mine, work, writer, config, world, bar)):
                     failed += names
     rows = distributed.on_main(writer.index)
-    run_log.info(f"{folder} holds {writer.kind} of {rows:,} samples")
+    run_log.info(f"{writer.folder} holds {writer.kind} of {rows:,} samples")
     if failed:
         raise ValueError(
             f"--train-data: {len(failed)} of {len(missing)} shards cannot be read, {failed[0]} first; the rest is "
             "written, run again when they are mended"
         )
-
-
-def _dtype(config: Config, world: World) -> torch.dtype:
-    """float32 where the model runs in it, else float16, which resolves embeddings from bfloat16 and float16."""
-    chosen = precision.resolve(config.run.precision, world.device)
-    return torch.float32 if (chosen.autocast_dtype or chosen.pixel_dtype) == torch.float32 else torch.float16
 
 
 def _units(config: Config, world: World) -> list[Unit]:
@@ -177,7 +140,7 @@ def _write_units(
         values = {}
         if chunk.images is not None:
             texts = None if chunk.texts is None else chunk.texts.to(world.device, non_blocking=True)
-            values = work(chunk.images.to(world.device, non_blocking=True), texts)
+            values = work(chunk.images.to(world.device, non_blocking=True), texts, chunk.rows)
         pending.add(chunk, values)
         skips.merge(chunk.skips)
         bar.update(len(chunk.ended) + len(chunk.failed))

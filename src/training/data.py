@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from open_clip.transform import PreprocessCfg
 
+from training.captions import open_captions
 from training.distributed import World
 from training.feature_store import open_features
 from training.images import TrainView, eval_transform
@@ -54,6 +55,7 @@ def build_train(config: Config, world: World, target: Model, reference: Model | 
         target.tokenizer,
         reference.tokenizer if needs_ref_text else None,
         open_features(config),
+        open_captions(config),
         seed=run.seed,
         batch_size=run.batch_size,
         steps=steps,

@@ -18,11 +18,8 @@ training step, and on the way to a GPU they travel with the images, from page-lo
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -38,8 +35,6 @@ from training.shards import expand_shards
 
 KIND = "reference features"
 FLAG = "--cached_ref_features_dir"
-OWN_WEIGHTS = "its own"
-_CHUNK = 2**24
 
 
 class Features(Protocol):
@@ -183,14 +178,8 @@ def published_files(given: str) -> dict[int, str]:
 
 def model_identity(reference: ReferenceConfig) -> dict[str, str]:
     """What the flags say of the reference: architecture and weights, a file's by its contents."""
-    tag, weights = reference.ref_model_pretrained, []
-    for given in (reference.ref_model_checkpoint, tag):
-        if given:
-            weights.append(f"file {_digest(given, os.stat(given).st_mtime)}" if os.path.isfile(given) else given)
-    return {
-        "model": pretrained.open_clip_name(reference.ref_model, "--ref_model"),
-        "weights": " as ".join(weights) or OWN_WEIGHTS,
-    }
+    weights = reference.ref_model_checkpoint, reference.ref_model_pretrained
+    return pretrained.identity(reference.ref_model, "--ref_model", *weights)
 
 
 def _check_model(store: RowStore, reference: ReferenceConfig) -> None:
@@ -198,7 +187,7 @@ def _check_model(store: RowStore, reference: ReferenceConfig) -> None:
     if not reference.ref_model:
         return
     wanted_of = model_identity(reference)
-    if wanted_of["weights"] == OWN_WEIGHTS and not brings_weights(reference.ref_model):
+    if wanted_of["weights"] == pretrained.OWN_WEIGHTS and not brings_weights(reference.ref_model):
         del wanted_of["weights"]
     for key, wanted in wanted_of.items():
         if store.identity[key] != wanted:
@@ -207,15 +196,6 @@ def _check_model(store: RowStore, reference: ReferenceConfig) -> None:
                 f"{FLAG} {store.folder}: its features were made with {key} {store.identity[key]}, not {wanted}; "
                 f"mend {flag}, leave it out, or cache the features of that model"
             )
-
-
-@lru_cache(maxsize=8)
-def _digest(path: str, changed: float) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sayer(places: np.ndarray, names: Sequence[str]) -> Callable[[int], str]:

@@ -143,6 +143,20 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--cache_group_size", "int", 1, "independent jobs that share the shards when caching"),
         Flag("--cache_rank", "int", 0, "number of this job among --cache_group_size"),
     ),
+    "synthetic captions": (
+        Flag("--cache_syn_texts", "switch", False, "write captions of --train-data by --cap_model, and end"),
+        Flag("--cap_model", "str", "", "captioning model: a coca name of open_clip, or path of a config JSON"),
+        Flag("--cap_model_pretrained", "str", "", "weights of --cap_model: open_clip tag or file"),
+        Flag(
+            "--cached_syn_texts_dir",
+            "str",
+            "",
+            "train on the own or one of these captions, drawn per sample and epoch; with --cache_syn_texts the "
+            "folder to write (default: syn_texts in --logs)",
+        ),
+        Flag("--syn_texts_offset", "int", 0, "row of this run that row 0 of the cached captions belongs to"),
+        Flag("--num_syn_texts", "int", 5, "synthetic captions per sample, to write or to draw from"),
+    ),
     "loss": (
         Flag("--loss", "str", None, "name of the loss; without it the flags below and the model decide"),
         Flag("--siglip", "switch", False, "sigmoid loss"),
@@ -284,12 +298,6 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--trace", "switch", False, "use --torchcompile"),
         Flag("--horovod", "switch", False, "use torchrun or srun"),
         Flag("--use-bnb-linear", "str", None, "use --precision amp_bf16"),
-        Flag("--cap_model", "str", "", "write captions into the shards"),
-        Flag("--cap_model_pretrained", "str", "", "write captions into the shards"),
-        Flag("--cache_syn_texts", "switch", False, "write captions into the shards"),
-        Flag("--cached_syn_texts_dir", "str", "", "write captions into the shards"),
-        Flag("--syn_texts_offset", "int", 0, "write captions into the shards"),
-        Flag("--num_syn_texts", "int", 5, "write captions into the shards"),
     ),
 }
 

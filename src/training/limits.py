@@ -5,19 +5,12 @@ from __future__ import annotations
 from training.command_line import Given, Refusal
 from training.flags import ALL
 
-_CAPTIONS = "captions are not synthesized here, so write them into the shards and leave this flag out"
 # Published flags without an effect here: what to say when one is set to anything but its default.
 REFUSED: dict[str, str] = {
     "horovod": "Horovod is not supported; start one process per GPU with torchrun or srun instead",
     "torchscript": "a scripted model cannot be trained with DDP and autocast; use --torchcompile instead",
     "trace": "a traced model freezes its batch size and control flow; use --torchcompile instead",
     "use_bnb_linear": "bitsandbytes layers are not supported; use --precision amp_bf16 to save time and memory",
-    "cap_model": _CAPTIONS,
-    "cap_model_pretrained": _CAPTIONS,
-    "cache_syn_texts": _CAPTIONS,
-    "cached_syn_texts_dir": _CAPTIONS,
-    "syn_texts_offset": _CAPTIONS,
-    "num_syn_texts": _CAPTIONS,
 }
 
 _POSITIVE, _AT_LEAST_0, _AT_LEAST_1, _SHARE = "(0, inf)", "[0, inf)", "[1, inf)", "[0, 1)"
@@ -38,7 +31,7 @@ INTERVALS: dict[str, str] = {
     "save_every_minutes": _POSITIVE,
     **dict.fromkeys(["train_num_samples", "val_num_samples", "force_image_size"], _AT_LEAST_1),
     **dict.fromkeys(["ref_filter_n_chunks", "logit_scale_bound"], _AT_LEAST_1),
-    **dict.fromkeys(["num_samples_per_shard", "cache_group_size"], _AT_LEAST_1),
+    **dict.fromkeys(["num_samples_per_shard", "cache_group_size", "num_syn_texts"], _AT_LEAST_1),
     **dict.fromkeys(["beta1", "beta2", "momentum", "force_patch_dropout", "ref_filter_ratio"], _SHARE),
     "max_skipped_steps": _AT_LEAST_1,
     "cache_rank": _AT_LEAST_0,

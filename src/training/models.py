@@ -124,6 +124,28 @@ def build_reference(config: Config, world: World) -> BuiltModel | None:
     return _finish(module, tokenizer, c.ref_model, weights, world, role="teacher" if teacher else "reference")
 
 
+def build_captioner(config: Config, world: World) -> BuiltModel:
+    """The captioning model of ``--cap_model``, frozen and in eval mode. ValueError as above."""
+    c = config.cache
+    flag, weights_flag = "--cap_model", "--cap_model_pretrained"
+    name = pretrained.open_clip_name(c.cap_model, flag)
+    with node_main_first():
+        architecture = pretrained.architecture(name, f"{flag} {c.cap_model}")
+        weights = pretrained.find(name, c.cap_model_pretrained, weights_flag, flag)
+        tokenizer = _tokenizer(name, f"{flag} {c.cap_model}")
+    module = _create(
+        name,
+        architecture,
+        weights,
+        flag=f"{flag} {c.cap_model}",
+        weights_flag=weights_flag,
+        precision=config.run.precision,
+        seed=config.run.seed,
+    )
+    module.eval().requires_grad_(False)
+    return _finish(module, tokenizer, c.cap_model, weights, world, role="captioning model")
+
+
 def _create(
     name: str,
     architecture: Mapping[str, Any],

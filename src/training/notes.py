@@ -92,7 +92,13 @@ IDLE = (
         lambda s: not s.given.cached_ref_features_dir,
         "without --cached_ref_features_dir",
     ),
-    Idle(("cache_group_size", "cache_rank"), lambda s: True, "without --cache_ref_model_features"),
+    Idle(
+        ("syn_texts_offset", "num_syn_texts"),
+        lambda s: not s.given.cached_syn_texts_dir,
+        "without captions to draw",
+    ),
+    Idle(("cap_model_pretrained",), lambda s: True, "without --cache_syn_texts"),
+    Idle(("cache_group_size", "cache_rank"), lambda s: True, "without a cache to write"),
     Idle(("csv_separator", "csv_img_key", "csv_caption_key"), lambda s: "csv" not in s.kinds, "without csv data"),
     Idle(
         ("sample_index",),
@@ -137,9 +143,12 @@ IDLE = (
 def collect(setting: Setting) -> tuple[str, ...]:
     """One sentence per thing worth knowing, for the log."""
     given, found, said = setting.given, [], set()
-    if given.cache_ref_model_features:
-        if given.ref_features_offset:
-            found.append("--ref_features_offset: no effect on what is written, rows keep their numbers")
+    if given.cache_ref_model_features or given.cache_syn_texts:
+        found += [
+            f"{ALL[key].name}: no effect on what is written, rows keep their numbers"
+            for key in ("ref_features_offset", "syn_texts_offset")
+            if given.values[key]
+        ]
     elif not setting.trains and given.epochs > 0:
         found.append("no --train-data: this run only evaluates")
     if setting.trains:

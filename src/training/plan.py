@@ -20,6 +20,7 @@ import torch
 
 from drrho_clip.schedules import Horizon
 from training import data, folder, objective, preflight, pretrained
+from training.captions import open_captions
 from training.distributed import World
 from training.feature_store import Features, open_features
 from training.optimizer import horizon
@@ -96,7 +97,13 @@ def _loss(config: Config) -> str:
 def _models(config: Config, features: Features | None) -> Iterator[tuple[str, str]]:
     c, r = config.model, config.reference
     forced = {"force_image_size": c.force_image_size, "force_custom_text": c.force_custom_text}
-    if not config.cache.writes:
+    if config.cache.writes == "captions":
+        model = config.cache.cap_model
+        yield (
+            "captions by",
+            _model(model, count_parameters(model, "--cap_model"), config.cache.cap_model_pretrained),
+        )
+    elif not config.cache.writes:
         yield "target", _model(c.model, count_parameters(c.model, "--model", **forced), c.pretrained)
     if features is not None:
         yield "reference", f"not built, its features are on disk: {features.describe()}"
@@ -114,6 +121,9 @@ def _training(config: Config, ranks: int) -> Iterator[tuple[str, str]]:
     run = config.run
     steps = data.steps_per_epoch(config, ranks)
     yield "data", f"{config.data.dataset_type} {config.data.train_data or ''}".rstrip()
+    captions = open_captions(config)
+    if captions is not None:
+        yield "captions", f"the samples' own or synthetic ones: {captions.describe()}"
     per_rank = f"{run.batch_size}" + (f" in {run.accum_freq} micro-batches" if run.accum_freq > 1 else "")
     yield "global batch", f"{run.batch_size * ranks:,} samples: {_count(ranks, 'rank')} with {per_rank} each"
     yield "epoch", f"{data.samples_per_epoch(config):,} samples in {_count(steps, 'step')}"
@@ -126,8 +136,10 @@ def _training(config: Config, ranks: int) -> Iterator[tuple[str, str]]:
 def _caching(config: Config) -> Iterator[tuple[str, str]]:
     c = config.cache
     yield "data", f"{config.data.dataset_type} {config.data.train_data or ''}".rstrip()
+    what = "the reference's features" if c.writes == "features" else f"{c.num_syn_texts} captions"
     job = f", as job {c.cache_rank + 1} of {c.cache_group_size}" if c.cache_group_size > 1 else ""
-    yield "writes", f"reference features of each sample to {c.cached_ref_features_dir}/{job}"
+    folder = c.cached_ref_features_dir if c.writes == "features" else c.cached_syn_texts_dir
+    yield "writes", f"{what} of each sample to {folder}/{job}"
 
 
 def _steps(config: Config, length: Horizon) -> str:

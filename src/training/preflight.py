@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from drrho_clip import losses
 from training import distributed, pretrained
+from training.captions import open_captions
 from training.distributed import World
 from training.feature_store import Features, open_features
 from training.params import Config
@@ -25,6 +26,9 @@ def check(config: Config, world: World) -> list[str]:
                 f"the reference's features come from disk: {features.describe()}. They are of one fixed view of "
                 "each image, whatever augmentation the target sees"
             )
+        captions = open_captions(config)
+        if captions is not None:
+            remarks.append(f"captions are the samples' own or synthetic ones: {captions.describe()}")
         if config.model.use_bn_sync:
             distributed.check_sync_bn(world)
             if not world.distributed:

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from torch import nn
 
 from training.model_names import brings_weights
 from training.published import load_weights
+
+OWN_WEIGHTS = "its own"
+_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,22 @@ def find(name: str, pretrained: str, flag: str, model_flag: str) -> Weights:
     tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
     known = f"one of its tags ({tags})" if tags else "a tag (it has none)"
     raise ValueError(f"{flag} {pretrained}: for {model_flag} {name} this is neither a file nor {known}")
+
+
+def identity(model: str, flag: str, *weights: str | None) -> dict[str, str]:
+    """What was given to ``flag`` for a model and its weights, in words that name it: a file by its contents."""
+    told = [f"file {_digest(given, os.stat(given).st_mtime)}" if os.path.isfile(given) else given
+            for given in weights if given]  # fmt: skip
+    return {"model": open_clip_name(model, flag), "weights": " as ".join(told) or OWN_WEIGHTS}
+
+
+@lru_cache(maxsize=8)
+def _digest(path: str, changed: float) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def from_checkpoint(name: str, checkpoint: str, tag: str) -> Weights:

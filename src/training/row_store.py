@@ -340,10 +340,11 @@ class _Mapped:
         begin = self._start + rows * self._row
         first, last = begin // mmap.PAGESIZE, (begin + self._row - 1) // mmap.PAGESIZE
         pages = np.unique(np.concatenate([first, last]))
-        cuts = np.flatnonzero(np.diff(pages) > 1) + 1
-        for run in np.split(pages, cuts):
-            if len(run):
-                self._map.madvise(mmap.MADV_WILLNEED, int(run[0]) * mmap.PAGESIZE, len(run) * mmap.PAGESIZE)
+        starts = np.flatnonzero(np.diff(pages, prepend=-2) > 1)
+        begins = pages[starts] * mmap.PAGESIZE
+        lengths = np.diff(starts, append=len(pages)) * mmap.PAGESIZE
+        for begin, length in zip(begins.tolist(), lengths.tolist()):
+            self._map.madvise(mmap.MADV_WILLNEED, begin, length)
 
 
 def _open_array(path: Path) -> np.ndarray:

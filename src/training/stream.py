@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from drrho_clip.batch import Batch
 from training.batch_memory import BatchMemory
+from training.captions import Captions
 from training.feature_store import Features
 from training.image_size import check_size
 from training.images import TrainView, Views
@@ -78,6 +79,7 @@ class TrainStream(IterableDataset):
         tokenizer: Tokenizer,
         ref_tokenizer: Tokenizer | None,
         features: Features | None = None,
+        captions: Captions | None = None,
         *,
         seed: int,
         batch_size: int,
@@ -92,7 +94,7 @@ class TrainStream(IterableDataset):
         self.allowed = allowed or Allowance()
         self.tokens = Tokens(tokenizer)
         self.ref_tokens = None if ref_tokenizer is None else Tokens(ref_tokenizer)
-        self.features = features
+        self.features, self.captions = features, captions
         self.seed, self.batch_size, self.steps = seed, batch_size, steps
         self.rank, self.ranks, self.own_shards = rank, ranks, own_shards
         self.layout, self.start = layout, Progress()
@@ -197,7 +199,10 @@ class LaneReader:
         self._usable += 1
         self._skips.in_a_row = 0
         seed = seed_of(self._stream.seed, self._epoch, raw.turn, raw.index)
-        return Sample(self._stream.view(image, seed), raw.text[:LONGEST_TEXT], raw.index, seed, raw.name)
+        text, captions = raw.text[:LONGEST_TEXT], self._stream.captions
+        if captions is not None:
+            text = captions.draw(raw.index, text, raw.name, seed)
+        return Sample(self._stream.view(image, seed), text, raw.index, seed, raw.name)
 
     def _end_turn(self) -> None:
         self._usable, self._barren = 0, 0 if self._usable else self._barren + 1
