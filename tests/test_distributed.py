@@ -222,6 +222,26 @@ def test_two_processes_meet_as_under_slurm_at_a_file_and_by_hand(tmp_path):
         assert (tmp_path / f"{name}-1").read_text() == "1 2 3.0"
 
 
+def start_under_torchrun(port: int, late: int) -> list[int]:
+    """Rank ``late`` comes after the other one, which has read by then what the store holds of it."""
+    rank = int(os.environ["RANK"])
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    try:
+        time.sleep(0.5 * (rank == late))
+        distributed.start(DEFAULTS)
+        own = distributed.own_group()  # a second group meets at the same store
+        return distributed.gather_object(rank, own)
+    finally:
+        distributed.stop()
+        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+
+
+def test_ranks_that_torchrun_starts_again_do_not_look_for_those_before():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for late in (0, 1, 0):
+        assert ranks(2, joined=False).run(start_under_torchrun, store.port, late) == [[0, 1]] * 2
+
+
 def exchange() -> list:
     rank = dist.get_rank()
     distributed.barrier()

@@ -1,14 +1,8 @@
-"""Who am I among the ranks: launcher variables, process group, device, DDP wrapping.
+"""The ranks: how they meet, what they say to each other, device, DDP wrapping.
 
-A process finds its place, in this order, from
-
-1. torchrun's variables (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``);
-2. Slurm's, inside an ``srun`` step of several tasks (``SLURM_PROCID``, ``SLURM_NTASKS``, ``SLURM_LOCALID``);
-3. ``RANK`` alone, with ``--world_size``, for processes started by hand;
-4. else it is the only one.
-
-The ranks then meet at ``--dist-url``: ``env://`` means ``MASTER_ADDR`` and ``MASTER_PORT`` (``--dist_port`` where
-the port is unset), ``tcp://host:port`` and ``file://path`` stand for themselves. A single process starts no group.
+``launcher.py`` says who a process is. The ranks meet at ``--dist-url``: ``env://`` means ``MASTER_ADDR`` and
+``MASTER_PORT`` (``--dist_port`` where the port is unset), ``tcp://host:port`` and ``file://path`` stand for
+themselves. A single process starts no group.
 
 On GPUs the group speaks gloo for CPU tensors and NCCL for the rest, so that waiting and the exchange of Python
 objects never touch a CUDA stream.
@@ -20,7 +14,9 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from training import launcher
+from training.launcher import Place
 from training.params import DistributedConfig
 
 T = TypeVar("T")
@@ -44,7 +42,17 @@ _PATIENCE = timedelta(seconds=5)
 _SYNC_BUFFERS = "forward_sync_buffers"
 if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
     _SYNC_BUFFERS = "broadcast_buffers"
-_url = "env://"  # where the ranks have met
+
+
+@dataclass
+class _Meeting:
+    """Where the ranks have met, and what tells this start of theirs from earlier ones there."""
+
+    url: str = "env://"
+    start: str = ""
+
+
+_met = _Meeting()
 
 
 class OwnRefusal(ValueError):
@@ -81,20 +89,12 @@ class World:
         return self.world_size > 1
 
 
-@dataclass(frozen=True)
-class _Place:
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-
-
 def start(config: DistributedConfig) -> World:
     """Find this process's place, choose its device and, with more than one rank, start the process group.
 
     ValueError: the variables and flags contradict each other, or the device does not exist.
     """
-    place = _find_place(os.environ, config)
+    place = launcher.find_place(os.environ, config.world_size, by_url=config.dist_url != "env://")
     if config.world_size not in (1, place.world_size):
         raise ValueError(
             f"--world_size {config.world_size}, but {place.world_size} were started: leave the flag out"
@@ -127,24 +127,22 @@ def world_size() -> int:
 
 
 def meeting_store() -> dist.Store:
-    """A connection of its own to the store where the ranks met, apart from what earlier starts of them left there.
+    """A connection of its own to the store where the ranks have met.
 
     RuntimeError or LookupError: it is gone, or nobody knows where it is. May wait for ever where it is stopped.
     """
-    scheme, _, place = _url.partition("://")
+    scheme, _, place = _met.url.partition("://")
     if scheme == "file":
         store = dist.FileStore(place, dist.get_world_size())
     else:
-        env = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        host, port = (place if scheme == "tcp" else env).rsplit(":", 1)
-        store = dist.TCPStore(host, int(port), timeout=_PATIENCE, wait_for_workers=False)
-    return dist.PrefixStore(f"failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = _connect(_PATIENCE, *place.rsplit(":", 1)) if scheme == "tcp" else _connect(_PATIENCE)
+    return dist.PrefixStore(f"{_met.start}/failures", store)
 
 
 def hosts_store() -> bool:
     """Whether the store where the ranks met ends with this process."""
-    with_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and _url == "env://"
-    return dist.is_initialized() and dist.get_rank() == 0 and not with_launcher and not _url.startswith("file:")
+    elsewhere = _met.url.startswith("file:") or (_met.url == "env://" and _launcher_has_store())
+    return dist.is_initialized() and dist.get_rank() == 0 and not elsewhere
 
 
 def barrier() -> None:
@@ -230,7 +228,7 @@ def node_main_first() -> Iterator[None]:
     if not dist.is_initialized():
         yield
         return
-    local_main = _local_rank(os.environ, dist.get_rank()) == 0
+    local_main = launcher.local_rank() == 0
     if local_main:
         try:
             yield
@@ -277,81 +275,7 @@ def check_sync_bn(world: World) -> None:
         )
 
 
-def _find_place(env: Mapping[str, str], config: DistributedConfig) -> _Place:
-    by_url = config.dist_url != "env://"
-    if "RANK" in env and "WORLD_SIZE" in env:
-        world_size = int(env["WORLD_SIZE"])
-    elif "SLURM_PROCID" in env and _slurm_tasks(env) > 1 and _is_srun_step(env, by_url):
-        return _slurm_place(env)
-    else:
-        world_size = config.world_size
-    if world_size == 1:
-        return _Place()
-    if "RANK" not in env:
-        raise ValueError(
-            f"--world_size {world_size}: nothing says which of the {world_size} ranks this process is; start it "
-            "with torchrun or srun, or set RANK in its environment"
-        )
-    if not by_url and "MASTER_ADDR" not in env:
-        raise ValueError(
-            f"WORLD_SIZE is {world_size} but MASTER_ADDR is not set: export the host of rank 0, start with "
-            "torchrun, or give --dist-url tcp://HOST:PORT"
-        )
-    rank = int(env["RANK"])
-    if not 0 <= rank < world_size:
-        raise ValueError(f"RANK is {rank}, which is not one of the {world_size} ranks 0..{world_size - 1}")
-    return _Place(rank, world_size, _local_rank(env, rank), int(env.get("LOCAL_WORLD_SIZE", world_size)))
-
-
-def _local_rank(env: Mapping[str, str], rank: int) -> int:
-    """torchrun's, else Slurm's; processes started by hand are taken to share one node."""
-    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        if name in env:
-            return int(env[name])
-    return rank
-
-
-def _slurm_tasks(env: Mapping[str, str]) -> int:
-    """Tasks of this very step; in a shell inside an allocation the allocation's count would be the wrong one."""
-    return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
-
-
-def _is_srun_step(env: Mapping[str, str], by_url: bool) -> bool:
-    """Whether the other tasks of this Slurm step run this program too.
-
-    They do not in an interactive shell (``srun --pty``) and in a batch script that calls Python without ``srun``
-    (a job, but no step), where waiting for them would hang.
-    """
-    alone = "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env
-    alone = alone or ("SLURM_PTY_PORT" in env and "MASTER_ADDR" not in env)
-    if alone:
-        logging.getLogger(__name__).warning("Slurm allocation, but not started by srun: running as one process")
-        return False
-    if by_url or "MASTER_ADDR" in env:
-        return True
-    raise ValueError(
-        f"Slurm says {_slurm_tasks(env)} tasks but MASTER_ADDR is not set: export the host of the first one "
-        "(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1), or set SLURM_NTASKS=1 to run one process"
-    )
-
-
-def _slurm_place(env: Mapping[str, str]) -> _Place:
-    rank, world_size = int(env["SLURM_PROCID"]), _slurm_tasks(env)
-    counts = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "")
-    node = int(env.get("SLURM_NODEID", 0))
-    local_world_size = counts[node] if node < len(counts) else world_size
-    return _Place(rank, world_size, int(env.get("SLURM_LOCALID", rank)), local_world_size)
-
-
-def _tasks_per_node(text: str) -> list[int]:
-    """Slurm's compressed counts: ``4(x2),3`` -> [4, 4, 3]."""
-    counts = []
-    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        counts += [int(count)] * int(repeat or 1)
-    return counts
-
-
-def _choose_device(place: _Place, config: DistributedConfig) -> torch.device:
+def _choose_device(place: Place, config: DistributedConfig) -> torch.device:
     if not torch.cuda.is_available():
         return _CPU
     number = 0 if config.no_set_device_rank else place.local_rank
@@ -365,9 +289,8 @@ def _choose_device(place: _Place, config: DistributedConfig) -> torch.device:
     return device
 
 
-def _start_group(place: _Place, device: torch.device, config: DistributedConfig) -> None:
-    global _url
-    _url = config.dist_url
+def _start_group(place: Place, device: torch.device, config: DistributedConfig) -> None:
+    _met.url, _met.start = config.dist_url, ""
     if config.dist_url == "env://":
         os.environ.setdefault("MASTER_PORT", config.dist_port)
     backend = config.dist_backend
@@ -377,14 +300,57 @@ def _start_group(place: _Place, device: torch.device, config: DistributedConfig)
             logging.getLogger(__name__).info("--dist-backend nccl needs GPUs: using gloo on the CPU")
     elif backend == "nccl":
         backend = "cpu:gloo,cuda:nccl"
+    where: dict[str, Any] = {"init_method": config.dist_url}
+    if config.dist_url == "env://" and _launcher_has_store():
+        store = _connect(_TIMEOUT)
+        _met.start = _agree_on_start(store, place.rank, place.world_size)
+        where = {"store": dist.PrefixStore(_met.start, store)}
     dist.init_process_group(
         backend,
-        init_method=config.dist_url,
+        **where,
         rank=place.rank,
         world_size=place.world_size,
         timeout=_TIMEOUT,
         device_id=device if "nccl" in backend else None,
     )
+
+
+def _launcher_has_store() -> bool:
+    """Whether torchrun keeps the store of ``env://``, across restarts of the ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _connect(timeout: timedelta, host: str = "", port: str = "") -> dist.TCPStore:
+    host, port = host or os.environ["MASTER_ADDR"], port or os.environ["MASTER_PORT"]
+    return dist.TCPStore(host, int(port), timeout=timeout, wait_for_workers=False)
+
+
+def _agree_on_start(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name for this start of the ranks, which rank 0 makes up and all the others learn.
+
+    torchrun may start ranks again with the store of the ones before, addresses of dead processes included
+    (pytorch issue 135712), and its count of restarts is not the same on all nodes. So each rank asks under a name
+    that nobody has used, and rank 0 answers until all have the answer; those who asked before them are dead.
+    """
+    if rank > 0:
+        own = uuid.uuid4().hex
+        store.set(f"asks/{rank}", own)
+        store.wait([f"answer/{own}"], _TIMEOUT)
+        start = store.get(f"answer/{own}").decode()
+        store.set(f"{start}/has/{rank}", "")
+        return start
+    start, waiting = uuid.uuid4().hex, set(range(1, world_size))
+    deadline = time.monotonic() + _TIMEOUT.total_seconds()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"{start}/has/{other}"]):
+                waiting.remove(other)
+            elif store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", start)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {sorted(waiting)} have not come within {_TIMEOUT}")
+        time.sleep(0.02)
+    return start
 
 
 def _any_rank(flag: bool) -> bool:

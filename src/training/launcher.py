@@ -1,9 +1,30 @@
-"""What torchrun or Slurm say of this process, known before torch is imported and before the ranks meet."""
+"""What torchrun or Slurm say of this process, known before torch is imported and before the ranks meet.
+
+A process finds its place, in this order, from
+
+1. torchrun's variables (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``);
+2. Slurm's, inside an ``srun`` step of several tasks (``SLURM_PROCID``, ``SLURM_NTASKS``, ``SLURM_LOCALID``);
+3. ``RANK`` alone, with ``--world_size``, for processes started by hand;
+4. else it is the only one.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process's numbers among all and on its node, and how many there are."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
 
 
 def rank(env: Mapping[str, str] = os.environ) -> int:
@@ -19,3 +40,70 @@ def slurm_job(env: Mapping[str, str] = os.environ) -> str | None:
 def local_rank(env: Mapping[str, str] = os.environ) -> int:
     """Its number on its node; processes started by hand are taken to share one."""
     return int(env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or rank(env))
+
+
+def find_place(env: Mapping[str, str], world_size: int, by_url: bool) -> Place:
+    """This process among the others. ``world_size``: where no launcher says it. ``by_url``: they meet at a URL.
+
+    ValueError: the variables contradict each other, or what others are to be met by is missing.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world_size = int(env["WORLD_SIZE"])
+    elif "SLURM_PROCID" in env and _slurm_tasks(env) > 1 and _is_srun_step(env, by_url):
+        return _slurm_place(env)
+    if world_size == 1:
+        return Place()
+    if "RANK" not in env:
+        raise ValueError(
+            f"--world_size {world_size}: nothing says which of the {world_size} ranks this process is; start it "
+            "with torchrun or srun, or set RANK in its environment"
+        )
+    if not by_url and "MASTER_ADDR" not in env:
+        raise ValueError(
+            f"WORLD_SIZE is {world_size} but MASTER_ADDR is not set: export the host of rank 0, start with "
+            "torchrun, or give --dist-url tcp://HOST:PORT"
+        )
+    rank = int(env["RANK"])
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK is {rank}, which is not one of the {world_size} ranks 0..{world_size - 1}")
+    return Place(rank, world_size, local_rank(env), int(env.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def _slurm_tasks(env: Mapping[str, str]) -> int:
+    """Tasks of this very step; in a shell inside an allocation the allocation's count would be the wrong one."""
+    return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
+
+
+def _is_srun_step(env: Mapping[str, str], by_url: bool) -> bool:
+    """Whether the other tasks of this Slurm step run this program too.
+
+    They do not in an interactive shell (``srun --pty``) and in a batch script that calls Python without ``srun``
+    (a job, but no step), where waiting for them would hang.
+    """
+    alone = "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env
+    alone = alone or ("SLURM_PTY_PORT" in env and "MASTER_ADDR" not in env)
+    if alone:
+        logging.getLogger(__name__).warning("Slurm allocation, but not started by srun: running as one process")
+        return False
+    if by_url or "MASTER_ADDR" in env:
+        return True
+    raise ValueError(
+        f"Slurm says {_slurm_tasks(env)} tasks but MASTER_ADDR is not set: export the host of the first one "
+        "(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1), or set SLURM_NTASKS=1 to run one process"
+    )
+
+
+def _slurm_place(env: Mapping[str, str]) -> Place:
+    rank, world_size = int(env["SLURM_PROCID"]), _slurm_tasks(env)
+    counts = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "")
+    node = int(env.get("SLURM_NODEID", 0))
+    local_world_size = counts[node] if node < len(counts) else world_size
+    return Place(rank, world_size, int(env.get("SLURM_LOCALID", rank)), local_world_size)
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Slurm's compressed counts: ``4(x2),3`` -> [4, 4, 3]."""
+    counts = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(repeat or 1)
+    return counts

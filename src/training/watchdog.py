@@ -154,7 +154,8 @@ class Watchdog:
                     _say(f"no step for {idle:.0f} s, and {error}. It is with rank 0 or its launcher\n{status}")
         else:
             _say(f"no step for {idle:.0f} s; the process ends with code {HUNG}\n{status}")
-        failures.end(HUNG)
+        if not self._stopped.is_set():  # the main thread has come out of it with an error of its own
+            failures.end(HUNG)
 
     def _report(self, board: Board, status: Status) -> None:
         rank, keys = self._world.rank, [f"{_STATUS}/{r}" for r in range(self._world.world_size)]
