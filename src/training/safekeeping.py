@@ -42,12 +42,13 @@ class Safekeeping:
         self._config, self._trainer, self._state, self._saver = config, trainer, state, saver
         self._interrupts, self._agreement, self._watchdog = interrupts, agreement, watchdog
         self._every = 60 * config.save_every_minutes if config.save_every_minutes else math.inf
-        self._saved = time.monotonic()
+        self._note_save()
 
     def after_step(self) -> bool:
         """Save where it is time to; whether the run is to stop here."""
         trainer, n = self._trainer, self._config.save_every_n_steps
-        overdue = trainer.world.is_main and time.monotonic() - self._saved >= self._every
+        overdue = trainer.world.is_main and not self._asked and time.monotonic() - self._saved >= self._every
+        self._asked = self._asked or overdue
         stop, save = self._agreement.exchange(self._interrupts.wanted is not None, overdue)
         save = save or (n is not None and trainer.step % n == 0)
         self.stopped = stop and not trainer.finished
@@ -60,7 +61,7 @@ class Safekeeping:
         """Save what the flags ask for after an epoch, or at the run's end."""
         self.capture()
         self._saver.save_epoch(self._state, final=self._trainer.finished)
-        self._saved = time.monotonic()
+        self._note_save()
 
     def leave(self, log: RunLog, folder: Path) -> bool:
         """Save a run that was asked to stop, and say how it goes on. Whether Slurm is to queue it again."""
@@ -86,7 +87,11 @@ class Safekeeping:
         with self._watchdog.paused():  # the save before may take its time
             self.capture()
             self._saver.save(self._state, names)
-        self._saved = time.monotonic()
+        self._note_save()
+
+    def _note_save(self) -> None:
+        """The clock starts again; a wish is made once, as it comes back a step later."""
+        self._saved, self._asked = time.monotonic(), False
 
     def _epoch_is_due(self) -> bool:
         return self._saver.due(self._trainer.step // self._trainer.data.steps_per_epoch)

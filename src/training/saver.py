@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from training import checkpoint, published, rows
-from training.distributed import Group, PeerFailed, on_main, own_group, rank_in
+from training.distributed import Group, PeerFailed, lost_peer, on_main, own_group, rank_in
 from training.params import RunConfig
 from training.run_state import RunState
 from training.staging import Staging
@@ -122,7 +122,10 @@ class Saver:
             self._failure = None
         except PeerFailed as error:
             self._failure = error
-        except Exception as error:  # disks, networks and peers fail in their own ways; none may end the run
+        except Exception as error:  # disks and networks fail in their own ways; none may end the run
+            if isinstance(error, RuntimeError) and lost_peer(error):
+                self._failure = PeerFailed("another rank has ended, and its save with it")
+                return
             self._failure = SaveFailed(
                 f"--logs: checkpoint {job.paths[0]} could not be saved ({error}); complete ones there are as they "
                 "were"
