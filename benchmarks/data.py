@@ -185,7 +185,7 @@ def time_variants(options: Options, model: Model) -> dict[str, list[Block]]:
 
 def time_stages(options: Options, model: Model) -> dict[str, float]:
     """Microseconds per sample of each stage of our path in one process, best of the repeats."""
-    view, tokens, memory = TrainView(model.preprocess), Tokens(model.tokenizer), BatchMemory()
+    view, tokens, memory = TrainView(model.preprocess), Tokens(model.tokenizer), BatchMemory(shared=True)
     samples = read(options.shards)
     texts, seeds = [text for _, text in samples], range(len(samples))
     few = [image for image, _ in samples[:FEW]]  # their pixels stay in memory, where more would be slower

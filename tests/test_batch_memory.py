@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from training.batch_memory import PREFETCH, BatchMemory
+from training.batch_memory import PREFETCH, BatchMemory, ReceivedMemory
 
 BATCHES = 12
 
@@ -60,10 +60,30 @@ def test_in_the_own_process_batches_hold_for_ever():
     assert all(torch.equal(images, torch.stack(views(batch, size(batch)))) for batch, images in kept)
 
 
-def test_a_loader_process_uses_few_blocks(monkeypatch):
-    monkeypatch.setattr("training.batch_memory.get_worker_info", lambda: object())
-    memory = BatchMemory()
+def test_a_loader_process_uses_few_blocks():
+    memory = BatchMemory(shared=True)
     batches = [memory.stack(views(batch, 3)) for batch in range(BATCHES)]
     assert len({batch.data_ptr() for batch in batches}) == PREFETCH + 1
     assert all(batch.is_shared() for batch in batches)
     assert memory.stack(views(0, 50)).shape == (50, 3, 6, 5)  # outgrows its block
+
+
+def test_received_batches_hold_as_long_as_someone_holds_them():
+    memory, kept = ReceivedMemory(), []
+    for batch in range(BATCHES):
+        source = BatchMemory().stack(views(batch, 4))
+        kept.append(memory.copy(source))
+        assert kept[-1].stride() == source.stride()
+        source.zero_()
+    assert all(torch.equal(copy, torch.stack(views(batch, 4))) for batch, copy in enumerate(kept))
+
+
+def test_memory_that_nobody_holds_is_used_again():
+    memory, seen, part = ReceivedMemory(), set(), None
+    for batch in range(BATCHES):
+        copy = memory.copy(torch.stack(views(batch, 3)) / 2)
+        seen.add(copy.data_ptr())
+        if batch == 0:
+            part, expected = copy[1:2, :, ::2], copy[1:2, :, ::2].clone()  # a view keeps it, too
+    assert len(seen) == 3 and torch.equal(part, expected)
+    assert memory.copy(torch.stack(views(0, 5))).shape == (5, 3, 6, 5)

@@ -6,7 +6,10 @@ import logging
 import math
 import pickle
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -340,6 +343,37 @@ def test_loader_processes_need_no_fork(tmp_path):
     first = next(iter(stream)).batch
     again = next(data.epoch(0))
     assert torch.equal(first.image, again.image) and torch.equal(first.index, again.index)
+
+
+@pytest.mark.parametrize("reference", [None, model(24, Letters(12))])
+def test_batches_of_loader_processes_are_kept(tmp_path, reference):
+    """All tensors of them, however long they are held on to."""
+    pattern = write_shards(tmp_path, 24, 5)
+    alone, by_others = (
+        list(train(config(pattern, samples=24, batch=2, workers=w), reference=reference).epoch(0)) for w in (0, 1)
+    )
+    assert len(alone) == 12
+    for a, b in zip(alone, by_others, strict=True):
+        for name, tensor in vars(a).items():
+            other = getattr(b, name)
+            assert (tensor is None and other is None) or torch.equal(tensor, other), name
+            assert tensor is None or tensor.stride() == other.stride()
+
+
+LEFT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_data import config, train
+data = train(config(None, "--dataset-type", "synthetic", samples=64, batch=2, workers=1))
+batches = data.epoch(0)
+print(len(next(batches)))
+"""
+
+
+def test_a_program_ends_though_its_loader_is_in_use():
+    code = LEFT.format(tests=str(Path(__file__).parent))
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "2\n"), ended.stderr
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "csv"])

@@ -1,25 +1,35 @@
-"""Where a loader process lays out the images of its batches.
+"""Memory that batches of images pass through: a loader process's, which the receiver shares, and the receiver's.
 
-What a loader process sends goes through shared memory. To have pages of it made for every batch takes longer than
-to fill them: a tenth of a sample's whole time. So a process keeps a few blocks and uses them in turns, and the
-receiver copies a batch out (to page-locked memory on the way to a GPU) before its block comes round again: a
-process is never asked for more than ``PREFETCH`` batches (``prefetch_factor`` of ``DataLoader``) beyond the last
-one received, so one block more is enough.
+To have pages of memory made for every batch takes longer than to fill them. So both ends use theirs again.
+
+A loader process keeps a few blocks of shared memory and uses them in turns. The receiver copies a batch out (to
+page-locked memory on the way to a GPU) before its block comes round again: a process is never asked for more than
+``PREFETCH`` batches (``prefetch_factor`` of ``DataLoader``) beyond the last one received, so one block more is
+enough. A block of the receiver is used again when nobody holds the batch that was in it.
 """
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 PREFETCH = 2  # batches that each loader process works ahead
+_KEPT = 4  # blocks of a receiver: one that comes, one in use, and some that are still looked at
 
 
 class BatchMemory:
-    """Blocks of shared memory, used in turns, in a loader process; elsewhere every batch has its own memory."""
+    """Blocks of shared memory, used in turns, in a loader process; elsewhere every batch has its own memory.
 
-    def __init__(self) -> None:
+    ``shared`` True: as in a loader process, wherever it is.
+    """
+
+    def __init__(self, shared: bool = False) -> None:
+        self._shared = shared
         self._blocks: list[Tensor | None] = [None] * (PREFETCH + 1)
         self._turn = 0
 
@@ -35,10 +45,35 @@ class BatchMemory:
         return out.permute(0, 3, 1, 2) if channels_last else out
 
     def _take(self, size: int, dtype: torch.dtype) -> Tensor:
-        if get_worker_info() is None:
+        if not self._shared and get_worker_info() is None:
             return torch.empty(size, dtype=dtype)
         block = self._blocks[self._turn]
         if block is None or len(block) < size:
             block = self._blocks[self._turn] = torch.empty(size, dtype=dtype).share_memory_()
         self._turn = (self._turn + 1) % len(self._blocks)
         return block[:size]
+
+
+@dataclass
+class _Block:
+    memory: np.ndarray
+    user: weakref.ref[np.ndarray]  # what the tensors in it keep alive
+
+
+class ReceivedMemory:
+    """Copies of batches that hold as long as someone holds them, in memory of earlier ones that nobody does."""
+
+    def __init__(self) -> None:
+        self._blocks: list[_Block] = []
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy of ``tensor``, whose elements fill its memory, in the same order."""
+        blocks = [block for block in self._blocks if len(block.memory) == tensor.nbytes]
+        block = next((block for block in blocks if block.user() is None), None)
+        if block is None and len(blocks) == _KEPT:
+            return tensor.clone()
+        memory = np.empty(tensor.nbytes, np.uint8) if block is None else block.memory
+        user = memory[:]
+        self._blocks = [b for b in blocks if b is not block] + [_Block(memory, weakref.ref(user))]
+        copy = torch.from_numpy(user).view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
+        return copy.copy_(tensor)

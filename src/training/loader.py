@@ -9,6 +9,7 @@ The processes run through the epochs without stopping, so an epoch does not begi
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections import deque
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from PIL import Image
@@ -23,10 +25,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from drrho_clip.batch import Batch
-from training.batch_memory import PREFETCH
+from training.batch_memory import PREFETCH, ReceivedMemory
 from training.distributed import gather_object
 from training.images import decode
-from training.interrupts import leave_to_trainer
+from training.interrupts import end_with_trainer, leave_to_trainer
 from training.lanes import Identity, Layout, Progress, pack, unpack
 from training.order import Part
 from training.samples import SkipLog, Skips, usable
@@ -72,8 +74,7 @@ class TrainData:
             self.close()
             self._stream.start = replace(self._progress, places=dict(self._progress.places))
             self._fetched = (epoch, step)
-            chunks = iter(self._loader)
-            self._chunks = _copies(chunks, self._workers) if self._must_copy else chunks
+            self._chunks = self._start()
         arrived: deque[Chunk] = deque()
         for batch in prefetch(self._fetch(arrived), self._device):
             chunk = arrived.popleft()
@@ -86,7 +87,12 @@ class TrainData:
 
     def close(self) -> None:
         """End the loader processes."""
-        self._chunks = None
+        self._chunks = None  # nobody else holds it
+
+    def _start(self) -> Iterator[Chunk]:
+        _loading.add(self)
+        chunks = iter(self._loader)
+        return _copies(chunks, self._workers) if self._must_copy else chunks
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, of all ranks, in plain values. Collective."""
@@ -143,7 +149,7 @@ class TrainData:
             chunk = next(self._chunks)
             if chunk.failure is not None:
                 self.close()
-                raise chunk.failure
+                raise type(chunk.failure)(str(chunk.failure))  # one that ``chunk``, here, does not hold
             self._fetched = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             arrived.append(replace(chunk, batch=None))
             yield chunk.batch
@@ -265,11 +271,23 @@ def _loader(stream: IterableDataset, workers: int, device: torch.device, seed: i
 def _copies(chunks: Iterator[Chunk], workers: int) -> Iterator[Chunk]:
     """Chunks in memory of this process. The received ones are held on to, so that their blocks stay mapped."""
     held: deque[Chunk] = deque(maxlen=workers * (PREFETCH + 1))
+    memory, ref_memory = ReceivedMemory(), ReceivedMemory()
     for chunk in chunks:
         held.append(chunk)
-        yield chunk.copy()
+        yield chunk.copy(memory, ref_memory)
+
+
+_loading: WeakSet[TrainData] = WeakSet()
+
+
+@atexit.register
+def _end_processes() -> None:
+    """At the program's end, before multiprocessing waits for processes that leave its signal to the trainer."""
+    for data in list(_loading):
+        data.close()
 
 
 def _start_worker(_: int) -> None:
     leave_to_trainer()
+    end_with_trainer()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough

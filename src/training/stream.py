@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from drrho_clip.batch import Batch
-from training.batch_memory import BatchMemory
+from training.batch_memory import BatchMemory, ReceivedMemory
 from training.captions import Captions
 from training.feature_store import Features
 from training.image_size import check_size
@@ -31,6 +31,7 @@ from training.webdata import SharedKey
 T = TypeVar("T")
 
 LONGEST_TEXT = 4096  # characters that are tokenized: CLIP's tokenizer takes minutes over a word of 100 kB
+_SMALL = ("text", "index", "ref_text")  # of a batch, int64
 _BARREN_TURNS = 20  # beyond one per lane, passes without a usable sample before a lane gives up
 
 
@@ -60,9 +61,30 @@ class Chunk:
         """A copy in page-locked memory; ``DataLoader`` calls this by its name."""
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
-    def copy(self) -> Chunk:
-        """One that holds when the loader process uses its memory again."""
-        return self if self.batch is None else replace(self, batch=self.batch.clone())
+    def copy(self, memory: ReceivedMemory, ref_memory: ReceivedMemory) -> Chunk:
+        """One that holds when the loader process uses its memory again, with the images in these memories."""
+        if self.batch is None:
+            return self
+        image, ref_image = memory.copy(self.batch.image), self.batch.ref_image
+        ref_image = None if ref_image is None else ref_memory.copy(ref_image)
+        return replace(self, batch=replace(self.batch, image=image, ref_image=ref_image))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ids and rows go from process to process as arrays, in the message.
+
+        A tensor goes through shared memory, whose descriptor takes longer to hand over than so little to copy.
+        """
+        if self.batch is None:
+            return self.__dict__
+        small = {name: t.numpy() for name in _SMALL if (t := getattr(self.batch, name)) is not None}
+        return self.__dict__ | {"batch": replace(self.batch, **small)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        batch = state["batch"]
+        if batch is not None:
+            small = {name: torch.from_numpy(a) for name in _SMALL if (a := getattr(batch, name)) is not None}
+            state["batch"] = replace(batch, **small)
+        self.__dict__.update(state)
 
 
 class TrainStream(IterableDataset):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
@@ -142,7 +143,9 @@ def parse_header(block: bytes) -> Header | None:
         checksum = int(block[148:156].rstrip(b"\0 "), 8)
     except ValueError:
         return None
-    if size < 0 or sum(block) - sum(block[148:156]) + 8 * 32 != checksum:
+    # The sum of ASCII bytes is what the lower half of Adler-32 counts, and 512 of them do not reach its modulus.
+    total = (zlib.adler32(block) & 0xFFFF) - 1
+    if size < 0 or total - sum(block[148:156]) + 8 * 32 != checksum:
         return None
     name = block[:100].split(b"\0", 1)[0]
     prefix = block[345:500].split(b"\0", 1)[0]
