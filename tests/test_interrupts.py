@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,7 +17,15 @@ import torch.distributed as dist
 
 from ranks import ranks
 from training import interrupts
-from training.interrupts import SIGNALS, Agreement, how_to_continue, leave_to_trainer, listen, requeue
+from training.interrupts import (
+    SIGNALS,
+    Agreement,
+    end_with_trainer,
+    how_to_continue,
+    leave_to_trainer,
+    listen,
+    requeue,
+)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -180,6 +189,29 @@ def test_a_loader_that_is_told_twice_ends():
         os._exit(0)
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+
+
+def wait_beside_a_loader(pipe) -> None:
+    pid = os.fork()
+    if pid == 0:
+        end_with_trainer()
+    else:
+        pipe.send(pid)
+    time.sleep(60)
+
+
+def test_a_loader_ends_with_a_trainer_that_is_killed():
+    ours, theirs = multiprocessing.Pipe()
+    trainer = multiprocessing.get_context("forkserver").Process(target=wait_beside_a_loader, args=(theirs,))
+    trainer.start()
+    loader = ours.recv()
+    time.sleep(0.1)
+    trainer.kill()
+    trainer.join()
+    deadline = time.monotonic() + 2
+    while Path(f"/proc/{loader}").exists() and "(zombie)" not in Path(f"/proc/{loader}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # --- going on --------------------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ step before: nobody waits for them, as an exchange has a whole step to arrive.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 # Slurm's preemption and cancelling; its warning before a time limit (--signal=USR1@120); Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1
 _ONE_KEYPRESS = 0.5  # seconds in which a terminal and a launcher may both deliver the same Ctrl-C
 
 
@@ -82,6 +85,15 @@ def leave_to_trainer() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def end_with_trainer() -> None:
+    """In a loader process: end when the trainer is killed, at once and not seconds later.
+
+    It has the trainer's connections open too, and the other ranks feel that it is gone when the last one closes.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Waitable(Protocol):

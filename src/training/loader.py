@@ -290,4 +290,5 @@ def _end_processes() -> None:
 def _start_worker(_: int) -> None:
     leave_to_trainer()
     end_with_trainer()
+    end_with_trainer()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
