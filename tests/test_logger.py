@@ -211,6 +211,20 @@ def test_eval_results_are_lines_of_strict_json(tmp_path):
     ]
 
 
+def test_a_continued_run_replaces_the_scalars_of_the_steps_that_it_takes_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with start(tmp_path, "--report-to", "tensorboard") as log:
+        for step in range(1, 6):
+            log.scalars(step, {"train/loss": 10.0 + step})
+    with start(tmp_path, "--report-to", "tensorboard") as log:
+        log.goes_on(3)
+        for step in (4, 5, 6):
+            log.scalars(step, {"train/loss": 20.0 + step})
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(e.step, e.value) for e in events] == [(1, 11), (2, 12), (3, 13), (4, 24), (5, 25), (6, 26)]
+
+
 def test_tensorboard_events_are_read_back(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -26,7 +26,7 @@ class Clock:
 
 
 def kept(rank: int, steps: int, *, signal_at: int | None = None, **flags) -> tuple[list[str], int]:
-    """What a run of ``steps`` minutes, one per step, saves, and after which step it stops. 5 steps are an epoch."""
+    """What a run of ``steps`` minutes, one per step, saves, and the step that ends it. 5 steps are an epoch."""
     config, clock, names = replace(RUN, **flags), Clock(), []
     trainer = SimpleNamespace(step=0, finished=False, world=SimpleNamespace(is_main=rank == 0, world_size=1))
     trainer.data = SimpleNamespace(steps_per_epoch=5, state_dict=dict)

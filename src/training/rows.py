@@ -146,7 +146,9 @@ class _Planner(dcp.DefaultLoadPlanner):
             saved = self.metadata.state_dict_metadata[name]
             stop = min(self._rows.stop, saved.size[0])
             if stop > self._rows.start:
-                wanted = ChunkStorageMetadata((self._rows.start,), (stop - self._rows.start,))
+                wanted = ChunkStorageMetadata(
+                    torch.Size([self._rows.start]), torch.Size([stop - self._rows.start])
+                )
                 items += create_read_items_for_chunk_list(name, saved, [wanted])
         return LoadPlan(items)
 
