@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision.io
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
 from shards import encode, picture
+from training import images
 from training.images import (
     Box,
     TrainView,
@@ -291,6 +293,30 @@ def test_decoding_any_mode_gives_rgb():
         file = io.BytesIO()
         palette.save(file, "png", transparency=bytes(range(256)))
         assert decode(file.getvalue()).mode == "RGB"
+
+
+@pytest.mark.parametrize("missing", ["decode_jpeg", "ImageReadMode", "libjpeg"])
+def test_without_torchvisions_decoder_pillow_gives_the_same_pixels(missing, monkeypatch, caplog):
+    files = [encode(photo(), subsampling=i) for i in range(3)] + [encode(photo().convert("L"))]
+    expected = [decode_pixels(file) for file in files]
+    TrainView(PreprocessCfg(size=32))
+    assert not caplog.records
+    if missing == "libjpeg":
+        monkeypatch.setattr("torchvision.io.image._has_image_ops", lambda: False)
+    else:
+        monkeypatch.delattr(torchvision.io, missing)
+    images._jpeg_decoder.cache_clear()
+    try:
+        assert images._jpeg_decoder() is None
+        for file, pixels in zip(files, expected, strict=True):
+            assert torch.equal(decode_pixels(file), pixels) and decode_pixels(file).stride() == pixels.stride()
+        TrainView(PreprocessCfg(size=32), aug_cfg={"use_timm": True})
+        assert not [r for r in caplog.records if r.levelname == "WARNING"]
+        TrainView(PreprocessCfg(size=32))
+        (told,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert "Pillow does" in told
+    finally:
+        images._jpeg_decoder.cache_clear()
 
 
 def test_decoding_paths_pictures_and_what_is_no_image(tmp_path):

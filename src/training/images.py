@@ -27,17 +27,18 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision.io
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as tv
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as tvf
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ class TrainView:
             log.info("--aug-cfg asks for timm's transforms: images are normalized in the loader, as float")
         elif slow := ", ".join(self._target.color_steps):
             log.info("augmentation by %s goes through Pillow images, after the crop", slow)
+        if not self._in_timm and _jpeg_decoder() is None:
+            log.warning("this torchvision decodes no JPEGs: Pillow does, to the same pixels, in more time")
         if reference is not None and not _same_pixels(target, reference, on_device=not self._in_timm):
             steps = _steps(reference, augmentation, rand_augment)
             self._reference = _View(steps) if self._in_timm else _CropView(steps, _interpolation(reference))
@@ -122,11 +125,32 @@ def decode_pixels(image: bytes | str | Image.Image) -> Tensor:
     """The same as a tensor, uint8 [3, H, W], channels last; JPEGs without Pillow."""
     if isinstance(image, str):
         image = Path(image).read_bytes()
-    if isinstance(image, bytes) and image.startswith(_JPEG):
+    if isinstance(image, bytes) and image.startswith(_JPEG) and (decode_jpeg := _jpeg_decoder()) is not None:
         with suppress(RuntimeError):  # Pillow reads some more, and says better what is wrong with the rest
-            # A copy, since torch takes no memory that it may not write to.
-            return decode_jpeg(torch.frombuffer(bytearray(image), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            return decode_jpeg(image)
     return torch.from_numpy(np.array(decode(image))).permute(2, 0, 1)
+
+
+@cache
+def _jpeg_decoder() -> Callable[[bytes], Tensor] | None:
+    """torchvision's: bytes to uint8 [3, H, W]; None where there is none.
+
+    It is deprecated since torchvision 0.29, to be removed, and it has always been missing from builds without
+    libjpeg.
+    """
+
+    def decode_jpeg(image: bytes) -> Tensor:
+        # A copy, since torch takes no memory that it may not write to.
+        return torchvision.io.decode_jpeg(torch.frombuffer(bytearray(image), dtype=torch.uint8), mode=mode)
+
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "jpeg")
+    try:
+        mode = torchvision.io.ImageReadMode.RGB
+        decode_jpeg(file.getvalue())
+    except (AttributeError, RuntimeError):
+        return None
+    return decode_jpeg
 
 
 def random_box(height: int, width: int, scale: Sequence[float], ratio: Sequence[float], rng: random.Random) -> Box:
