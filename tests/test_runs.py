@@ -1,5 +1,6 @@
 """Runs of the whole program in one process: other kinds of data, where runs end, and how they begin again."""
 
+import json
 import math
 import re
 
@@ -9,6 +10,7 @@ import torch
 import shards
 import tiny_models
 from training import main as program
+from training.evaluate import Evaluation
 from training.published import load_weights, read
 from training.train import Trainer
 
@@ -197,6 +199,26 @@ def test_bad_evaluation_folders_are_refused_before_models_are_built(flags, tmp_p
     assert program.main(words) == 2
     assert "--imagenet-val" in capfd.readouterr().err
     assert not (tmp_path / "logs").exists()
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for_once(flags, tmp_path, monkeypatch):
+    pairs = shards.write_shards(tmp_path, 6, per_shard=3)
+    words = flags("--name", "a", "--epochs", "2", "--val-data", pairs, "--val-frequency", "1")
+    evaluate, results = Evaluation.__call__, tmp_path / "logs/a/eval_results.jsonl"
+
+    def killed(self, model, epoch, **kwargs):
+        if epoch == 1:
+            raise Killed
+        return evaluate(self, model, epoch, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "__call__", killed)
+        with pytest.raises(Killed):
+            program.main(words)
+    assert not results.exists()
+    assert program.main([*words, "--resume", "latest", "--stop_epochs", "1"]) == 0
+    assert program.main([*words, "--resume", "latest"]) == 0
+    assert [json.loads(line)["epoch"] for line in results.read_text().splitlines()] == [1, 2]
 
 
 def test_bare_weights_begin_a_run_with_the_temperature_that_was_asked_for(flags, tmp_path):
