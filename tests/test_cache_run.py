@@ -21,7 +21,7 @@ from training.images import decode, eval_transform
 from training.logger import open_run
 from training.main import main
 from training.params import parse
-from training.row_store import open_store
+from training.row_store import StoreWriter, open_store
 
 WRITE = "--ref_model @reference --ref_model_pretrained @reference_weights --cache_ref_model_features"
 
@@ -137,6 +137,27 @@ def test_bad_samples_are_left_out(lab, tmp_path):
     argv = words(lab, tmp_path / "store", "--train-data @spoiled".replace("@spoiled", lab.path("spoiled")))
     assert main(argv) == 0
     assert held(tmp_path / "store")[0] == [0, 2, 3]
+
+
+def test_a_shard_without_usable_samples_is_done_too(lab, tmp_path):
+    samples = [shards.sample(i) for i in range(6)]
+    for members in samples[:2]:
+        del members["txt"]
+    pattern = shards.write_shards(tmp_path / "data", samples, per_shard=2)
+    argv = words(lab, tmp_path / "store", f"--train-data {pattern} --cache_group_size 3")
+    for rank in range(3):
+        assert main([*argv, "--cache_rank", str(rank), "--name", f"job{rank}"]) == (2 if rank == 0 else 0)
+    assert held(tmp_path / "store")[0] == [2, 3, 4, 5]
+    assert open_store(tmp_path / "store", "reference features", "DIR").shape("features")[1] == (2, 24)
+
+
+def test_parts_that_rank_0_cannot_see_are_noticed(tmp_path):
+    """As when each node has a folder of its own by that name."""
+    writer = StoreWriter(tmp_path, "things", {})
+    writer.write([(0, "0.tar")], np.array([3]), np.array([1], np.uint32), things=np.ones((1, 2)))
+    with pytest.raises(ValueError, match="1 of 3 shards are not there, though other ranks"):
+        cache_run._index(writer, {0, 1, 2}, ["2.tar"])
+    assert cache_run._index(writer, {0, 2}, ["2.tar"]) == 1
 
 
 def test_another_list_of_shards_is_refused_and_a_longer_one_goes_on(lab, tmp_path, capsys):

@@ -9,6 +9,7 @@ in rounds, and a rank's loader processes take shards in turn. Ranks write parts 
 from __future__ import annotations
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from training.batch_memory import PREFETCH
 from training.cache_work import Work
 from training.distributed import World
 from training.fixed_view import FixedView
+from training.interrupts import leave_to_trainer
 from training.logger import Progress, RunLog
 from training.order import Part
 from training.params import Config
@@ -84,13 +86,27 @@ def write(config: Config, world: World, run_log: RunLog) -> None:
                 mine = _stretch(dealt, world.rank, world.world_size)
                 for names in distributed.gather_object(_write_units(mine, work, writer, config, world, bar)):
                     failed += names
-    rows = distributed.on_main(writer.index)
+    rows = distributed.on_main(lambda: _index(writer, {unit.number for unit in missing}, failed))
     run_log.info(f"{writer.folder} holds {writer.kind} of {rows:,} samples")
     if failed:
         raise ValueError(
             f"--train-data: {len(failed)} of {len(missing)} shards cannot be read, {failed[0]} first; the rest is "
             "written, run again when they are mended"
         )
+
+
+def _index(writer: StoreWriter, wanted: set[int], failed: Sequence[str]) -> int:
+    """Make the store readable; its rows. ValueError: what other ranks wrote is not there, or nothing is."""
+    rows = writer.index()
+    lost = len(wanted - writer.done().keys()) - len(failed)
+    if lost > 0:
+        raise ValueError(
+            f"{writer.folder}: {lost} of {len(wanted)} shards are not there, though other ranks have written "
+            "them: give a folder that all nodes share"
+        )
+    if not rows and not failed:
+        raise ValueError("--train-data: it holds no usable sample, python -m training.check_data says why")
+    return rows
 
 
 def _units(config: Config, world: World) -> list[Unit]:
@@ -134,6 +150,7 @@ def _write_units(
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
         prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=_start_worker,
     )
     pending, skips = _Pending(writer, {unit.number: unit.name for unit in units}), Skips()
     for chunk in loader:
@@ -148,6 +165,11 @@ def _write_units(
     if skips.counts:
         log.warning("left out: %s", skips)
     return [pending.names[number] for number in sorted(pending.failed)]
+
+
+def _start_worker(_: int) -> None:
+    leave_to_trainer()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
 
 
 # ---------------------------------------------------------------------------------------------------- samples
@@ -245,9 +267,10 @@ class _Pending:
 
     def write(self) -> None:
         """A part of the units that have ended; the others' values are kept."""
-        pieces = [piece for unit in sorted(self._ended) for piece in self._held.pop(unit, ())]
-        if not pieces:
+        if not self._ended:
             return
+        nothing = {"rows": np.empty(0, np.int64), "checksums": np.empty(0, np.uint32)}
+        pieces = [piece for unit in sorted(self._ended) for piece in self._held.pop(unit, ())] or [nothing]
         columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         _, first = np.unique(columns["rows"], return_index=True)
         if len(first) < len(columns["rows"]):

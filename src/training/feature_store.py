@@ -35,6 +35,7 @@ from training.shards import expand_shards
 
 KIND = "reference features"
 FLAG = "--cached_ref_features_dir"
+_OPEN = 4096  # published files that a process has mapped at a time; the system allows some 65,000 in all
 
 
 class Features(Protocol):
@@ -134,6 +135,8 @@ class PublishedFeatures:
                 raise ValueError(
                     f"{FLAG}: {path} holds {list(shape)}, where a float tensor {expected} was expected"
                 )
+            if len(self._opened) >= _OPEN:
+                del self._opened[next(iter(self._opened))]
             self._opened[shard] = tensor.numpy()
         return self._opened[shard]
 

@@ -261,8 +261,8 @@ class RowStore:
         return mapped.array[position - start]
 
     def shape(self, key: str) -> tuple[np.dtype, tuple[int, ...]]:
-        """Type and shape of one row's values, by the first part."""
-        array = self._values(key, 0)[0].array
+        """Type and shape of one row's values, by the first part that has any."""
+        array = self._values(key, int(np.searchsorted(self._ends, 0, side="right")))[0].array
         return array.dtype, array.shape[1:]
 
     def _values(self, key: str, part: int) -> tuple[_Mapped, int]:
