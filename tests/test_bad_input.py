@@ -18,13 +18,14 @@ import shards
 from flag_lab import WORLD, Lab
 from ranks import ranks
 from spoiled import SAMPLES, SHARDS
-from training import webdata
+from training import check_data, webdata
 from training.data import build_train
 from training.distributed import World, gather_object
 from training.loader import TrainData
 from training.order import Lane
 from training.params import parse
 from training.samples import Allowance, SkipLog, Skips, Tolerance, TooManyBad, allowance
+from training.shards import expand_shards
 
 ROWS = 1000
 
@@ -129,6 +130,21 @@ def test_every_kind_of_bad_sample_stays_out_and_is_counted(tmp_path, caplog):
         assert sorted(rows) == sorted(good) and counts == planted
         assert all(str(tmp_path) in name and ".tar/" in name for name in log.total.examples.values())
     assert "key is not an integer (e.g. " in caplog.text and "image too large (e.g. " in caplog.text
+
+
+def test_check_data_finds_what_training_leaves_out(tmp_path):
+    members = [shards.sample(100 + i, (8, 8)) for i in range(20)]
+    for i, fault in enumerate(SAMPLES.values()):
+        members.append(shards.sample(i, (8, 8)))
+        fault.spoil(members[-1])
+    pattern = shards.write_shards(tmp_path / "samples", members, 9)
+    for i, broken in enumerate(SHARDS.values()):
+        broken.make(tmp_path / f"{i:02d}.tar", range(200 + 10 * i, 204 + 10 * i))
+    pattern = f"{pattern}::{tmp_path}/{{00..{len(SHARDS) - 1:02d}}}.tar"
+    found = check_data.check(expand_shards(pattern), [ROWS])
+    rows, counts, _ = epoch(pattern, len(found.good))
+    assert sorted(rows) == sorted(found.good[:, 0]) and counts == found.skips.counts
+    assert {"unreadable shard", "empty shard", "undecodable image", "image too large"} < set(counts)
 
 
 def spoiled_set(folder, samples: int = 100) -> tuple[str, Counter]:

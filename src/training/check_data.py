@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from training.command_line import parse_sizes
 from training.flags import ALL
-from training.image_size import check_size, image_size
-from training.images import decode
+from training.image_size import image_size
+from training.images import decode_pixels
 from training.order import Part
-from training.samples import Skips, Unusable, usable
+from training.samples import Skips, usable
 from training.shards import Shard, expand_shards
+from training.stream import decode_or_skip
 from training.webdata import ShardSource, with_rows
 
 ROWS = 2**62  # more than any key: where no --data_size bounds them
@@ -87,14 +88,7 @@ class Checks(Dataset):
     def _rows(self, shard: Shard, skips: Skips) -> Iterator[tuple[int, int, int, int]]:
         source = ShardSource([shard], 0, sample_index="key" if self.by_key else None)
         for raw in usable(source.in_order(Part(0, 1)), skips):
-            try:
-                check_size(raw.image)
-                decode(raw.image)
-            except Unusable as fault:
-                skips.add(str(fault), raw.name)
-            except Exception as error:  # a decoder raises anything on a broken file
-                skips.add("undecodable image", f"{raw.name}: {error}")
-            else:
+            if decode_or_skip(raw, skips, decode_pixels) is not None:
                 yield raw.index - shard.first_row, *image_size(raw.image), len(raw.text)
 
 
