@@ -218,7 +218,15 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for_once(flags, tmp_path, mon
     assert not results.exists()
     assert program.main([*words, "--resume", "latest", "--stop_epochs", "1"]) == 0
     assert program.main([*words, "--resume", "latest"]) == 0
-    assert [json.loads(line)["epoch"] for line in results.read_text().splitlines()] == [1, 2]
+    measured = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["epoch"] for line in measured] == [1, 2]
+    log = (tmp_path / "logs/a/out.log").read_text()
+    values = [line["clip_val_loss"] for line in measured]
+    epoch, value = min(enumerate(values, 1), key=lambda pair: pair[1])
+    assert (
+        f"clip_val_loss: {value:.4g} (epoch {epoch})"
+        in [text for text in log.splitlines() if "Best so far" in text][-1]
+    )
 
 
 def test_bare_weights_begin_a_run_with_the_temperature_that_was_asked_for(flags, tmp_path):

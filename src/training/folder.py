@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from training import remote_sync
 from training.checkpoint import find_latest, problem
@@ -55,13 +56,13 @@ class RunFolder:
     def results(self) -> Path:
         return self.path / "eval_results.jsonl"
 
-    def evaluated(self) -> frozenset[int]:
-        """The epochs after which this run was evaluated. A line that was cut off counts for nothing."""
-        epochs = set()
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of ``eval_results.jsonl``; one that was cut off counts for nothing."""
+        found = []
         for line in self.results.read_text().splitlines() if self.results.is_file() else []:
-            with suppress(ValueError, KeyError, TypeError):
-                epochs.add(int(json.loads(line)["epoch"]))
-        return frozenset(epochs)
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
 
 def choose_folder(config: Config, world: World) -> RunFolder:

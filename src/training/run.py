@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from drrho_clip.reference import CachedReference, Reference
-from training import cache_run, checkpoint, data, distributed, models, objective, precision, preflight
+from training import best, cache_run, checkpoint, data, distributed, models, objective, precision, preflight
 from training.classification import ClassificationSet
 from training.data_wait import DataWait
 from training.distributed import World
@@ -128,7 +129,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
     ):
         keeping = Safekeeping(config.run, trainer, state, saver, interrupts, agreement, watchdog)
         if start.checkpoint is not None and _evaluation_is_missing(start, state):
-            evaluation(state.model, state.epoch, final=trainer.finished)
+            _evaluate(log, trainer, state, evaluation)
         _train_epochs(log, trainer, state, keeping, evaluation, watchdog)
         with watchdog.paused():
             requeue_wanted = keeping.stopped and keeping.leave(log, folder.checkpoints)
@@ -226,13 +227,30 @@ def _resume(start: Start, log: RunLog, state: RunState, trainer: Trainer) -> Non
     trainer.meters = held_meters(state.meters) if begun else {}
     if state.skipped:
         trainer.stepper.skipped.load_state_dict(state.skipped)
+    for result in _own_evaluations(start):  # also of the checkpoint's own epoch, which came after it was saved
+        if result["epoch"] <= state.epoch:
+            state.best = best.update(state.best, result, result["epoch"])
     log.goes_on(trainer.step)
 
 
 def _evaluation_is_missing(start: Start, state: RunState) -> bool:
     """Whether this run was ended between an epoch's checkpoint and its evaluation."""
+    done = {result["epoch"] for result in _own_evaluations(start)}
     own = start.checkpoint.parent == start.folder.checkpoints
-    return own and state.epoch_step == 0 and state.epoch not in distributed.on_main(start.folder.evaluated)
+    return own and state.epoch_step == 0 and state.epoch not in done
+
+
+def _own_evaluations(start: Start) -> list[dict[str, Any]]:
+    """What this run has measured so far, if the checkpoint is its own. Collective."""
+    own = start.checkpoint.parent == start.folder.checkpoints
+    return distributed.on_main(start.folder.evaluations) if own else []
+
+
+def _evaluate(log: RunLog, trainer: Trainer, state: RunState, evaluation: Evaluation) -> None:
+    metrics = evaluation(state.model, state.epoch, final=trainer.finished)
+    if metrics:
+        state.best = best.update(state.best, metrics, state.epoch)
+        log.info(best.describe(state.best))
 
 
 def _train_epochs(
@@ -255,7 +273,7 @@ def _train_epochs(
         with watchdog.paused():
             keeping.after_epoch()
             _report_skips(log, train_data=trainer.data, epoch=state.epoch)
-            evaluation(state.model, state.epoch, final=trainer.finished)
+            _evaluate(log, trainer, state, evaluation)
     log.info(f"trained {trainer.step} steps")
 
 

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from drrho_clip.sample_state import SampleState
 from training import published
+from training.best import Best
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class RunState:
     ``stream``        where the training data stands, and what its order follows from: plain values of all ranks
                       (``loader.TrainData.state_dict``).
     ``meters``        sums of the epoch's log lines (``logger.hold``). ``skipped``: the count of steps left out.
+    ``best``          metric -> [best value, after which epoch].
     ``flags``         every flag's value, as text: what the run was told. ``data_sizes``: rows per source.
     """
 
@@ -54,6 +56,7 @@ class RunState:
     stream: Mapping[str, Any] | None = None
     meters: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, Any] = field(default_factory=dict)
+    best: Best = field(default_factory=dict)
     flags: Mapping[str, str] = field(default_factory=dict)
     data_sizes: tuple[int, ...] = ()
 
@@ -73,6 +76,7 @@ class RunState:
             "samples_seen": self.samples_seen,
             "meters": dict(self.meters),
             "skipped": dict(self.skipped),
+            "best": dict(self.best),
             "flags": dict(self.flags),
             "data_sizes": list(self.data_sizes),
             "state_dict": published.plain_names(self.model.state_dict()),
@@ -105,7 +109,7 @@ class RunState:
         self.step = int(held.get("step", self.epoch * steps_per_epoch))
         self.samples_seen = int(held.get("samples_seen", self.step * global_batch))
         self.stream = held.get("stream")
-        self.meters, self.skipped = held.get("meters", {}), held.get("skipped", {})
+        self.meters, self.skipped, self.best = (held.get(name, {}) for name in ("meters", "skipped", "best"))
         _log.info("resumed %s: %d epochs, %d steps", path, self.epoch, self.step)
         self._tell_changes(held.get("flags", {}))
         return True

@@ -1,0 +1,32 @@
+"""The best value of each metric that a run has reached, and after which epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+Best = Mapping[str, Sequence[float]]
+
+_COUNTS = ("num_samples", "epoch")
+_LOWER_IS_BETTER = ("loss", "rank")  # clip_val_loss, image_to_text_mean_rank, ...
+
+
+def update(best: Best, metrics: Mapping[str, float | None], epoch: int) -> dict[str, list[float]]:
+    """``best`` (metric -> [value, epoch]) and the ``metrics`` after ``epoch``; of equals the first stays."""
+    found = {name: list(entry) for name, entry in best.items()}
+    for name, value in metrics.items():
+        if name in _COUNTS or value is None or value != value:
+            continue
+        if name not in found or _sign(name) * value > _sign(name) * found[name][0]:
+            found[name] = [value, epoch]
+    return found
+
+
+def describe(best: Best) -> str:
+    """One line for the log."""
+    return "Best so far: " + "\t".join(
+        f"{name}: {value:.4g} (epoch {epoch})" for name, (value, epoch) in best.items()
+    )
+
+
+def _sign(name: str) -> int:
+    return -1 if any(word in name for word in _LOWER_IS_BETTER) else 1

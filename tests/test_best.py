@@ -1,0 +1,19 @@
+"""The best of each metric."""
+
+from training.best import describe, update
+
+
+def test_higher_is_better_but_for_losses_and_ranks_and_the_first_of_equals_stays():
+    results = [
+        {"image_to_text_R@1": 0.2, "clip_val_loss": 1.0, "image_to_text_mean_rank": 9.0, "num_samples": 5},
+        {"image_to_text_R@1": 0.3, "clip_val_loss": 2.0, "image_to_text_mean_rank": 3.0, "num_samples": 5},
+        {"image_to_text_R@1": 0.3, "clip_val_loss": None, "image_to_text_mean_rank": 4.0, "epoch": 3},
+    ]
+    best = {}
+    for epoch, metrics in enumerate(results, 1):
+        best = update(best, metrics, epoch)
+    assert best == {"image_to_text_R@1": [0.3, 2], "clip_val_loss": [1.0, 1], "image_to_text_mean_rank": [3.0, 2]}
+    assert update(best, {"clip_val_loss": float("nan"), "imagenet-zeroshot-val-top1": 0.1}, 4)[
+        "clip_val_loss"
+    ] == [1.0, 1]
+    assert describe({"a": [0.25, 2]}) == "Best so far: a: 0.25 (epoch 2)"
