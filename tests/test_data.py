@@ -130,6 +130,30 @@ def test_steps_are_known_without_data_and_kept(tmp_path):
     assert rows(data.epoch(0)) and all(len(batch) == 4 for batch in data.epoch(0))
 
 
+def test_what_an_epoch_is_stands_in_the_log(tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    pattern = write_shards(tmp_path, [sample(i, (8, 8)) for i in range(30)], 5)
+
+    def told(*flags: str, ranks: int = 1, **options) -> str:
+        caplog.clear()
+        train(config(pattern, *flags, batch=4, **options), 0, ranks)
+        (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("training data: ")]
+        return line.removeprefix("training data: ")
+
+    assert told(samples=30, workers=2) == (
+        "6 shards, read by all 2 lanes and dealt by sample; lanes 1,2 (virtual ranks, workers); "
+        "an epoch is 30 samples in 8 steps of 4, 2 repeated to fill the last"
+    )
+    assert told("--epoch_policy", "exact", samples=30).endswith(
+        "30 samples in 7 steps of 4, 2 others left out of each epoch"
+    )
+    assert told(samples=24, ranks=2).endswith("24 samples in 3 steps of 8, none repeated, none left out")
+    monkeypatch.setattr("training.webdata.SPLIT_BY_SAMPLE", 0)
+    assert told("--lanes", "2,2", samples=30).startswith("6 shards, 1.5 for each of 4 lanes; lanes 2,2 ")
+    drawn = told("--dataset-resampled", samples=30, workers=3)
+    assert drawn.startswith("6 shards, drawn with replacement by each of 3 lanes; lanes 1,3 ")
+
+
 def test_views_are_the_samples_own_whatever_the_workers(tmp_path):
     pattern = write_shards(tmp_path, 12, 4)
 
