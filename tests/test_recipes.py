@@ -206,6 +206,7 @@ def test_slurm_scripts_ask_for_the_published_machines(name: str) -> None:
         (0, "", "RUNNING", False),
         (1, "", "RUNNING", False),  # what is wrong with a command stays wrong
         (124, "", "RUNNING", True),
+        (143, "", "RUNNING", True),  # one that Slurm ended for another's sake
         (137, "4", "RUNNING", True),
         (137, "5", "RUNNING", False),
         (137, "", "COMPLETING", False),  # cancelled

@@ -7,11 +7,11 @@ export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-12805}
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 
 # A job that is warned of its end (--signal) or preempted queues itself again (--requeue_on_preempt), and Slurm does so
-# where a node fails (--requeue). This is for a rank that hung (exit code 124) or was killed (137), RESTARTS times at
-# most; any other failure would only come again. A job that is cancelled is no longer RUNNING.
+# where a node fails (--requeue). This is for a rank that hung (exit code 124) or was killed (128 + signal), RESTARTS
+# times at most; any other failure would only come again. A job that is cancelled is no longer RUNNING.
 start_again() {
   local code=$1
-  if [ "$code" -ne 124 ] && [ "$code" -ne 137 ]; then return; fi
+  if [ "$code" -ne 124 ] && [ "$code" -le 128 ]; then return; fi
   if [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" != RUNNING ]; then return; fi
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "${RESTARTS:-5}" ]; then
     echo "a rank hung or was killed (exit code $code), and RESTARTS=${RESTARTS:-5} are used up"

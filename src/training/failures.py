@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 from training import distributed, launcher
+from training.interrupts import end_undisturbed
 
 T = TypeVar("T")
 
@@ -118,6 +119,7 @@ def tell(error: ValueError) -> None:
         if launcher.local_rank() == 0 or isinstance(error, distributed.OwnRefusal):
             print(line, file=sys.stderr)
         return
+    end_undisturbed()
     board = None
     with suppress(Unreachable):
         board = Board()
@@ -138,6 +140,7 @@ def report(error: Exception) -> None:
 
     Where a rank ended without a word, the first one to feel it says so. Every other rank has one line.
     """
+    end_undisturbed()
     rank, bystander = launcher.rank(), distributed.lost_peer(error)
     own = f"rank {rank} failed: {type(error).__name__}: {error}"
     if bystander:
@@ -166,6 +169,7 @@ def report(error: Exception) -> None:
 
 def notice() -> None:
     """This rank ends as another one's error has reached it; that one need not wait for it any longer."""
+    end_undisturbed()
     with suppress(Unreachable):
         _notice(Board())
 

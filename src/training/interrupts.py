@@ -77,6 +77,16 @@ def listen() -> Iterator[Interrupts]:
             signal.signal(number, handler)
 
 
+def end_undisturbed() -> None:
+    """This process is about to end by itself: Slurm and torchrun, which now end all ranks, need not help.
+
+    So what it has to say is said, and its exit code is its own.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def leave_to_trainer() -> None:
     """In a loader process: what a launcher sends to all processes of a rank is the trainer's to act on.
 
@@ -154,9 +164,7 @@ def requeue(env: Mapping[str, str] = os.environ) -> bool:
     job = launcher.slurm_job(env)
     if job is None:
         return False
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
+    end_undisturbed()
     return distributed.on_main(lambda: _requeue(job))
 
 

@@ -103,11 +103,11 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for process in self._processes():
+        for process in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
-    def _processes(self) -> list[int]:
+    def processes(self) -> list[int]:
         """Everything that the daemons have started: it has their configuration in its environment."""
         found = []
         for environment in Path("/proc").glob("[0-9]*/environ"):

@@ -1,8 +1,10 @@
-"""The repository's own batch script on a real Slurm of two nodes: preempted, queued again, the same weights."""
+"""The batch script of the repository on a real Slurm of two nodes: preempted, killed, the same weights in the end."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from training.published import load_weights, read
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "slurm" / "drrho_clip_dfn192m.sh"
-SAMPLES, EPOCHS, STEPS = 96, 4, 48
+SAMPLES, EPOCHS = 96, 6
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
@@ -69,7 +71,17 @@ class Jobs:
             else []
         )
 
-    def until(self, ready: Callable[[], bool], name: str, seconds: float = 60) -> None:
+    def rank(self, job: str, number: int) -> int:
+        """The process of that rank: of those with its variables, the first, which has started the others."""
+        of_rank = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={number}".encode()}
+        return min(
+            process
+            for process in self.cluster.processes()
+            if of_rank <= set(Path(f"/proc/{process}/environ").read_bytes().split(b"\0"))
+            and b"src/training/main.py" in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        )
+
+    def until(self, ready: Callable[[], bool], name: str, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
             assert time.monotonic() < deadline and "Traceback" not in self.printed(name), self.printed(name)[
@@ -88,26 +100,29 @@ def jobs(cluster, tmp_path_factory) -> Jobs:
     return Jobs(cluster, tmp_path_factory.mktemp("jobs"))
 
 
-def test_a_preempted_job_ends_with_the_undisturbed_ones_weights(jobs):
+def test_a_job_that_is_preempted_and_then_loses_a_rank_ends_with_the_undisturbed_ones_weights(jobs):
     whole, cut = jobs.submit("whole"), jobs.submit("cut")
     jobs.until(lambda: len(jobs.steps("cut")) >= 5, "cut")
     jobs.cluster.run("scancel", "--signal=USR1", cut)
     jobs.until(lambda: jobs.cluster.job(cut)["Restarts"] == "1", "cut")
+    jobs.until(lambda: len(jobs.steps("cut")) >= 26, "cut")  # past the second epoch's checkpoint
+    os.kill(jobs.rank(cut, 1), signal.SIGKILL)
+    jobs.until(lambda: jobs.cluster.job(cut)["Restarts"] == "2", "cut")
     ends = {name: jobs.ends(job, name) for name, job in (("whole", whole), ("cut", cut))}
-    assert {name: end["Restarts"] for name, end in ends.items()} == {"whole": "0", "cut": "1"}
+    assert {name: end["Restarts"] for name, end in ends.items()} == {"whole": "0", "cut": "2"}
 
-    for name in ("whole", "cut"):
+    epoch = [8 * (step + 1) for step in range(SAMPLES // 8)]  # samples seen: 4 on each of two ranks in a step
+    assert jobs.steps("whole") == epoch * EPOCHS and jobs.steps("cut")[-24:] == epoch * 2
+    for name in ends:
         run = jobs.folder / "logs" / name
         assert (run / "job.done").exists()
-        # A log per node: the ranks know that they are two, and on two nodes.
-        assert (run / "out-0.log").exists() and (run / "out-1.log").exists()
-        assert jobs.steps(name) == [8 * (step + 1) for step in range(SAMPLES // 8)] * EPOCHS
+        assert (run / "out-0.log").exists() and (run / "out-1.log").exists()  # one per node
     printed = jobs.printed("cut")
     stopped = re.findall(r"stopped by SIGUSR1 after (\d+) steps", printed)  # said on each node
-    assert len(stopped) == 2 and stopped[0] == stopped[1] and 5 <= int(stopped[0]) < STEPS
-    assert "Traceback" not in printed
+    assert len(stopped) == 2 and stopped[0] == stopped[1] and 5 <= int(stopped[0]) < 24
+    assert printed.count("the job goes back into the queue") == 1 and "Traceback" not in printed
 
     saved = [jobs.folder / "logs" / name / "checkpoints" / f"epoch_{EPOCHS}.pt" for name in ("whole", "cut")]
     undisturbed, requeued = map(load_weights, saved)
     assert all(torch.equal(undisturbed[key], requeued[key]) for key in undisturbed)
-    assert [read(path)["step"] for path in saved] == [STEPS, STEPS]
+    assert [read(path)["step"] for path in saved] == [EPOCHS * len(epoch)] * 2
