@@ -40,6 +40,7 @@ WRITE = f"{DATA} --data_size 2000 {REFERENCE} --cache_ref_model_features"
         (f"{CAPTION} --cap_model ViT-B-32", "--cap_model ViT-B-32: it has no caption decoder"),
         (f"{CAPTION} --cap_model coca_ViT", "--cap_model coca_ViT: open_clip has no such model"),
         (f"{CAPTION} --cap_model_pretrained ''", "--cap_model coca_ViT-B-32 has no weights"),
+        (f"{CAPTION} --precision bf16", "--precision bf16: open_clip casts a part of CoCa's decoder only"),
         (f"{CAPTION} --num_syn_texts 0", "--num_syn_texts 0: the value must lie in"),
         (f"{FASTCLIP} --cap_model coca_ViT-B-32", "run once with --cache_syn_texts, then train with"),
         (f"{FASTCLIP} --cached_syn_texts_dir nowhere", "there is no such folder on this machine"),

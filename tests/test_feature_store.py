@@ -18,9 +18,8 @@ from training.row_store import MissingRow
 REFERENCE = "--ref_model @reference --ref_model_pretrained @reference_weights"
 WRITE = f"{REFERENCE} --cache_ref_model_features --train-data @squares --cached_ref_features_dir @features"
 # One fixed view of square images; plain SGD, under which rounding stays rounding.
-FIXED = (
-    "--train-data @squares --train-num-samples 16 --aug-cfg scale=(1.0,1.0) --optimizer sgd --lr 0.01 --fastclip"
-)
+SGD = "--optimizer sgd --lr 0.01 --epochs 1"
+FIXED = f"--train-data @squares --train-num-samples 16 --aug-cfg scale=(1.0,1.0) {SGD} --fastclip"
 CACHED = "--cached_ref_features_dir @features"
 
 

@@ -123,5 +123,9 @@ def _check_captioner(given: Given) -> None:
     check_model(given, "cap_model")
     if not is_coca(given.cap_model):
         raise Refusal(f"{given.say('cap_model')}: it has no caption decoder, choose a coca model")
+    if given.precision in ("bf16", "fp16"):
+        raise Refusal(
+            f"{given.say('precision')}: open_clip casts a part of CoCa's decoder only, use amp_bf16 or pure_bf16"
+        )
     if not given.cap_model_pretrained and not brings_weights(given.cap_model):
         raise Refusal(f"{given.say('cap_model')} has no weights: give --cap_model_pretrained TAG or FILE")

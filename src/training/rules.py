@@ -248,8 +248,7 @@ def uses_temperature(given: Given, objective: Objective) -> bool:
 def resolve_reference(given: Given, objective: Objective, *, reads: bool, writes: str) -> dict[str, Any]:
     """``ref_model``, its weights and what it is used for; empty without a reference.
 
-    ``reads``: its features are on disk, so that the model itself may go unnamed. ``writes``: what the run writes
-    instead of training, 'features' of the reference where it is one.
+    ``reads``: its features are on disk, so that it may go unnamed. ``writes``: what the run writes, if it does.
     """
     usage = _usage(given)
     nothing = {"ref_model": "", "ref_model_pretrained": "", "ref_model_checkpoint": "", "usage": frozenset()}
