@@ -1,4 +1,4 @@
-"""The batch script of the repository on a real Slurm of two nodes: preempted, killed, the same weights in the end."""
+"""The published batch script on a real Slurm of two nodes: preempted, killed, in the end the same weights."""
 
 from __future__ import annotations
 
