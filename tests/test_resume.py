@@ -147,6 +147,18 @@ def test_a_stopped_stream_goes_on_exactly_under_another_launch(data, whole, kind
     assert same(run(streams, epoch, step, per_epoch - step), epochs[epoch][step:])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_may_be_stopped_after_every_step(data, whole, kind):
+    """Every rank goes on behind its own last batch, whatever the other ones knew of it in between."""
+    (expected, _), state = whole(kind), None
+    for step in range(len(expected)):
+        streams = launch(data, kind, *((2, 0), (2, 0), (1, 0))[step % 3])
+        for stream in streams if state else ():
+            stream.resume(state, 0, step)
+        assert same(run(streams, 0, step, 1), expected[step : step + 1])
+        state = state_of(streams)
+
+
 def test_resuming_reads_files_from_the_window_on_and_commands_without_decoding(data, whole, monkeypatch):
     """What comes before the window is not read where the file can be entered, and never decoded."""
     opened = []

@@ -116,7 +116,7 @@ class TrainData:
                 "others not at all; the next epochs are whole",
                 *(epoch, difference, self.steps_per_epoch - step),
             )
-        places = {} if difference or not step else unpack(held).places
+        places = {} if difference or not step else self._stream.own(unpack(held).places)
         self._progress = Progress(epoch, step, places)
         self.close()
         return step
@@ -289,6 +289,5 @@ def _end_processes() -> None:
 
 def _start_worker(_: int) -> None:
     leave_to_trainer()
-    end_with_trainer()
     end_with_trainer()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough

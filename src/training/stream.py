@@ -6,7 +6,7 @@ steps those are. It runs through the epochs without stopping.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
@@ -126,6 +126,11 @@ class TrainStream(IterableDataset):
     def lanes(self) -> int:
         """Among how many lanes the source is shared out."""
         return self.layout.workers * (1 if self.own_shards else self.layout.ranks)
+
+    def own(self, places: Mapping[tuple[int, int], Place]) -> dict[tuple[int, int], Place]:
+        """Those of this rank's lanes: where the others' stand, it will not know for long."""
+        own = {name for worker in range(self.layout.workers) for name in self._lanes_of(worker)}
+        return {name: place for name, place in places.items() if name in own}
 
     def __iter__(self) -> Iterator[Chunk]:
         worker, workers = this_worker()
