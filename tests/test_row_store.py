@@ -131,6 +131,8 @@ def test_what_is_no_store_is_said(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"format": 99, "kind": "things"}))
     with pytest.raises(ValueError, match="another version"):
         open_store(tmp_path, "things", "--flag")
+    with pytest.raises(ValueError, match="another version"):
+        StoreWriter(tmp_path, "things", MADE).done()
 
 
 def test_files_are_plain_npy_whose_rows_do_not_straddle_pages(tmp_path):

@@ -75,6 +75,7 @@ class StoreWriter:
 
         ValueError: what is there is of another kind, or was made in another way.
         """
+        self._indexed_table()
         shards: dict[int, str] = {}
         for part in _parts(self.folder, self.kind):
             _compare(self.folder, part.identity, self.identity)
@@ -100,19 +101,27 @@ class StoreWriter:
         """
         while True:
             parts = _parts(self.folder, self.kind)
-            table = self._write_table(parts)
+            before, table = self._indexed_table(), self._write_table(parts)
             listed = [part._asdict() | {"shards": len(part.shards)} for part in parts]
             for part in listed:
                 del part["identity"]
             index = {"format": FORMAT, "kind": self.kind, "identity": self.identity, "table": table}
             _write_json(self.folder / "index.json", index | {"parts": listed})
+            if before not in (None, table["name"]):
+                (self.folder / before).unlink(missing_ok=True)
             # Another writer may have finished a part, and its index, in between: then this one's was the older.
             if [part.name for part in _parts(self.folder, self.kind)] == [part.name for part in parts]:
                 break
-        for stale in self.folder.glob("table-*.npy"):
-            if stale.name != table["name"]:
-                stale.unlink(missing_ok=True)
         return sum(part.rows for part in parts)
+
+    def _indexed_table(self) -> str | None:
+        """The table that readers find now. Only this one may go later: another may be about to be indexed."""
+        index = self.folder / "index.json"
+        if not index.exists():
+            return None
+        held = json.loads(index.read_text())
+        _check_format(self.folder, held, self.kind)
+        return held["table"]["name"]
 
     def _write_table(self, parts: list[Part]) -> dict[str, Any]:
         listed = [_open_array(self.folder / f"parts/{part.name}.rows.npy") for part in parts]
