@@ -11,7 +11,7 @@ import pytest
 
 import tiny_models
 from ranks import free_port, ranks
-from training import distributed, failures
+from training import distributed, failures, main
 
 ROOT = Path(__file__).parents[1]
 DATA = ["--dataset-type", "synthetic", "--train-num-samples", "8", "--batch-size", "2", "--workers", "0"]
@@ -90,3 +90,29 @@ def test_one_rank_says_what_is_wrong_and_its_peers_end_quietly(tmp_path):
     assert culprit.splitlines()[-1] == "error (rank 1): row 7 is bad"
     assert bystander.splitlines()[-1] == "rank 0 ends, since another rank has: its own message says why"
     assert "Traceback" not in bystander + culprit
+
+
+def test_an_interruption_is_one_line(monkeypatch, capfd, tmp_path):
+    """What a second Ctrl-C does, wherever the program is."""
+
+    def launch(config) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.run.launch", launch)
+    assert main.main([*DATA, "--logs", str(tmp_path)]) == 130
+    assert capfd.readouterr().err == "interrupted: nothing more is saved\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:35051: Connection reset by peer", True),
+        ("Application timeout caused pair closure", True),
+        ("NCCL error: remote process exited or there was a network error", True),
+        ("shape mismatch", False),
+    ],
+)
+def test_errors_of_a_lost_rank_are_told_from_others(monkeypatch, message, lost):
+    assert not distributed.lost_peer(RuntimeError(message))  # alone there is none to lose
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    assert distributed.lost_peer(RuntimeError(message)) == lost

@@ -38,6 +38,10 @@ Group = dist.ProcessGroup | None  # None: the group of all ranks, or a single pr
 _CPU = torch.device("cpu")
 _TIMEOUT = timedelta(minutes=30)  # a rank may have to wait for another's download or evaluation
 _PATIENCE = timedelta(seconds=5)
+# What gloo and NCCL say.
+_LOST_PEER = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|pair closure|remote process exited|ncclRemoteError"
+)
 # The newer name of DDP's setting, where torch has it: the older one warns there.
 _SYNC_BUFFERS = "forward_sync_buffers"
 if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
@@ -107,7 +111,7 @@ def start(config: DistributedConfig) -> World:
 
 def lost_peer(error: RuntimeError) -> bool:
     """Whether ``error`` is a collective's, and says that another process has ended."""
-    return dist.is_initialized() and bool(re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)))
+    return dist.is_initialized() and bool(_LOST_PEER.search(str(error)))
 
 
 def stop() -> None:
