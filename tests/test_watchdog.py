@@ -186,6 +186,8 @@ def test_a_rank_that_raises_ends_all_with_one_traceback(tmp_path):
         assert group.wait(0, 1, 2) == [1, 1, 1]
         assert words(group).count("Traceback") == 1
         assert "Boom: tensor 7 is odd" in group.stderr(1) and "in one_raises" in group.stderr(1)
+        # The run's log is rank 0's.
+        assert "the run ends: rank 1 failed: Boom: tensor 7 is odd" in group.stderr(0)
         assert "Boom" not in group.stderr(2)
 
 

@@ -135,6 +135,17 @@ def tell(error: ValueError) -> None:
             _notice(board)
 
 
+def cause(error: BaseException) -> str | None:
+    """How another rank has failed, where ``error`` is only what this one feels of it. None: that is not known."""
+    if not (isinstance(error, RuntimeError) and distributed.lost_peer(error)):
+        return None
+    try:
+        board = Board()
+        return board.get(FAILED) if board.wait(FAILED, seconds=_A_MOMENT) else None
+    except Unreachable:
+        return None
+
+
 def report(error: Exception) -> None:
     """Say why the ranks end, which have met: ``error`` and its traceback, where this rank is the first that fails.
 

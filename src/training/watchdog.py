@@ -55,6 +55,7 @@ _HUNG, _STATUS, _REPORTED = "hung", "status", "reported"
 _WAITING = ("torch/distributed/", "training/distributed.py", "training/interrupts.py", "drrho_clip/collectives.py")
 _BACKWARD = "_engine_run_backward"
 _SHOWN = 4  # ranks named one by one
+_END = "the run ends: %s"
 
 
 class Watchdog:
@@ -92,11 +93,13 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
+        if error is None:
             # Together, as the board may end with rank 0: to another's watchdog that would look like its failure.
             barrier()
         self._stopped.set()
+        if error is not None and self._world.is_main and (cause := failures.cause(error)):
+            log.error(_END, cause)  # the run's log has only this rank's error otherwise
         self._thread.join(failures.PATIENCE)
 
     # ------------------------------------------------------------------------------------------ the thread
@@ -139,7 +142,7 @@ class Watchdog:
         if self._stopped.wait(_GRACE):
             return
         if self._world.is_main:
-            _say(f"the run ends: {failed}")
+            _say(_END % failed)
         failures.end(1)
 
     def _end_hung(self, idle: float) -> None:
