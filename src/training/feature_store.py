@@ -8,9 +8,8 @@
   with S = ``--num_samples_per_shard``. Rows that were never cached are zeros there. It may be a folder, or a
   pattern with braces or wildcards.
 
-Row r of the run is row r - ``--ref_features_offset`` of the cache. (A cache that begins with B serves the samples
-of B in a run on A::B with A's ``--data_size`` as offset.) Whatever is missing, zero or not finite is an error that
-names the sample.
+Row r of the run is row r - ``--ref_features_offset`` of the cache. (A cache of A::B serves a run on B alone with
+minus A's ``--data_size`` as offset.) Whatever is missing, zero or not finite is an error that names the sample.
 
 Loader processes look features up and send them with the batch: the time that a disk takes is spent beside the
 training step, and on the way to a GPU they travel with the images, from page-locked memory and in their own type.
