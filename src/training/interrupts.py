@@ -172,9 +172,7 @@ def _requeue(job: str) -> bool:
     try:
         state = _ask("squeue", "--noheader", "--jobs", job, "--format", "%T").strip()
         if state != "RUNNING":
-            log.info(
-                f"--requeue_on_preempt: Slurm is ending job {job} by itself ({state}): it is not queued again"
-            )
+            log.info(f"--requeue_on_preempt: job {job} is {state}, ended by its user or a limit: not queued again")
             return False
         _ask("scontrol", "requeue", job)
     except (OSError, subprocess.SubprocessError) as error:
