@@ -9,6 +9,7 @@ the main thread when an error reaches ``main.py`` (``tell``, ``report``), and be
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -30,6 +31,13 @@ _REFUSED = "refused"  # the refusal that rank 0 tells
 PATIENCE = 5.0  # seconds for an answer of the board, for rank 0 to speak first, for the others to notice
 _A_MOMENT = 2.0  # seconds for the word of a rank whose end is already felt
 _LEAVE = 10.0  # seconds for a rank that failed to part from the others
+
+# What torch's DataLoader raises in the main thread, wherever that is.
+_LOADER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([\w ]+)|exited)")
+_ADVICE = {
+    "Killed": "by hand, or as memory is short: fewer --workers need less",
+    "Bus error": "as shared memory is short: raise its limit (/dev/shm), or use fewer --workers",
+}
 
 
 class Unreachable(RuntimeError):
@@ -146,18 +154,35 @@ def cause(error: BaseException) -> str | None:
         return None
 
 
+def lost_loader(error: Exception) -> str | None:
+    """What has become of a loader process, where ``error`` is torch's word of its end. None: it is another one.
+
+    Its traceback says where the main thread happened to be, which has nothing to do with it.
+    """
+    found = _LOADER.search(str(error)) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return None
+    processes, signal = found.groups()
+    how = f"was killed (signal: {signal.strip()})" if signal else "ended by itself"
+    advice = _ADVICE.get((signal or "").strip(), "its own message, if it had one, is above")
+    return f"loader process {processes} {how}, {advice}"
+
+
 def report(error: Exception) -> None:
     """Say why the ranks end, which have met: ``error`` and its traceback, where this rank is the first that fails.
 
-    Where a rank ended without a word, the first one to feel it says so. Every other rank has one line.
+    Where a rank or a loader process ended without a word, the first one to feel it says so. Every other rank has
+    one line.
     """
     end_undisturbed()
-    rank, bystander = launcher.rank(), distributed.lost_peer(error)
+    rank, bystander, loader = launcher.rank(), distributed.lost_peer(error), lost_loader(error)
     own = f"rank {rank} failed: {type(error).__name__}: {error}"
     if bystander:
         own = (
             f"a rank has ended without a word, as rank {rank} felt: killed, out of memory, or its machine is lost"
         )
+    elif loader:
+        own = f"rank {rank} failed: {loader}"
     board = None
     try:
         board = Board()
@@ -168,7 +193,7 @@ def report(error: Exception) -> None:
         first = not bystander
     if not first:
         print(f"rank {rank} ends, since another rank has: its own message says why", file=sys.stderr, flush=True)
-    elif bystander:
+    elif bystander or loader:
         print(f"error: {own}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             print("interrupted: nothing more is saved", file=sys.stderr)
         code = 130
     except Exception as error:
-        if not distributed.met():
+        if not (distributed.met() or failures.lost_loader(error)):
             raise
         failures.report(error)
     finally:
