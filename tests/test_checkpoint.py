@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import shutil
 import threading
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 
 from drrho_clip.sample_state import SampleState, StateUpdate
 from ranks import ranks
-from training import distributed, published
+from training import distributed, published, rows
+from training import saver as saving
 from training.checkpoint import find_latest, resume
 from training.distributed import PeerFailed, World
 from training.optimizer import create_optimizer
@@ -478,14 +481,14 @@ def test_what_is_saved_is_the_state_at_the_call_whatever_comes_after(tmp_path, m
         write(path, held)
 
     monkeypatch.setattr(published, "write", late)
-    with Saver(tmp_path, RUN) as saver:
-        saver.save(run.state, ["epoch_1"])
+    with Saver(tmp_path, RUN) as keeper:
+        keeper.save(run.state, ["epoch_1"])
         after = run.epochs(1).everything()
         assert not (tmp_path / "epoch_1.pt").exists()  # it has not been waited for
         may_write.set()
-        saver.wait()
+        keeper.wait()
         assert_same(Run(1).resumed(tmp_path / "epoch_1.pt").everything(), at_the_call)
-        saver.save(run.state, ["epoch_2"])  # into the same host memory
+        keeper.save(run.state, ["epoch_2"])  # into the same host memory
         run.epochs(1)
     assert_same(Run(1).resumed(tmp_path / "epoch_2.pt").everything(), after)
     assert_same(Run(1).resumed(tmp_path / "epoch_1.pt").everything(), at_the_call)
@@ -502,6 +505,66 @@ def test_a_failed_save_does_not_end_the_run_unless_it_is_the_last(tmp_path, monk
         assert "the run goes on" in caplog.text and names(tmp_path) == []
         saver.save(run.train(1).state, ["step_4"])
     assert names(tmp_path) == ["step_4.pt", "step_4.state"]
+
+
+def test_a_file_for_which_there_is_no_space_is_told_as_that_and_takes_its_rows_along(
+    tmp_path, monkeypatch, caplog
+):
+    """The disk is full in the middle of the .pt, where torch would speak of a position in the file."""
+    run = Run(0).epochs(1)
+
+    class Full(io.FileIO):
+        def write(self, data) -> int:
+            if self.tell() + len(data) > 3000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    opened = Path.open
+    with Saver(tmp_path, RUN) as saver:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", lambda p, mode: Full(p, mode) if p.suffix == ".tmp" else opened(p, mode))
+            saver.save(run.state, ["step_3"])
+            saver.wait()
+        assert "could not be saved ([Errno 28] No space left on device)" in caplog.text
+        assert names(tmp_path) == []
+        saver.save(run.state, ["step_4"])
+
+
+def test_a_clock_that_goes_back_does_not_make_a_new_checkpoint_an_old_one(tmp_path, monkeypatch):
+    run = Run(0)
+    save([tmp_path / "step_1.pt"], run.train(1).state)
+    save([tmp_path / "step_2.pt"], run.train(1).state)
+    monkeypatch.setattr(saving.time, "time", lambda: 1000.0)
+    save([tmp_path / "step_3.pt"], run.train(1).state)
+    with Saver(tmp_path, RUN) as other:
+        other.save(run.train(1).state, ["step_4"])
+    assert find_latest(tmp_path) == tmp_path / "step_4.pt"
+    assert names(tmp_path) == ["step_3.pt", "step_3.state", "step_4.pt", "step_4.state"]
+
+
+def test_a_damaged_file_keeps_its_own_rows_and_no_others(tmp_path):
+    run = Run(0)
+    for step in (1, 2, 3, 4):
+        save([tmp_path / f"step_{step}.pt"], run.train(1).state)
+        if step == 1:
+            (tmp_path / "step_1.pt").write_bytes(b"?")
+            torch.save({"w": torch.ones(1)}, tmp_path / "bare.pt")
+    kept = [f"step_{step}.{kind}" for step in (1, 3, 4) for kind in ("pt", "state")]
+    assert names(tmp_path) == ["bare.pt", *kept]
+
+
+def test_a_state_that_cannot_be_read_is_a_reason_to_take_the_one_before(tmp_path, monkeypatch, caplog):
+    save_two(str(tmp_path))
+    checksum = rows.checksum
+
+    def broken(file: Path) -> int:
+        if "epoch_2" in str(file):
+            raise OSError(errno.EIO, "Input/output error")
+        return checksum(file)
+
+    monkeypatch.setattr(rows, "checksum", broken)
+    assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
+    assert "Input/output error" in caplog.text
 
 
 def limited(folder: str) -> str:

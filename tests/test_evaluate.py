@@ -138,7 +138,7 @@ def test_equals_a_plain_computation_and_is_reported(data, trained, tmp_path):
     assert 1 / PAIRS < expected["image_to_text_R@1"] < 1  # the model has learned something, not everything
 
     (line,) = (tmp_path / "run" / "eval_results.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"epoch": 5, **found}
+    assert json.loads(line) == {"epoch": 5, "step": 0, **found}
     assert "Eval Epoch: 5 " in (tmp_path / "run" / "out.log").read_text()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -5,8 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ranks import ranks
+from test_checkpoint import Run
+from test_checkpoint import save as save_run
 from training.distributed import World
 from training.folder import checkpoint_to_resume, choose_folder, create_folder, default_name, launch_identity
 from training.params import parse
@@ -202,3 +205,66 @@ def test_ranks_agree_on_the_name_and_on_the_refusal(tmp_path):
     save(start(config_of(tmp_path, "--name", "a")), 1)
     refusals = ranks(2).run(choose_on_rank, tmp_path, "--name", "a")
     assert refusals[0] == refusals[1] and "already holds a run" in refusals[0]
+
+
+def saved(folder, name, steps):
+    """A checkpoint in ``folder``, later than those before."""
+    run = Run(0).train(steps)
+    save_run([folder / f"{name}.pt"], run.state)
+    return folder / f"{name}.pt"
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_restarted_job_goes_on_from_its_own_checkpoints_and_not_from_the_file_it_began_with(
+    tmp_path, monkeypatch, elsewhere
+):
+    (tmp_path / "old").mkdir()
+    old = saved(tmp_path / "old" if elsewhere else tmp_path / "a" / "checkpoints", "epoch_1", 1)
+    config = config_of(tmp_path, "--name", "a", "--resume", str(old))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    folder = start(config)
+    assert checkpoint_to_resume(config, folder) == old
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert checkpoint_to_resume(config, start(config)) == old  # it was ended before it had saved
+    own = saved(folder.checkpoints, "step_2", 2)
+    for _ in range(2):
+        assert checkpoint_to_resume(config, start(config)) == own
+
+
+def test_a_damaged_launch_file_is_that_of_another_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    folder = start(config_of(tmp_path, "--name", "a"))
+    (folder.path / "launch.json").write_text('{"slurm": "7')
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    unnamed = choose_folder(config_of(tmp_path), MAIN)
+    assert not unnamed.restarted and unnamed.path != folder.path
+    assert not choose_folder(config_of(tmp_path, "--name", "a"), MAIN).restarted
+
+
+def restarted_on_one_node(logs: str) -> bool:
+    """Torchrun's agents count for themselves: the one of rank 0 is new, the other has started its ranks before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RUN_ID", "job")
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1" if dist.get_rank() else "0")
+        config = parse(["--dataset-type", "synthetic", "--train-num-samples", "8", "--logs", logs])
+        return choose_folder(config, World(dist.get_rank(), 0, 2, 1, torch.device("cpu"))).restarted
+
+
+def test_a_node_that_came_new_does_not_hide_that_the_job_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    folder = start(config_of(tmp_path))
+    saved(folder.checkpoints, "step_1", 1)
+    assert ranks(2).run(restarted_on_one_node, str(tmp_path)) == [True, True]
+
+
+def test_a_new_agent_of_the_same_torchrun_job_goes_on_in_the_folder_that_the_name_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    config = config_of(tmp_path, "--name", "a")
+    folder = start(config)
+    saved(folder.checkpoints, "step_1", 1)
+    assert choose_folder(config, MAIN).restarted
+    folder.done.write_text("")
+    with pytest.raises(ValueError, match="already holds a run"):
+        choose_folder(config, MAIN)

@@ -14,7 +14,7 @@ import torch
 import tiny_models
 from test_checkpoint import RUN, Run, assert_same, flip, save
 from training import published
-from training.checkpoint import find_latest
+from training.checkpoint import FETCHED, find_latest
 from training.main import main
 from training.remote_sync import RemoteSync, fetch, fetch_newest, remote_sync
 
@@ -114,6 +114,7 @@ def test_a_checkpoint_replaced_while_it_is_copied_waits(folder, tmp_path, monkey
 
 def test_a_target_that_fails_later_does_not_end_the_run(folder, tmp_path, caplog):
     with remote_sync(config(tmp_path / "remote", remote_sync_frequency=0.05), folder):
+        shutil.rmtree(tmp_path / "remote")
         (tmp_path / "remote").write_text("in the way")
         (folder / "out.log").write_text("1")
         deadline = time.monotonic() + 20
@@ -163,23 +164,51 @@ def copied(folder, tmp_path) -> tuple[Run, Path]:
     return run, tmp_path / "remote" / "run" / "checkpoints"
 
 
+def newest(folder: Path, target: Path) -> Path | None:
+    return fetch_newest(config(target), "run", folder, folder / "checkpoints" / FETCHED)
+
+
 def test_a_run_goes_on_elsewhere_from_what_was_copied(copied, folder, tmp_path):
-    run, _ = copied
-    path = fetch_newest(config(tmp_path / "remote"), folder)
-    assert path == folder / "checkpoints" / "epoch_2.pt"
+    run, remote = copied
+    (remote.parent / "eval_results.jsonl").write_text("what was measured before\n")
+    path = newest(folder, tmp_path / "remote")
+    assert path == folder / "checkpoints" / FETCHED / "epoch_2.pt"
     assert_same(Run(1).resumed(path).everything(), run.everything())
-    assert not list(path.parent.glob(".*"))
-    assert fetch_newest(config(tmp_path / "nothing"), folder) is None
+    assert (folder / "eval_results.jsonl").read_text() == "what was measured before\n"
+    assert newest(folder, tmp_path / "nothing") is None
 
 
 def test_a_damaged_copy_is_skipped_for_the_one_before(copied, folder, tmp_path, caplog):
     _, remote = copied
     flip(next((remote / "epoch_2.state").glob("*.distcp")), 100)
-    assert fetch_newest(config(tmp_path / "remote"), folder).name == "epoch_1.pt"
+    assert newest(folder, tmp_path / "remote").name == "epoch_1.pt"
     assert "skipped" in caplog.text and "checksum" in caplog.text
-    assert find_latest(folder / "checkpoints").name == "epoch_1.pt"
     with pytest.raises(ValueError, match=r"--resume file://.*epoch_2\.pt: .*checksum"):
-        fetch(f"file://{remote}/epoch_2.pt", folder / "checkpoints")
+        fetch(f"file://{remote}/epoch_2.pt", folder / "checkpoints" / FETCHED)
+    assert not (folder / "checkpoints" / FETCHED).exists()
+
+
+def test_fetching_leaves_the_runs_own_checkpoints_alone_until_there_is_a_newer_one(copied, folder):
+    _, remote = copied
+    own = Run(5).epochs(1)
+    save([folder / "checkpoints" / "epoch_1.pt"], own.state)
+    next((remote / "epoch_1.state").glob("*.distcp")).unlink()
+    with pytest.raises(ValueError, match=r"epoch_1\.pt cannot be read"):
+        fetch(f"file://{remote}/epoch_1.pt", folder / "checkpoints" / FETCHED)
+    fetch(f"file://{remote}/epoch_2.pt", folder / "checkpoints" / FETCHED)
+    assert find_latest(folder / "checkpoints") == folder / "checkpoints" / "epoch_1.pt"
+    assert_same(Run(1).resumed(find_latest(folder / "checkpoints")).everything(), own.everything())
+    save([folder / "checkpoints" / "epoch_2.pt"], own.epochs(1).state)
+    assert not (folder / "checkpoints" / FETCHED).exists()
+
+
+def test_a_later_launch_copies_only_what_is_not_there(folder, tmp_path):
+    save([folder / "checkpoints" / "epoch_1.pt"], Run(0).epochs(1).state)
+    (folder / "out.log").write_text("1")
+    assert RemoteSync(folder, f"file://{tmp_path}/remote/run")() == 4
+    (folder / "out.log").write_text("2")
+    assert RemoteSync(folder, f"file://{tmp_path}/remote/run")() == 1
+    assert (tmp_path / "remote" / "run" / "out.log").read_text() == "2"
 
 
 def test_a_particular_one_is_fetched_by_its_address(copied, folder):

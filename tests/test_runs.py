@@ -206,10 +206,10 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for_once(flags, tmp_path, mon
     words = flags("--name", "a", "--epochs", "2", "--val-data", pairs, "--val-frequency", "1")
     evaluate, results = Evaluation.__call__, tmp_path / "logs/a/eval_results.jsonl"
 
-    def killed(self, model, epoch, **kwargs):
+    def killed(self, model, epoch, *args, **kwargs):
         if epoch == 1:
             raise Killed
-        return evaluate(self, model, epoch, **kwargs)
+        return evaluate(self, model, epoch, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Evaluation, "__call__", killed)

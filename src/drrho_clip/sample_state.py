@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.tensor import DeviceMesh, DTensor, Shard, init_device_mesh
 
 from drrho_clip import collectives
 
@@ -49,6 +49,7 @@ class SampleState:
         k, self._rank = collectives.world_size(), collectives.rank()
         self._rows_per_rank = -(-num_samples // k)
         self._first = min(self._rank * self._rows_per_rank, num_samples)
+        self._meshes: dict[str, DeviceMesh] = {}
         self._rows = min(self._first + self._rows_per_rank, num_samples) - self._first
         # One spare row takes the reads and writes of rows that other ranks own: no branch, no host sync.
         self._table = {
@@ -115,7 +116,7 @@ class SampleState:
         return {
             name: DTensor.from_local(
                 column,
-                init_device_mesh(column.device.type, (collectives.world_size(),)),
+                self._mesh(column.device.type),
                 [Shard(0)],
                 run_check=False,
                 shape=torch.Size([self.num_samples]),
@@ -123,6 +124,12 @@ class SampleState:
             )
             for name, column in local.items()
         }
+
+    def _mesh(self, device: str) -> DeviceMesh:
+        """All ranks in a row; made once, as one may come with a process group of its own."""
+        if device not in self._meshes:
+            self._meshes[device] = init_device_mesh(device, (collectives.world_size(),))
+        return self._meshes[device]
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over columns shaped [N], plain or DTensor; ``torch.distributed.checkpoint`` fills ours in place."""

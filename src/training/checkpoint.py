@@ -37,10 +37,15 @@ from training.run_state import RunState
 
 _log = logging.getLogger(__name__)
 
+FETCHED = "fetched"  # the folder beside the run's own checkpoints for one that came from elsewhere
+
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that is there: its file, when it was saved, how far the run was, and its sample state."""
+    """A checkpoint that is there: its file, when it was saved, how far the run was, and its sample state.
+
+    ``saved_at`` is later than that of any checkpoint in the folder before it, also where a clock goes back.
+    """
 
     path: Path
     saved_at: float
@@ -72,12 +77,12 @@ def resume(
     return True
 
 
-def find_latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``, whatever its name; None without any.
+def find_latest(folder: Path, since: float = 0.0) -> Path | None:
+    """The newest complete checkpoint in ``folder``, whatever its name, saved after ``since``; None without any.
 
     The log says which are skipped, and why. Collective: the ranks share out the reading of checksums.
     """
-    for path in on_main(lambda: _newest_first(folder)):
+    for path in on_main(lambda: _newest_first(folder, since)):
         fault = problem(path)
         if fault is None:
             return path
@@ -104,17 +109,20 @@ def contents(folder: Path) -> tuple[list[Found], list[Path]]:
     found, unreadable = [], []
     for path in sorted(folder.glob("*.pt")):
         try:
-            found.append(_found(path))
+            held = published.read(path)
         except ValueError:
             unreadable.append(path)
+            continue
+        if "epoch" in held:
+            found.append(_describe(path, held))
     return found, unreadable
 
 
 def tidy(folder: Path, keep_last: int) -> None:
     """Remove all but the ``keep_last`` newest checkpoints inside epochs, and what no checkpoint names.
 
-    Only after a save that succeeded, by rank 0. Where a file cannot be read, nobody knows what it names: then all
-    sample states stay.
+    Only after a save that succeeded, by rank 0. What a file names that cannot be read is known by the file's own
+    name, but for epoch_latest.pt and files of others: then all sample states stay.
     """
     found, unreadable = contents(folder)
     inside = sorted((f for f in found if re.fullmatch(r"step_\d+\.pt", f.path.name)), key=lambda f: f.order)
@@ -123,12 +131,14 @@ def tidy(folder: Path, keep_last: int) -> None:
         found.remove(old)
     for rest in folder.glob(".*.tmp"):
         rest.unlink()
-    if unreadable:
+    shutil.rmtree(folder / FETCHED, ignore_errors=True)  # the run has one of its own now
+    spared = [path.stem for path in unreadable]
+    if any(not re.fullmatch(r"(epoch|step)_\d+", stem) for stem in spared):
         _log.warning("old sample states are kept, since %s cannot be read", unreadable[0])
         return
     named = {f.folder for f in found}
     for state in folder.glob("*.state*"):
-        if state not in named:
+        if state not in named and state.name.split(".state")[0] not in spared:
             shutil.rmtree(state)
 
 
@@ -148,14 +158,20 @@ def unused_folder(folder: Path, stem: str) -> Path:
     return next(folder / name for name in names if not (folder / name).exists())
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def newest_time(folder: Path) -> float:
+    """When the newest checkpoint in ``folder`` was saved; 0 without any."""
+    return max((found.saved_at for found in contents(folder)[0]), default=0.0)
+
+
+def _newest_first(folder: Path, since: float) -> list[Path]:
     found = []
     for path in sorted(folder.glob("*.pt")):
         try:
             found.append(_found(path))
         except ValueError as error:
             _log.warning("skipped: %s", error)
-    return [f.path for f in sorted(found, key=lambda f: f.order, reverse=True)]
+    later = [f for f in found if since == 0 or f.saved_at > since]
+    return [f.path for f in sorted(later, key=lambda f: f.order, reverse=True)]
 
 
 def _found(path: Path) -> Found:

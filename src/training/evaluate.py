@@ -48,8 +48,8 @@ class Evaluation:
     val: ValData | None
     sets: dict[str, ClassificationSet]
 
-    def __call__(self, model: nn.Module, epoch: int, *, final: bool = False) -> dict[str, float]:
-        """Evaluate ``model`` (not wrapped) after ``epoch`` completed epochs, on what is due then.
+    def __call__(self, model: nn.Module, epoch: int, step: int = 0, *, final: bool = False) -> dict[str, float]:
+        """Evaluate ``model`` (not wrapped) after ``epoch`` whole epochs and ``step`` steps, on what is due then.
 
         Metric name -> value, the names of the published code; also logged, sent to the writers as ``val/NAME`` and
         appended to ``eval_results.jsonl``. Empty where nothing is due.
@@ -64,7 +64,7 @@ class Evaluation:
                 metrics |= self._retrieval(model)
         if metrics:
             self.log.info(f"Eval Epoch: {epoch} " + "\t".join(f"{k}: {round(v, 4)}" for k, v in metrics.items()))
-            self.log.eval_result({"epoch": epoch, **metrics})
+            self.log.eval_result({"epoch": epoch, "step": step, **metrics})
         return metrics
 
     def _due(self, frequency: int, epoch: int, final: bool) -> bool:

@@ -24,16 +24,19 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training import remote_sync
-from training.checkpoint import find_latest, problem
-from training.distributed import World, broadcast_object, node_main_first
+from training.checkpoint import FETCHED, find_latest, newest_time, problem
+from training.distributed import World, broadcast_object, gather_object, node_main_first
 from training.params import Config
+
+_RUN_ID = "TORCHELASTIC_RUN_ID"
+_COUNTERS = {"slurm": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def fetched(self) -> Path:
+        """Where checkpoints from elsewhere are put, apart from the run's own."""
+        return self.checkpoints / FETCHED
 
     @property
     def done(self) -> Path:
@@ -71,9 +79,10 @@ def choose_folder(config: Config, world: World) -> RunFolder:
     ValueError (on every rank) where the folder holds another run and ``--resume`` was not given.
     """
     answer: RunFolder | str | None = None
+    restarts = _restarted_launchers(os.environ, gather_object(_restarts(os.environ)))
     if world.is_main:
         try:
-            answer = _choose(config, os.environ)
+            answer = _choose(config, os.environ, restarts)
         except ValueError as error:
             answer = str(error)
     answer = broadcast_object(answer)
@@ -98,33 +107,47 @@ def create_folder(folder: RunFolder, config: Config, world: World) -> None:
 
 
 def checkpoint_to_resume(config: Config, folder: RunFolder, *, fetch: bool = True) -> Path | str | None:
-    """``--resume FILE``, else with ``--resume latest`` or after a restart the newest one in the run's folder.
+    """What the run goes on from; None: it starts at its beginning. Collective.
 
-    What lies elsewhere (``--resume URL``, ``latest`` where only ``--remote-sync`` has one) is fetched into the
-    folder; without ``fetch`` it is only named. None: the run starts at its beginning. A launcher may restart a job
-    before its first checkpoint; that a user asks for one that is not there is a ValueError. Collective.
+    After a restart the newest checkpoint that this job itself has saved, whatever ``--resume`` said at first. Else
+    ``--resume FILE``, ``--resume URL``, or with ``latest`` the newest one in the run's folder, then the newest
+    that ``--remote-sync`` has copied. What lies elsewhere is fetched; without ``fetch`` it is only named.
+    ValueError: the user asks for what is not there, or is damaged. (A job may be restarted before its first.)
     """
     wanted = config.run.resume
-    if wanted is not None and "://" in wanted:
-        return remote_sync.fetch(wanted, folder.checkpoints) if fetch else wanted
-    if wanted is not None and wanted != "latest":
-        if not Path(wanted).is_file():
-            raise ValueError(f"--resume {wanted}: there is no such file, check the path")
-        fault = problem(Path(wanted))
-        if fault:
-            raise ValueError(f"--resume {wanted}: {fault}; give another one, or --resume latest with --name")
-        return Path(wanted)
-    if wanted is None and not folder.restarted:
+    if folder.restarted:
+        since = 0.0 if wanted in (None, "latest") else _read_launch(folder.path / "launch.json").get("newest", 0.0)
+        own = find_latest(folder.checkpoints, since)
+        if own is not None or wanted is None:
+            return own
+    if wanted is None:
         return None
+    if wanted == "latest":
+        return _newest(config, folder, fetch)
+    if "://" in wanted:
+        return remote_sync.fetch(wanted, folder.fetched) if fetch else wanted
+    if not Path(wanted).is_file():
+        raise ValueError(f"--resume {wanted}: there is no such file, check the path")
+    fault = problem(Path(wanted))
+    if fault:
+        raise ValueError(f"--resume {wanted}: {fault}; give another one, or --resume latest with --name")
+    return Path(wanted)
+
+
+def _newest(config: Config, folder: RunFolder, fetch: bool) -> Path | str:
     latest = find_latest(folder.checkpoints)
-    if latest is None and config.run.remote_sync is not None and fetch:
-        latest = remote_sync.fetch_newest(config.run, folder.path)
-    if latest is None and wanted == "latest" and fetch:
+    if latest is None and config.run.remote_sync is not None:
+        latest = _fetch_newest(config, folder) if fetch else config.run.remote_sync
+    if latest is None:
         raise ValueError(
             f"--resume latest: no complete checkpoint in {folder.checkpoints}; check --logs and --name, give a "
             "file, or leave the flag out to start at the beginning"
         )
     return latest
+
+
+def _fetch_newest(config: Config, folder: RunFolder) -> Path | None:
+    return remote_sync.fetch_newest(config.run, folder.name, folder.path, folder.fetched)
 
 
 def _fill(folder: RunFolder, config: Config) -> None:
@@ -133,7 +156,7 @@ def _fill(folder: RunFolder, config: Config) -> None:
     (folder.path / "params.txt").write_text(
         "".join(f"{name}: {value}\n" for name, value in sorted(config.flags.items()))
     )
-    (folder.path / "launch.json").write_text(json.dumps(launch_identity(os.environ)) + "\n")
+    _write_launch(folder, launch_identity(os.environ))
     if config.run.copy_codebase:
         copy_code(folder.path)
 
@@ -158,8 +181,8 @@ def launch_identity(env: Mapping[str, str]) -> dict[str, str]:
     identity = {}
     if "SLURM_JOB_ID" in env:
         identity["slurm"] = f"{env['SLURM_JOB_ID']}.{env.get('SLURM_STEP_ID', '')}"
-    if "TORCHELASTIC_RUN_ID" in env:
-        run_id = env["TORCHELASTIC_RUN_ID"]
+    if _RUN_ID in env:
+        run_id = env[_RUN_ID]
         identity["torchrun"] = run_id if run_id != "none" else f"{socket.gethostname()}:{os.getppid()}"
     return identity
 
@@ -181,9 +204,26 @@ def copy_code(folder: Path) -> Path:
     return target
 
 
-def _choose(config: Config, env: Mapping[str, str]) -> RunFolder:
+def _write_launch(folder: RunFolder, identity: Mapping[str, str]) -> None:
+    """``launch.json``, in one piece. ``newest``: when the newest checkpoint was saved that the job found there."""
+    file = folder.path / "launch.json"
+    newest = _read_launch(file).get("newest", 0.0) if folder.restarted else newest_time(folder.checkpoints)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps({**identity, "newest": newest}) + "\n")
+    os.replace(temporary, file)
+
+
+def _read_launch(file: Path) -> dict[str, Any]:
+    """What it holds; nothing where it is not there or damaged."""
+    try:
+        held = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _choose(config: Config, env: Mapping[str, str], restarts: Mapping[str, str]) -> RunFolder:
     logs, name = Path(config.run.logs), config.run.name
-    restarts = _restarted_launchers(env)
     if name is None:
         earlier = _find_launched(logs, restarts)
         if earlier is not None:
@@ -194,7 +234,9 @@ def _choose(config: Config, env: Mapping[str, str]) -> RunFolder:
             )
         name = _free_name(logs, default_name(config, time.time()))
     path = logs / name
-    if _launched_by(path, restarts):
+    # A new agent of a torchrun job, for a node that was lost, counts from 0 again; the name says it is this run.
+    same_job = {k: v for k, v in launch_identity(env).items() if k == "torchrun" and env[_RUN_ID] != "none"}
+    if _launched_by(path, {**same_job, **restarts}) and (restarts or not (path / "job.done").exists()):
         return RunFolder(path, name, restarted=True)
     if _holds_run(path) and config.run.resume is None:
         raise ValueError(
@@ -204,19 +246,19 @@ def _choose(config: Config, env: Mapping[str, str]) -> RunFolder:
     return RunFolder(path, name)
 
 
-def _restarted_launchers(env: Mapping[str, str]) -> dict[str, str]:
-    """The launchers that say they started this job before."""
-    counters = {"slurm": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
-    identity = launch_identity(env)
-    return {k: v for k, v in identity.items() if int(env.get(counters[k]) or 0) > 0}
+def _restarts(env: Mapping[str, str]) -> dict[str, int]:
+    """How often each launcher says it started this process before."""
+    return {launcher: int(env.get(counter) or 0) for launcher, counter in _COUNTERS.items()}
+
+
+def _restarted_launchers(env: Mapping[str, str], counts: Sequence[Mapping[str, int]]) -> dict[str, str]:
+    """The launchers that started this job before, as any rank says: agents of several nodes count on their own."""
+    return {k: v for k, v in launch_identity(env).items() if any(count[k] > 0 for count in counts)}
 
 
 def _launched_by(path: Path, launchers: Mapping[str, str]) -> bool:
     """Whether the run in ``path`` was started by one of ``launchers``."""
-    file = path / "launch.json"
-    if not launchers or not file.is_file():
-        return False
-    recorded = json.loads(file.read_text())
+    recorded = _read_launch(path / "launch.json") if launchers else {}
     return any(recorded.get(k) == v for k, v in launchers.items())
 
 
@@ -237,4 +279,4 @@ def _free_name(logs: Path, name: str) -> str:
 def _holds_run(path: Path) -> bool:
     """Whether something would be lost; what a start that failed leaves is not worth protecting."""
     checkpoints = path / "checkpoints"
-    return (path / "job.done").exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    return (path / "job.done").exists() or any(checkpoints.glob("*.pt"))

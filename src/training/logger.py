@@ -347,6 +347,44 @@ def open_run(config: Config, world: World, folder: RunFolder) -> RunLog:
     return log
 
 
+class EarlyRecords(logging.Handler):
+    """Keeps what is logged before the run's folder is there, for its log. A context manager.
+
+    Where the run never comes to ``release``, warnings go to stderr at the end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def release(self) -> None:
+        """Log it all now, where the log goes by now, and keep nothing more."""
+        root = logging.getLogger()
+        root.removeHandler(self)
+        for record in self.records:
+            if record.levelno >= root.level:
+                root.handle(record)
+        self.records = []
+
+    def __enter__(self) -> EarlyRecords:
+        root = logging.getLogger()
+        self._level = root.level
+        root.setLevel(min(root.level, logging.INFO))
+        root.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        root = logging.getLogger()
+        root.removeHandler(self)
+        root.setLevel(self._level)
+        for record in self.records:
+            if record.levelno >= logging.WARNING:
+                print(f"{record.levelname}: {record.getMessage()}", file=sys.stderr)
+
+
 class _Console(logging.Handler):
     """Lines on stderr; on a terminal above the progress bar."""
 

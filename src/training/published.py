@@ -14,12 +14,13 @@ plain value. Those, and nothing else, are let through here.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ def write(path: Path, held: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(_portable(held), file)
+            _save(held, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -152,11 +153,35 @@ def write(path: Path, held: Mapping[str, Any]) -> None:
     sync_folder(path.parent)
 
 
+def _save(held: Mapping[str, Any], file: IO[bytes]) -> None:
+    """torch.save, but a full disk is the OSError that it is, and not torch's word on a position in the file."""
+    failures: list[OSError] = []
+
+    class Noting:
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                failures.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        torch.save(_portable(held), Noting())
+    except RuntimeError as error:
+        raise (failures[0] if failures else error) from error
+
+
 def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` survive a crash of the machine."""
+    """Make the names in ``folder`` survive a crash of the machine, on file systems that offer it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -42,7 +42,9 @@ def write(folder: Path, columns: Mapping[str, Tensor], group: Group = None) -> F
     PeerFailed on the others: a rank could not write, or not all see one folder.
     """
     with _exchanged(folder, group):
-        dcp.save(dict(columns), storage_writer=dcp.FileSystemWriter(folder), process_group=group)
+        # Nothing to copy ahead, as all is on the CPU; on GPUs that would take a stream and a context on the first.
+        writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+        dcp.save(dict(columns), storage_writer=writer, process_group=group)
     parts = gather_object(_written(folder, rank_in(group)), group)
     failure = next((part for part in parts if isinstance(part, OSError)), None)
     files = {} if failure else {name: found for part in parts for name, found in sorted(part.items())}
@@ -109,8 +111,13 @@ def missing(folder: Path, files: Files) -> str | None:
 def damaged(folder: Path, files: Files, part: int = 0, parts: int = 1) -> str | None:
     """The first of every ``parts``-th of ``files`` from ``part`` on whose checksum is another one now."""
     for name in sorted(files)[part::parts]:
-        if checksum(folder / Path(name).name) != files[name][1]:
-            return f"{folder / Path(name).name}, whose checksum is not that of what was written"
+        file = folder / Path(name).name
+        try:
+            crc = checksum(file)
+        except OSError as error:
+            return f"{file}, which cannot be read ({error})"
+        if crc != files[name][1]:
+            return f"{file}, whose checksum is not that of what was written"
     return None
 
 

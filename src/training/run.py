@@ -16,11 +16,11 @@ from training.distributed import World
 from training.evaluate import Evaluation, open_evaluation, open_sets
 from training.folder import RunFolder, checkpoint_to_resume, choose_folder
 from training.interrupts import Agreement, listen, requeue
-from training.logger import RunLog, held_meters, open_run
+from training.logger import EarlyRecords, RunLog, held_meters, open_run
 from training.optimizer import LearningRates, create_optimizer, horizon
 from training.params import Config
 from training.profiling import open_profiler
-from training.remote_sync import remote_sync
+from training.remote_sync import HURRY, remote_sync
 from training.run_state import RunState
 from training.safekeeping import Safekeeping
 from training.samples import Skips
@@ -55,27 +55,36 @@ class Ended:
 
 def launch(config: Config) -> None:
     """Join the other ranks and do what ``config`` asks for. ValueError: what the user can mend."""
-    world = distributed.start(config.distributed)
-    config = config.on_ranks(world.world_size)
-    remarks = preflight.check(config, world)
-    folder = choose_folder(config, world)
-    if config.cache.writes:
-        write_cache(config, world, folder, remarks)
-        return
-    start = Start(config, world, folder, open_sets(config), checkpoint_to_resume(config, folder))
-    with open_run(config, world, folder) as log:
-        with remote_sync(config.run, folder.path):
-            if folder.restarted and start.checkpoint is None:
-                log.info("restarted before the first checkpoint: starts at the beginning")
-            for remark in (*config.notes, *remarks):
-                log.info(remark)
-            _set_numerics(config, world, log)
-            with Watchdog(world, config.run.step_timeout) as watchdog:
-                ended = train(start, log, watchdog) if config.trains else evaluate(start, log)
-            if ended.complete:
-                log.done()
+    with EarlyRecords() as early:
+        world = distributed.start(config.distributed)
+        config = config.on_ranks(world.world_size)
+        remarks = preflight.check(config, world)
+        folder = choose_folder(config, world)
+        if config.cache.writes:
+            write_cache(config, world, folder, remarks)
+            return
+        start = Start(config, world, folder, open_sets(config), checkpoint_to_resume(config, folder))
+        with open_run(config, world, folder) as log:
+            early.release()
+            _run(start, log, remarks)
+
+
+def _run(start: Start, log: RunLog, remarks: list[str]) -> None:
+    config, world = start.config, start.world
+    with remote_sync(config.run, start.folder.path) as copying:
+        if start.folder.restarted and start.checkpoint is None:
+            log.info("restarted before the first checkpoint: starts at the beginning")
+        for remark in (*config.notes, *remarks):
+            log.info(remark)
+        _set_numerics(config, world, log)
+        with Watchdog(world, config.run.step_timeout) as watchdog:
+            ended = train(start, log, watchdog) if config.trains else evaluate(start, log)
+        if ended.complete:
+            log.done()
         if ended.requeue:
-            requeue()
+            copying.patience = HURRY
+    if ended.requeue:
+        requeue()
 
 
 def write_cache(config: Config, world: World, folder: RunFolder, remarks: list[str]) -> None:
@@ -95,7 +104,7 @@ def evaluate(start: Start, log: RunLog) -> Ended:
     state = RunState(name=start.folder.name, model=target.module)
     if start.checkpoint is not None:
         checkpoint.resume(start.checkpoint, state, steps_per_epoch=0, global_batch=0)
-    evaluation(target.module, state.epoch, final=True)
+    evaluation(target.module, state.epoch, state.step, final=True)
     return Ended()
 
 
@@ -128,7 +137,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
         Agreement() as agreement,
     ):
         keeping = Safekeeping(config.run, trainer, state, saver, interrupts, agreement, watchdog)
-        if start.checkpoint is not None and _evaluation_is_missing(start, state):
+        if start.checkpoint is not None and _evaluation_is_missing(start, state, trainer):
             _evaluate(log, trainer, state, evaluation)
         _train_epochs(log, trainer, state, keeping, evaluation, watchdog)
         with watchdog.paused():
@@ -227,27 +236,27 @@ def _resume(start: Start, log: RunLog, state: RunState, trainer: Trainer) -> Non
     trainer.meters = held_meters(state.meters) if begun else {}
     if state.skipped:
         trainer.stepper.skipped.load_state_dict(state.skipped)
-    for result in _own_evaluations(start):  # also of the checkpoint's own epoch, which came after it was saved
-        if result["epoch"] <= state.epoch:
+    for result in _own_evaluations(start) or ():  # the one that followed the checkpoint is not in it
+        if result.get("step") == state.step:
             state.best = best.update(state.best, result, result["epoch"])
     log.goes_on(trainer.step)
 
 
-def _evaluation_is_missing(start: Start, state: RunState) -> bool:
-    """Whether this run was ended between an epoch's checkpoint and its evaluation."""
-    done = {result["epoch"] for result in _own_evaluations(start)}
-    own = start.checkpoint.parent == start.folder.checkpoints
-    return own and state.epoch_step == 0 and state.epoch not in done
+def _evaluation_is_missing(start: Start, state: RunState, trainer: Trainer) -> bool:
+    """Whether this run was ended between a checkpoint and the evaluation that follows it."""
+    results = _own_evaluations(start)
+    follows = state.epoch_step == 0 or trainer.finished
+    return results is not None and follows and state.step not in {result.get("step") for result in results}
 
 
-def _own_evaluations(start: Start) -> list[dict[str, Any]]:
-    """What this run has measured so far, if the checkpoint is its own. Collective."""
-    own = start.checkpoint.parent == start.folder.checkpoints
-    return distributed.on_main(start.folder.evaluations) if own else []
+def _own_evaluations(start: Start) -> list[dict[str, Any]] | None:
+    """What this run has measured so far; None where the checkpoint is not its own. Collective."""
+    own = start.checkpoint.resolve().parent == start.folder.checkpoints.resolve()
+    return distributed.on_main(start.folder.evaluations) if own else None
 
 
 def _evaluate(log: RunLog, trainer: Trainer, state: RunState, evaluation: Evaluation) -> None:
-    metrics = evaluation(state.model, state.epoch, final=trainer.finished)
+    metrics = evaluation(state.model, state.epoch, state.step, final=trainer.finished)
     if metrics:
         state.best = best.update(state.best, metrics, state.epoch)
         log.info(best.describe(state.best))
@@ -273,6 +282,8 @@ def _train_epochs(
         with watchdog.paused():
             keeping.after_epoch()
             _report_skips(log, train_data=trainer.data, epoch=state.epoch)
+            if keeping.asked_to_stop():
+                return
             _evaluate(log, trainer, state, evaluation)
     log.info(f"trained {trainer.step} steps")
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from training.distributed import gather_object
+from training import checkpoint
+from training.distributed import PeerFailed, gather_object
 from training.interrupts import Agreement, Interrupts, how_to_continue
 from training.logger import RunLog, hold
 from training.params import RunConfig
 from training.run_state import RunState
-from training.saver import Saver
+from training.saver import SaveFailed, Saver
 from training.train import Trainer
 from training.watchdog import Watchdog
 
@@ -60,16 +62,30 @@ class Safekeeping:
     def after_epoch(self) -> None:
         """Save what the flags ask for after an epoch, or at the run's end."""
         self.capture()
-        self._saver.save_epoch(self._state, final=self._trainer.finished)
-        self._note_save()
+        if self._saver.save_epoch(self._state, final=self._trainer.finished):
+            self._note_save()
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal came since the last step: evaluation may take longer than a launcher's patience."""
+        before = self._agreement.exchange(self._interrupts.wanted is not None, False)
+        after = self._agreement.exchange(False, False)  # brings what was wished just now
+        self.stopped = before[0] or after[0]
+        return self.stopped
 
     def leave(self, log: RunLog, folder: Path) -> bool:
-        """Save a run that was asked to stop, and say how it goes on. Whether Slurm is to queue it again."""
-        self._save([f"step_{self._trainer.step}"])
-        self._saver.close()
+        """Save a run that was asked to stop, and say how it goes on. Whether Slurm is to queue it again.
+
+        Where that save fails, the run goes on from an earlier one.
+        """
+        self.capture()
+        if self._state.step != self._saved_step and (
+            self._state.epoch_step or not self._saver.save_epoch(self._state, final=False)
+        ):
+            self._saver.save(self._state, [f"step_{self._trainer.step}"])
+        with suppress(SaveFailed, PeerFailed):  # told already
+            self._saver.close()
         signal = next(filter(None, gather_object(self._interrupts.wanted)), "")
-        path = folder / f"step_{self._state.step}.pt"
-        log.info(how_to_continue(signal, self._state.step, self._state.name, path))
+        log.info(how_to_continue(signal, self._state.step, self._state.name, checkpoint.find_latest(folder)))
         return self._config.requeue_on_preempt and signal in _REQUEUED
 
     def capture(self) -> None:
@@ -91,7 +107,7 @@ class Safekeeping:
 
     def _note_save(self) -> None:
         """The clock starts again; a wish is made once, as it comes back a step later."""
-        self._saved, self._asked = time.monotonic(), False
+        self._saved, self._asked, self._saved_step = time.monotonic(), False, self._trainer.step
 
     def _epoch_is_due(self) -> bool:
         return self._saver.due(self._trainer.step // self._trainer.data.steps_per_epoch)

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from training import checkpoint, published, rows
@@ -62,15 +63,17 @@ class Saver:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._newest = checkpoint.newest_time(folder) if rank_in() == 0 else 0.0
 
-    def save_epoch(self, state: RunState, *, final: bool) -> None:
-        """Save what the flags ask for after an epoch, or where the run ends (``final``)."""
+    def save_epoch(self, state: RunState, *, final: bool) -> bool:
+        """Save what the flags ask for after an epoch or at the run's end (``final``); whether that is anything."""
         due = state.epoch_step == 0 and self.due(state.epoch)
         names = [state.stem] if due or final else []
         if self._config.save_most_recent:
             names.append("epoch_latest")
         if names:
             self.save(state, names, supersedes=self._config.delete_previous_checkpoint and (due or final))
+        return bool(names)
 
     def due(self, epoch: int) -> bool:
         """Whether ``--save-frequency`` asks for a checkpoint after ``epoch`` epochs."""
@@ -85,13 +88,14 @@ class Saver:
         table = state.sample_state
         live = [state.held() if rank_in() == 0 else {}, table.local() if table else {}]
         held, local = self._staging.copy(live)
-        held["saved_at"] = time.time()
+        self._newest = held["saved_at"] = max(time.time(), self._newest + 1e-3)
         if table and self._config.save_published_state:
             held |= published.to_published(rows.whole(table), self._initial_tau)
         columns = table.sharded(local) if table else None
         paths = [self._folder / f"{name}.pt" for name in names]
         stem = state.stem if names[0] == "epoch_latest" else names[0]  # of the sample state, which outlives it
         job = _Job(paths, stem, state.epoch, held, columns, supersedes)
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = threading.Thread(target=self._run, args=(job,), name="saver", daemon=True)
         self._thread.start()
 
@@ -104,8 +108,9 @@ class Saver:
     def close(self) -> None:
         """Wait for the last save. SaveFailed on rank 0, PeerFailed on the others: it could not be completed."""
         self.wait()
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def __enter__(self) -> Saver:
         return self
@@ -117,6 +122,8 @@ class Saver:
             self.wait(_PATIENCE)
 
     def _run(self, job: _Job) -> None:
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)  # a thread's own is the first one, which is another rank's
         try:
             _write(job, self._folder, self._group, self._config.keep_last)
             self._failure = None
@@ -139,16 +146,17 @@ def _write(job: _Job, folder: Path, group: Group, keep_last: int) -> None:
         place = on_main(lambda: _make_folder(folder, job.stem), group)
         try:
             files = rows.write(place, job.columns, group)
-        except OSError:
-            shutil.rmtree(place, ignore_errors=True)
+        except Exception:
+            if rank_in(group) == 0:
+                shutil.rmtree(place, ignore_errors=True)
             raise
         held["sample_state"] = {"folder": place.name, "files": {n: list(f) for n, f in files.items()}}
 
     def commit() -> None:
         try:
             _write_files(job.paths, held)
-        except OSError:
-            if place is not None and not job.paths[0].exists():
+        except Exception:
+            if place is not None and not _named(place, job.paths):
                 shutil.rmtree(place, ignore_errors=True)
             raise
         _log.info("saved %s", ", ".join(str(path) for path in job.paths))
@@ -160,6 +168,12 @@ def _write(job: _Job, folder: Path, group: Group, keep_last: int) -> None:
             _log.warning("what this checkpoint supersedes could not be removed (%s)", error)
 
     on_main(commit, group)
+
+
+def _named(place: Path, paths: Sequence[Path]) -> bool:
+    """Whether a file is in place that names ``place``: it was saved, and what failed came after."""
+    found, unreadable = checkpoint.contents(place.parent)
+    return any(f.folder == place for f in found) or bool(set(unreadable) & set(paths))
 
 
 def _make_folder(folder: Path, stem: str) -> Path:

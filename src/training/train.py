@@ -1,7 +1,7 @@
 """The loop over one epoch: set rates, take a step, now and then say so.
 
-Nothing here waits for the device between two log lines: meters add up where the values are. (With float16 the
-gradient scaler does, to learn whether it may step.)
+Nothing here waits for the device between two log lines, but for a look at the count of skipped steps once per
+``--max_skipped_steps``: meters add up where the values are.
 """
 
 from __future__ import annotations
