@@ -123,7 +123,6 @@ class Run:
         self.folder.mkdir()
         (self.folder / "plan.json").write_text(json.dumps([asdict(kill) for kill in plan]))
         self.checkpoints = lab / "logs" / name / "checkpoints"
-        self.log = lab / "logs" / name / "out.log"
         self.last = self.checkpoints / f"epoch_{options.epochs}.pt"
         self.events: list[dict[str, Any]] = []
         self.seconds = 0.0
@@ -237,7 +236,7 @@ def measure(options: Options, lab: Path) -> dict[str, Any]:
         "seconds_per_restart": median(waits) if waits else None,
         "seconds": killed.seconds,
         "seconds_undisturbed": calm.seconds,
-        "skipped": [line for line in killed.log.read_text().splitlines() if "skipped: " in line],
+        "skipped": [line for line in killed.output().splitlines() if "skipped: " in line],
         "differing": differing(read(calm.last), read(killed.last)),
     }
 
