@@ -20,7 +20,7 @@ train_data=${TRAIN_DATA:-'./datasets/dfn2b/large/shards/000{00000..19245}.tar::.
 . scripts/lib/slurm.sh
 
 srun --kill-on-bad-exit=1 python -u src/training/main.py \
-    --save-frequency 1 --requeue_on_preempt \
+    --save-frequency 1 --save_every_minutes 30 --requeue_on_preempt \
     --train-data "$train_data" \
     --train-num-samples 192160462 --data_size 255020000 \
     --warmup 500 \

@@ -20,7 +20,7 @@ train_data=${TRAIN_DATA:-'./datasets/cc3m_webdataset/cc3m_train/{00000..00331}.t
 . scripts/lib/slurm.sh
 
 srun --kill-on-bad-exit=1 python -u src/training/main.py \
-    --save-frequency 1 --requeue_on_preempt \
+    --save-frequency 1 --save_every_minutes 30 --requeue_on_preempt \
     --train-data "$train_data" \
     --train-num-samples 2723840 --data_size 3318333 \
     --warmup 10000 \

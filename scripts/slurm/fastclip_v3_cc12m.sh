@@ -20,7 +20,7 @@ train_data=${TRAIN_DATA:-'./datasets/cc12m_webdataset/cc12m/{00000..01242}.tar'}
 . scripts/lib/slurm.sh
 
 srun --kill-on-bad-exit=1 python -u src/training/main.py \
-    --save-frequency 1 --requeue_on_preempt \
+    --save-frequency 1 --save_every_minutes 30 --requeue_on_preempt \
     --train-data "$train_data" \
     --train-num-samples 9187328 --data_size 12423374 \
     --warmup 10000 \

@@ -25,10 +25,10 @@ shift
 . scripts/lib/slurm.sh
 
 resume=()
-if compgen -G "logs/$name/checkpoints/epoch_*.pt" >/dev/null; then resume=(--resume latest); fi
+if compgen -G "logs/$name/checkpoints/*.pt" >/dev/null; then resume=(--resume latest); fi
 
 srun --kill-on-bad-exit=1 python -u src/training/main.py \
-    --save-frequency 1 --requeue_on_preempt \
+    --save-frequency 1 --save_every_minutes 30 --requeue_on_preempt \
     --train-data "$train_data" \
     --train-num-samples 315658316 --data_size 414080000 \
     --warmup 13200 \

@@ -116,6 +116,8 @@ class TrainData:
                 "others not at all; the next epochs are whole",
                 *(epoch, difference, self.steps_per_epoch - step),
             )
+        elif held and difference:
+            log.warning("from here on samples come in another order than the checkpoint's run had: %s", difference)
         places = {} if difference or not step else self._stream.own(unpack(held).places)
         self._progress = Progress(epoch, step, places)
         self.close()
