@@ -274,7 +274,7 @@ def parse(folder: Path) -> tuple[Options, bool]:
     add("--workers", type=int, default=1, help="loader processes of ours and plain; 0: none")
     add("--batch-size", type=int, default=64, help="images of a batch")
     add("--batches", type=int, default=8, help="batches of one timed block")
-    add("--repeats", type=int, default=9, help="timed blocks of each; the best counts")
+    add("--repeats", type=int, default=15, help="timed blocks of each; the best counts")
     add("--model", default="ViT-B-16", help="open_clip model whose preprocessing and tokenizer are used")
     add("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
     given = vars(parser.parse_args())
