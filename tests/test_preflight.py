@@ -57,4 +57,25 @@ def test_shards_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match=rf"--val-data .*: there is no {tmp_path}/5\.tar"):
         check(f"--epochs 0 --val-data {tmp_path}/{{5..7}}.tar")
     write_tar(tmp_path / "2.tar", [])
-    assert check(train) == [f"--train-data: 3 of 4 shards are not there, {tmp_path}/0.tar first"]
+    with pytest.raises(
+        ValueError, match=r"3 of 4 shards are not there, .*0\.tar first, more than .* 0\.05 allows"
+    ):
+        check(train)
+    assert check(f"{train} --max_bad_fraction 0.8") == [
+        f"--train-data: 3 of 4 shards are not there, {tmp_path}/0.tar first"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"vision_cfg": {"widht": 64}}, "unexpected keyword argument 'widht'"),
+        ({"text_cfg": {"heads": 3}}, "divisible"),
+        ({"embed_dim": "wide"}, "unpack"),
+    ],
+)
+def test_a_model_config_with_an_error_is_a_sentence(tmp_path, change, says):
+    model = tiny_models.path("tiny-vit", tmp_path, **change)
+    line = f"--dataset-type synthetic --train-num-samples 8 --model {model}"
+    with pytest.raises(ValueError, match=rf"--model .*tiny-vit\.json: open_clip cannot build .*{says}"):
+        check(line)

@@ -283,9 +283,11 @@ def test_evaluate_only_evaluates(launchers: Launchers) -> None:
     checkpoint.touch()
     pictures.mkdir()
     argv, _ = launchers.call("scripts/evaluate.sh", str(checkpoint), "ViT-B-16", IMAGENET=str(pictures))
-    assert argv[0] == "src/training/main.py"
+    assert argv[0].endswith("/src/training/main.py")
     config = params.parse(argv[1:])
     assert not config.trains
     assert config.run.resume == str(checkpoint)
     assert (config.evaluation.imagenet_val, config.evaluation.zeroshot_frequency) == (str(pictures), 1)
     assert config.run.name == "eval_mine_epoch_7"
+    argv, _ = launchers.call("scripts/evaluate.sh", str(checkpoint), "ViT-B-16", "--val-data", "pairs.csv")
+    assert "--imagenet-val" not in argv and argv[-2:] == ["--val-data", "pairs.csv"]

@@ -66,7 +66,8 @@ def read(argv: Sequence[str]) -> Given:
     except argparse.ArgumentError as error:
         raise Refusal(f"{error.argument_name}: {error.message}") from None
     if unknown:
-        raise Refusal(f"{unknown[0]}: not a flag of this program{_suggest(unknown[0], 'see --help')}")
+        hint = "see --help" if unknown[0].startswith("-") else "see --help, and quote patterns of files"
+        raise Refusal(f"{unknown[0]}: not a flag of this program{_suggest(unknown[0], hint)}")
     chosen = vars(line)
     if chosen.get("config_file"):
         chosen = {**read_file(chosen["config_file"]), **chosen}

@@ -65,6 +65,12 @@ def build_train(config: Config, world: World, target: Model, reference: Model | 
         ranks=world.world_size,
         own_shards=_own_shards(config),
     )
+    if samples < run.batch_size * world.world_size and world.is_main:
+        log.warning(
+            "an epoch of %d samples does not fill one global batch of %d: each batch holds samples several times, "
+            "which a contrastive loss takes for pairs that do not match; give a smaller --batch-size",
+            *(samples, run.batch_size * world.world_size),
+        )
     train = TrainData(
         stream,
         world_size=world.world_size,

@@ -47,6 +47,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
     """
     ranks = launched_ranks(config, os.environ) if world_size is None else world_size
     config = config.on_ranks(ranks)
+    preflight.check_models(config)
     features = open_features(config)
     sections = [*_models(config, features)]
     if config.trains:

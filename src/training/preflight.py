@@ -17,6 +17,7 @@ from training.shards import look_for_shards
 def check(config: Config, world: World) -> list[str]:
     """Sentences for the log. ValueError: the first thing that is wrong."""
     remarks = []
+    check_models(config)
     if config.trains:
         check_batch(config, world.world_size)
         features = open_features(config)
@@ -36,10 +37,17 @@ def check(config: Config, world: World) -> list[str]:
                     "--use-bn-sync: no effect in a single process, whose BatchNorm sees the whole batch"
                 )
     if (config.trains or config.cache.writes) and config.data.dataset_type == "webdataset":
-        remarks += look_for_shards(config.data.train_data, "--train-data")
+        remarks += look_for_shards(config.data.train_data, "--train-data", config.data.max_bad_fraction)
     if config.evaluation.val_dataset_type == "webdataset":
         remarks += look_for_shards(config.evaluation.val_data, "--val-data")
     return remarks
+
+
+def check_models(config: Config) -> None:
+    """ValueError: a model config file of which open_clip can build nothing."""
+    for flag, model in (("--model", config.model.model), ("--ref_model", config.reference.ref_model)):
+        if model and pretrained.is_config_file(model):
+            pretrained.try_to_build(pretrained.open_clip_name(model, flag), f"{flag} {model}")
 
 
 def check_batch(config: Config, ranks: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -78,9 +79,25 @@ def architecture(name: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: its open_clip_config.json cannot be had ({one_line(error)})") from error
 
 
+def try_to_build(name: str, where: str) -> None:
+    """Build open_clip's model ``name`` without memory for it. ValueError: its config has an error."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with torch.device("meta"):
+            open_clip.create_model(name, load_weights=False, device="meta")
+    except (TypeError, AssertionError, AttributeError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: open_clip cannot build a model of this config ({one_line(error)})") from error
+    finally:
+        logging.disable(disabled)
+
+
 def one_line(error: Exception) -> str:
-    """What a library said, fit for one sentence."""
-    return " ".join(str(error).split())[:400]
+    """What a library said, fit for one sentence; of torch's list of weights that do not fit the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 2 and lines[0].startswith("Error(s) in loading state_dict"):
+        return f"{lines[1].rstrip('. ')}; {len(lines) - 2} more like it"
+    return " ".join(" ".join(lines).split())[:400] or type(error).__name__
 
 
 def _register(path: Path, where: str) -> str:

@@ -245,11 +245,6 @@ def _keep(copy: RemoteSync, every: float, stopped: threading.Event) -> None:
 
 def _url(config: RunConfig, name: str) -> str:
     target = config.remote_sync.rstrip("/")
-    if config.remote_sync_protocol == "s3":
-        target = target if "://" in target else f"s3://{target}"
-        if not target.startswith("s3://"):
-            raise ValueError(
-                f"--remote-sync {config.remote_sync} with --remote-sync-protocol s3: give s3://BUCKET/PREFIX, or "
-                "--remote-sync-protocol fsspec"
-            )
+    if config.remote_sync_protocol == "s3" and "://" not in target:
+        target = f"s3://{target}"
     return f"{target}/{name}"

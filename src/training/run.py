@@ -126,6 +126,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
         flags={name: str(value) for name, value in config.flags.items()},
         data_sizes=config.data.data_sizes,
     )
+    log.info(_describe(config, world))
     if start.checkpoint is not None:
         _resume(start, log, state, trainer)
     if config.run.debug:
@@ -144,6 +145,17 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
             requeue_wanted = keeping.stopped and keeping.leave(log, folder.checkpoints)
             saver.close()
     return Ended(complete=not keeping.stopped, requeue=requeue_wanted)
+
+
+def _describe(config: Config, world: World) -> str:
+    """What is trained on what, in one line."""
+    margins = " with reference margins" if "ref" in config.reference.usage else ""
+    micro = f" in {config.run.accum_freq} micro-batches" if config.run.accum_freq > 1 else ""
+    return (
+        f"loss {config.loss.name} ({config.loss.decided_by}){margins}; {world.world_size} x {world.device.type}, "
+        f"{config.run.precision}, {config.run.batch_size} samples per rank and step{micro}; "
+        f"{config.optim.optimizer}"
+    )
 
 
 def _set_numerics(config: Config, world: World, log: RunLog) -> None:
@@ -194,6 +206,12 @@ def _build_trainer(
     config: Config, world: World, folder: RunFolder, log: RunLog, task: Task, train_data: data.TrainData
 ) -> Trainer:
     length = horizon(config.schedule, train_data.steps_per_epoch)
+    schedule = config.schedule
+    if not schedule.skip_scheduler and schedule.warmup >= length.total_steps and world.is_main:
+        log.warning(
+            f"--warmup {schedule.warmup}: the run has {length.total_steps} steps, so the full learning rate is "
+            "never reached; give fewer steps of warm-up"
+        )
     optimizer = create_optimizer(task.bare, config.optim, world.device)
     stepper = Stepper(
         task,

@@ -75,16 +75,22 @@ def expand_shards(shards: str, flag: str = "--train-data") -> list[list[str]]:
     return sources
 
 
-def look_for_shards(shards: str, flag: str) -> list[str]:
+def look_for_shards(shards: str, flag: str, allowed: float = 1.0) -> list[str]:
     """A sentence on each source of which some shards are not there; training counts them as unreadable.
 
-    ValueError: a source of which none is there. Of URLs and commands this is known when they are opened.
+    ValueError: a source of which none is there, or more than the share ``allowed`` is missing. Of URLs and
+    commands this is known when they are opened.
     """
     remarks = []
     for urls in expand_shards(shards, flag):
         missing = _missing(urls)
         if len(missing) == len(urls):
             raise ValueError(f"{flag} {shards}: there is no {missing[0]}, nor another shard of it; check the path")
+        if len(missing) > allowed * len(urls):
+            raise ValueError(
+                f"{flag} {shards}: {len(missing)} of {len(urls)} shards are not there, {missing[0]} first, more "
+                f"than --max_bad_fraction {allowed:g} allows; correct the pattern, or allow more"
+            )
         if missing:
             remarks.append(f"{flag}: {len(missing)} of {len(urls)} shards are not there, {missing[0]} first")
     return remarks
