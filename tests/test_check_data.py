@@ -144,3 +144,21 @@ def test_wrong_commands(tmp_path, capsys):
         except SystemExit as left:
             code = left.code
         assert code == 2 and re.search("--train-data|--data.size", capsys.readouterr().err)
+
+
+def test_the_suggested_size_has_room_for_the_keys_that_are_out_of_range(tmp_path):
+    low = write_shards(tmp_path, 12, per_shard=6)
+    (tmp_path / "other").mkdir()
+    high = write_shards(tmp_path / "other", [sample(i, key=250 + i) for i in range(4)], per_shard=4)
+    assert "--train-num-samples 8 --data_size 12" in summary(low, sizes=[8]).suggestion()
+    found = summary(low, high, sizes=[12, 100])
+    assert "--train-num-samples 12 --data_size 12::254" in found.suggestion()
+    assert any("4 keys are negative or not below --data_size 12::100" in text for text in found.problems)
+
+
+def test_csv_is_left_to_training(capsys):
+    assert check_data.main(["--train-data", "pairs.tsv"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: --train-data pairs.tsv: this looks at webdataset shards, not at csv files\n"
+    )

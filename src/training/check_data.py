@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,12 +42,16 @@ SHOWN = 20  # shards or keys that are listed one by one
 
 @dataclass
 class ShardReport:
-    """One shard: its faults, and of each good sample the key, width, height and characters of the caption."""
+    """One shard: its faults, and of each good sample the key, width, height and characters of the caption.
+
+    ``largest``: of all keys, also those for which ``--data_size`` has no row.
+    """
 
     url: str
     source: int
     skips: Skips = field(default_factory=Skips)
     good: np.ndarray = field(default_factory=lambda: np.empty((0, 4), np.int64))
+    largest: int = -1
 
     @property
     def bad(self) -> int:
@@ -71,9 +76,11 @@ class Checks(Dataset):
     """
 
     def __init__(self, sources: Sequence[list[str]], sizes: Sequence[int], sample_index: str) -> None:
-        self.shards = list(with_rows(list(sources), sizes or (ROWS,)))
+        # Keys beyond --data_size are read too, since they say how large it should be.
+        self.shards = list(with_rows(list(sources), (ROWS,)))
         self.source = [number for number, urls in enumerate(sources) for _ in urls]
         self.by_key = sample_index == "key"
+        self.sizes = tuple(sizes) * (len(sources) if len(sizes) == 1 else 1) or (ROWS,) * len(sources)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -81,15 +88,19 @@ class Checks(Dataset):
     def __getitem__(self, number: int) -> ShardReport:
         shard = self.shards[number]
         report = ShardReport(shard.url, self.source[number])
-        rows = list(self._rows(shard, report.skips))
+        rows = list(self._rows(shard, report, self.sizes[self.source[number]]))
         report.good = np.array(rows, np.int64).reshape(-1, 4)
         return report
 
-    def _rows(self, shard: Shard, skips: Skips) -> Iterator[tuple[int, int, int, int]]:
+    def _rows(self, shard: Shard, report: ShardReport, size: int) -> Iterator[tuple[int, int, int, int]]:
         source = ShardSource([shard], 0, sample_index="key" if self.by_key else None)
-        for raw in usable(source.in_order(Part(0, 1)), skips):
-            if decode_or_skip(raw, skips, decode_pixels) is not None:
-                yield raw.index - shard.first_row, *image_size(raw.image), len(raw.text)
+        for raw in usable(source.in_order(Part(0, 1)), report.skips):
+            key = raw.index - shard.first_row
+            report.largest = max(report.largest, key)
+            if self.by_key and key >= size:
+                report.skips.add("key out of range", raw.name)
+            elif decode_or_skip(raw, report.skips, decode_pixels) is not None:
+                yield key, *image_size(raw.image), len(raw.text)
 
 
 @dataclass
@@ -163,7 +174,7 @@ class Summary:
         elif len(self.duplicates):
             self.problems.append(f"{len(self.duplicates):,} keys occur twice: two samples would share a row")
         rows, samples = sum(self._rows_by_source()), sum(self._samples_by_source())
-        if rows > 2 * samples:
+        if rows > 2 * samples > 0:
             self.remarks.append(f"keys are sparse: {rows:,} rows of the sample state for {samples:,} samples")
 
     def _judge_positions(self) -> None:
@@ -182,8 +193,7 @@ class Summary:
         return [sum(r.samples for r in self.reports if r.source == s) for s in range(self.sources)]
 
     def _rows_by_source(self) -> list[int]:
-        keys = [self.good[self.source_of == source, 0] for source in range(self.sources)]
-        return [int(k.max()) + 1 if len(k) else 1 for k in keys]
+        return [max(r.largest for r in self.reports if r.source == s) + 1 for s in range(self.sources)]
 
     def suggestion(self) -> str:
         """Flags that fit the data."""
@@ -265,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = given.data_size if isinstance(given.data_size, list) else [given.data_size]
     sizes = [] if sizes == [-1] else sizes
     try:
+        if re.search(r"\.(csv|tsv)(::|$)", given.train_data):
+            raise ValueError(f"--train-data {given.train_data}: this looks at webdataset shards, not at csv files")
         sources = expand_shards(given.train_data)
         if len(sizes) > 1 and len(sizes) != len(sources):
             raise ValueError(f"--data_size: {len(sizes)} sizes for {len(sources)} sources, give one per :: source")
@@ -289,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(key: str, **options: Any) -> None:
         name = ALL[key].name
-        options.setdefault("help", ALL[key].help)
+        options.setdefault("help", ALL[key].help.replace(" or a csv file", ""))
         spellings = dict.fromkeys([name, f"--{key}", f"--{key.replace('_', '-')}"])
         parser.add_argument(*spellings, dest=key, **options)
 

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 # Slurm's preemption and cancelling; its warning before a time limit (--signal=USR1@120); Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
+_LAST_STEP = 60  # seconds for which a loader process goes on after a signal, for the step that is under way
 _ONE_KEYPRESS = 0.5  # seconds in which a terminal and a launcher may both deliver the same Ctrl-C
 
 
@@ -91,10 +92,16 @@ def leave_to_trainer() -> None:
     """In a loader process: what a launcher sends to all processes of a rank is the trainer's to act on.
 
     A second SIGTERM ends the process all the same: the trainer sends one to a loader that does not end by itself.
+    So does time, where the first one was the trainer's, which then waits for it.
     """
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(_LAST_STEP)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, wait)
 
 
 def end_with_trainer() -> None:
