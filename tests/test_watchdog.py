@@ -218,25 +218,27 @@ def ended(monkeypatch) -> list[int]:
 
 
 def watch(seconds: dict[str, float], timeout: float = 0.2) -> None:
-    """The first step, a step, a pause and another step, that take ``seconds``."""
+    """The first step, a step, a save, a pause and another step, that take ``seconds``."""
     with Watchdog(ALONE, timeout) as dog:
         time.sleep(seconds.get("start", 0))
         for step in ("first", "second"):
             dog.beat(0)
             time.sleep(seconds.get(step, 0))
+        with dog.paused(3):
+            time.sleep(seconds.get("save", 0))
         with dog.paused():
             time.sleep(seconds.get("pause", 0))
         dog.beat(1)
         time.sleep(seconds.get("last", 0))
 
 
-@pytest.mark.parametrize("slow", [{"start": 0.5}, {"first": 0.5}, {"pause": 0.5}])
+@pytest.mark.parametrize("slow", [{"start": 0.5}, {"first": 0.5}, {"save": 0.4}, {"pause": 0.9}])
 def test_what_may_take_longer(ended, slow):
     watch(slow)
     assert ended == []
 
 
-@pytest.mark.parametrize("slow", [{"first": 1.2}, {"second": 0.5}, {"last": 0.5}])
+@pytest.mark.parametrize("slow", [{"first": 1.2}, {"second": 0.5}, {"save": 1.0}, {"last": 0.5}])
 def test_what_may_not(ended, caplog, slow):
     watch(slow)
     assert ended == [HUNG]

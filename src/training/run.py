@@ -28,7 +28,7 @@ from training.saver import Saver
 from training.step import Stepper
 from training.task import Task
 from training.train import Trainer
-from training.watchdog import Watchdog
+from training.watchdog import SAVE, Watchdog
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
         if start.checkpoint is not None and _evaluation_is_missing(start, state, trainer):
             _evaluate(log, trainer, state, evaluation)
         _train_epochs(log, trainer, state, keeping, evaluation, watchdog)
-        with watchdog.paused():
+        with watchdog.paused(SAVE):
             requeue_wanted = keeping.stopped and keeping.leave(log, folder.checkpoints)
             saver.close()
     return Ended(complete=not keeping.stopped, requeue=requeue_wanted)
@@ -297,8 +297,9 @@ def _train_epochs(
         trainer.train_epoch(after_step)
         if keeping.stopped:
             return
-        with watchdog.paused():
+        with watchdog.paused(SAVE):
             keeping.after_epoch()
+        with watchdog.paused():
             _report_skips(log, train_data=trainer.data, epoch=state.epoch)
             if keeping.asked_to_stop():
                 return

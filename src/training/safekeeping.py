@@ -19,7 +19,7 @@ from training.params import RunConfig
 from training.run_state import RunState
 from training.saver import SaveFailed, Saver
 from training.train import Trainer
-from training.watchdog import Watchdog
+from training.watchdog import SAVE, Watchdog
 
 _REQUEUED = ("SIGTERM", "SIGUSR1")  # Slurm's; who presses Ctrl-C wants the run to end
 
@@ -100,7 +100,7 @@ class Safekeeping:
         state.skipped = trainer.stepper.skipped.state_dict()
 
     def _save(self, names: list[str]) -> None:
-        with self._watchdog.paused():  # the save before may take its time
+        with self._watchdog.paused(SAVE):  # the save before may take its time
             self.capture()
             self._saver.save(self._state, names)
         self._note_save()

@@ -4,7 +4,7 @@
         for step in ...:
             watchdog.beat(step)              # a step begins
             ...
-        with watchdog.paused():              # evaluating, saving: no steps for a while
+        with watchdog.paused():              # evaluating: no steps for a while
             ...
 
 **A rank hangs.** It waits for a file system, a lock, a device; all others wait for it in a collective. Where no
@@ -13,9 +13,9 @@ which step and in which lines its main thread is. The first rank that is alive r
 collective are victims; who does not, or does not answer (stopped, its machine lost), is named. Then all end with
 the code ``HUNG``, so that torchrun or Slurm can start them again.
 
-A launch's first step, with compilation and the start of the loader, may take ``FIRST`` times as long. Between the
-start and the first beat, and while paused, there is no limit. Time in which the whole process was stopped
-(Slurm suspends jobs so) does not count.
+A launch's first step, with compilation and the start of the loader, may take ``FIRST`` times as long, and a save
+``SAVE`` times. Between the start and the first beat, and while paused without a limit, there is none. Time in
+which the whole process was stopped (Slurm suspends jobs so) does not count.
 
 **A rank has failed** and said so on the board. Others would go on waiting for it in a collective or on the device;
 their watchdogs end them, from the start of the context on, with or without steps.
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import sys
@@ -45,7 +46,7 @@ from training.failures import FAILED, NOTICED, Board, Unreachable, within
 log = logging.getLogger(__name__)
 
 HUNG = 124  # exit code, as timeout(1) has it
-FIRST = 4.0
+FIRST, SAVE = 4.0, 4.0  # timeouts
 _POLL = 2.0  # seconds between looks
 _GRACE = 3.0  # seconds for the main thread of a bystander to end by itself
 
@@ -69,7 +70,8 @@ class Watchdog:
         self._poll = min(_POLL, timeout / 4) if timeout else _POLL
         self._main = threading.get_ident()
         self._step = -1
-        self._beats = self._pauses = self._resumed = 0
+        self._beats = self._turns = 0
+        self._limit = 1.0  # of what is under way, in timeouts
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._board: Board | None = None
@@ -80,14 +82,15 @@ class Watchdog:
         self._beats += 1
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """No step begins during the body, and none is missed."""
-        self._pauses += 1
+    def paused(self, limit: float = math.inf) -> Iterator[None]:
+        """No step begins during the body, and none is missed; it may take ``limit`` timeouts."""
+        before, self._limit = self._limit, limit
+        self._turns += 1
         try:
             yield
         finally:
-            self._resumed += 1
-            self._pauses -= 1
+            self._limit = before
+            self._turns += 1
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -110,10 +113,10 @@ class Watchdog:
             idle, last = idle + _counted(last, 2 * self._poll), time.monotonic()
             failed, hung = self._read() if self._world.distributed else (None, False)
             idle, last = idle + _counted(last, 2 * failures.PATIENCE), time.monotonic()
-            now = self._beats, self._resumed
-            if now != seen or self._pauses or not self._beats:
+            now = self._beats, self._turns
+            if now != seen or not self._beats:
                 seen, idle = now, 0.0
-            limit = self._timeout * (self._first if self._beats == 1 else 1.0)
+            limit = self._timeout and self._timeout * max(self._limit, self._first * (self._beats == 1))
             if failed:
                 return self._end_as_bystander(failed)
             if hung or 0 < limit < idle:
