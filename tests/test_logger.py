@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.distributed import World
 from training.folder import RunFolder, choose_folder
-from training.logger import Meter, TrainStatus, open_run, read, train_line
+from training.logger import EarlyRecords, Meter, TrainStatus, open_run, read, train_line
 from training.params import parse
 
 MAIN = World(0, 0, 1, 1, torch.device("cpu"))
@@ -292,3 +292,21 @@ def test_a_report_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"--report-to wandb.*pip install wandb"):
         start(tmp_path, "--report-to", "wandb")
+
+
+def test_what_is_logged_before_the_run_has_a_folder_waits_for_its_log():
+    seen = []
+
+    class Later(logging.Handler):
+        def emit(self, record):
+            seen.append(record.getMessage())
+
+    root, later = logging.getLogger(), Later()
+    with EarlyRecords() as early:
+        logging.getLogger("training.early").info("one")
+        logging.getLogger("training.early").warning("two")
+        root.addHandler(later)
+        early.hand_over()
+        logging.getLogger("training.early").info("three")
+    root.removeHandler(later)
+    assert seen == ["one", "two", "three"]

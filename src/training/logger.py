@@ -350,7 +350,7 @@ def open_run(config: Config, world: World, folder: RunFolder) -> RunLog:
 class EarlyRecords(logging.Handler):
     """Keeps what is logged before the run's folder is there, for its log. A context manager.
 
-    Where the run never comes to ``release``, warnings go to stderr at the end.
+    Where the run never comes to ``hand_over``, warnings go to stderr at the end.
     """
 
     def __init__(self) -> None:
@@ -360,7 +360,7 @@ class EarlyRecords(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
 
-    def release(self) -> None:
+    def hand_over(self) -> None:
         """Log it all now, where the log goes by now, and keep nothing more."""
         root = logging.getLogger()
         root.removeHandler(self)

@@ -65,7 +65,7 @@ def launch(config: Config) -> None:
             return
         start = Start(config, world, folder, open_sets(config), checkpoint_to_resume(config, folder))
         with open_run(config, world, folder) as log:
-            early.release()
+            early.hand_over()
             _run(start, log, remarks)
 
 
