@@ -189,9 +189,9 @@ def addresses(lab: Lab, words: list[str]) -> list[str]:
     """Where the run's folder is copied to."""
     told: list[str] = []
 
-    def recorded(source: Path, target: str) -> Callable[[], int]:
+    def recorded(source: Path, target: str) -> mock.Mock:
         told.append(target)
-        return lambda: 0
+        return mock.Mock(return_value=0)
 
     with mock.patch("training.remote_sync.RemoteSync", recorded), remote_sync(parse(words).run, Path("run")):
         pass

@@ -163,8 +163,9 @@ def lost_loader(error: Exception) -> str | None:
     if found is None:
         return None
     processes, signal = found.groups()
-    how = f"was killed (signal: {signal.strip()})" if signal else "ended by itself"
-    advice = _ADVICE.get((signal or "").strip(), "its own message, if it had one, is above")
+    # torch does not always learn of the signal: then the process may have been killed or have failed.
+    how = f"was killed (signal: {signal.strip()})" if signal else "has ended without a word to the trainer"
+    advice = _ADVICE.get((signal or "").strip(), "killed, short of memory, or by an error that is told above")
     return f"loader process {processes} {how}, {advice}"
 
 
