@@ -218,7 +218,7 @@ def save_published(folder: str) -> None:
     save_by_flags(Path(folder), run.state, replace(RUN, save_published_state=True), final=False)
 
 
-def test_published_columns_are_whole_whatever_the_ranks_and_suffice_to_resume(tmp_path):
+def test_published_columns_are_whole_whatever_the_ranks_and_suffice_to_resume(tmp_path, caplog):
     ranks(3).run(save_published, str(tmp_path))
     alone = Run(0).epochs(1).everything()  # which rows are written does not depend on the ranks
     held = torch.load(tmp_path / "epoch_1.pt", weights_only=True)
@@ -229,6 +229,7 @@ def test_published_columns_are_whole_whatever_the_ranks_and_suffice_to_resume(tm
         assert torch.equal(held[f"u_{short}"], expected.nan_to_num(0.0)[:, None])
     shutil.rmtree(tmp_path / "epoch_1.state")
     resumed = Run(1).resumed(tmp_path / "epoch_1.pt").everything()["rows.log_u_image"]
+    assert "the columns in the file stand in for it" in caplog.text
     expected = alone["rows.log_u_image"]
     torch.testing.assert_close(resumed, expected.masked_fill(expected == 0, torch.nan), equal_nan=True)
 

@@ -227,6 +227,10 @@ def _load_rows(path: Path, held: Mapping[str, Any], state: SampleState, u_format
             f"--data_size {state.num_samples}: checkpoint {path} has {length} rows, and none may be lost; give at "
             "least as many"
         )
+    if missing and rank_in() == 0:
+        _log.warning(
+            "checkpoint %s: its sample state lacks %s; the columns in the file stand in for it", path, missing
+        )
     unseen = {name: F.pad(c, (0, state.num_samples - len(c)), value=torch.nan) for name, c in columns.items()}
     state.load_state_dict(unseen)
 
