@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from drrho_clip.sample_state import SampleState
 from training import published, rows
 from training.distributed import gather_object, on_main, rank_in
-from training.published import load_weights as load_weights
 from training.run_state import RunState
 
 _log = logging.getLogger(__name__)
