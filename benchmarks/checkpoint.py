@@ -3,8 +3,9 @@
     python benchmarks/checkpoint.py [--model ViT-B-32 --data-size 10000000 --repeats 3 --folder DIR --json]
 
 A model (ViT-B-32 has 151M parameters) with AdamW's moments and a sample state of ``--data-size`` rows is saved,
-in turns, by ``training.saver.Saver`` and by a plain synchronous save of the same: the file with its checksums, the
-rows with theirs, fsync. While the saver's thread writes, steps go on (matrix products on all threads but one).
+in turns, by ``training.checkpoint.saver.Saver`` and by a plain synchronous save of the same: the file with its
+checksums, the rows with theirs, fsync. While the saver's thread writes, steps go on (matrix products on all
+threads but one).
 
 ``stall_seconds``         for which ``save`` holds the loop, best of the saves after the first
 ``synchronous_seconds``   of the plain save, best
@@ -32,11 +33,12 @@ import torch
 
 import report
 from drrho_clip.sample_state import SampleState
-from training import checkpoint, pretrained, published, rows
-from training.optimizer import create_optimizer
-from training.params import OptimConfig, parse
-from training.run_state import RunState
-from training.saver import Saver
+from training.checkpoint import catalog, published, sample_state_io
+from training.checkpoint.run_state import RunState
+from training.checkpoint.saver import Saver
+from training.config.params import OptimConfig, parse
+from training.loop.optimizer import create_optimizer
+from training.models import pretrained
 
 CPU = torch.device("cpu")
 COLUMNS = ("log_u_image", "log_u_text")
@@ -126,7 +128,7 @@ def synchronous(state: RunState, folder: Path) -> float:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     started = time.perf_counter()
-    rows.write(folder / "rows", state.sample_state.state_dict())
+    sample_state_io.write(folder / "rows", state.sample_state.state_dict())
     published.write(folder / "file.pt", state.held())
     return time.perf_counter() - started
 
@@ -136,7 +138,7 @@ def resume(path: Path, state: RunState) -> tuple[float, float]:
     weights = [parameter.detach().clone() for parameter in state.model.parameters()]
     before = {name: column.clone() for name, column in state.sample_state.local().items()}
     started = time.perf_counter()
-    fault = checkpoint.problem(path)
+    fault = catalog.problem(path)
     checked = time.perf_counter() - started
     if fault:
         sys.exit(fault)
@@ -144,7 +146,7 @@ def resume(path: Path, state: RunState) -> tuple[float, float]:
         for tensor in (*state.model.parameters(), *state.sample_state.local().values()):
             tensor.zero_()
     started = time.perf_counter()
-    checkpoint.resume(path, state, steps_per_epoch=1, global_batch=1)
+    catalog.resume(path, state, steps_per_epoch=1, global_batch=1)
     resumed = time.perf_counter() - started
     same = all(map(torch.equal, state.model.parameters(), weights))
     if not same or not all(torch.equal(state.sample_state.local()[n], before[n]) for n in before):

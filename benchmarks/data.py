@@ -5,8 +5,8 @@
 All three read the same shards (made on the spot, see ``photographs``), in one run, in turns; the best block of
 each counts. A block begins when what the loader processes had prepared before is used up.
 
-``ours``    ``training.data.build_train``: bytes of the tar to uint8 batches of ViT-B-16 with ids, loader processes
-            and hand-over included.
+``ours``    ``training.data.build.build_train``: bytes of the tar to uint8 batches of ViT-B-16 with ids, loader
+            processes and hand-over included.
 ``plain``   webdataset's pipeline with open_clip's train transform and tokenizer, in its ``WebLoader``.
 ``decode``  torchvision's JPEG decoder on bytes in memory, nothing else.
 
@@ -40,12 +40,13 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 import photographs
 import report
-from training import data, params
-from training.batch_memory import PREFETCH, BatchMemory
-from training.distributed import World
-from training.images import TrainView
-from training.shards import expand_shards, read_shard
-from training.tokens import Tokens
+from training.config.params import parse
+from training.data.batch_memory import PREFETCH, BatchMemory
+from training.data.build import build_train
+from training.data.sources.shards import expand_shards, read_shard
+from training.data.tokenizer import Tokens
+from training.data.transforms import TrainView
+from training.distributed.process_group import World
 
 FEW = 64  # images that the stages after decoding are timed with
 
@@ -91,14 +92,14 @@ def make_model(name: str) -> Model:
 
 def ours(options: Options, model: Model) -> Iterator[object]:
     """Batches of the trainer's own data, as its flags make it, without an end."""
-    config = params.parse(
+    config = parse(
         [
             *("--train-data", options.shards, "--dataset-type", "webdataset", "--data_size", "1000000000"),
             *("--train-num-samples", str(options.images), "--batch-size", str(options.batch_size)),
             *("--workers", str(options.workers), "--fastclip", "--model", options.model),
         ]
     )
-    train = data.build_train(config, World(0, 0, 1, 1, torch.device("cpu")), model, None)
+    train = build_train(config, World(0, 0, 1, 1, torch.device("cpu")), model, None)
     return (batch for epoch in count() for batch in train.epoch(epoch))
 
 
@@ -218,7 +219,7 @@ def time_stages(options: Options, model: Model) -> dict[str, float]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        options, as_json = parse(Path(folder))
+        options, as_json = options_from(Path(folder))
         torch.set_num_threads(1)
         model = make_model(options.model)
         report.say(f"timing {options.repeats} x {options.images} images of each, in turns")
@@ -265,7 +266,7 @@ def describe(r: dict) -> str:
     return f"{text}\n{report.table('Where our time goes', ('', 'us/sample', 'share'), rows)}"
 
 
-def parse(folder: Path) -> tuple[Options, bool]:
+def options_from(folder: Path) -> tuple[Options, bool]:
     """Options; shards are written to ``folder`` where none are given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

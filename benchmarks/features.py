@@ -27,9 +27,9 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 
 import report
-from training import row_store
-from training.feature_store import KIND, StoredFeatures
-from training.row_store import StoreWriter, caption_checksum, open_store
+from training.cache import row_store
+from training.cache.features import KIND, StoredFeatures
+from training.cache.row_store import StoreWriter, caption_checksum, open_store
 
 PART_BYTES = 2**28
 MADE = {"model": "noise", "weights": "none"}

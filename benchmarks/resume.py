@@ -35,13 +35,13 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 
 import report
-from training.images import TrainView
-from training.lanes import Layout, Progress, pack
-from training.loader import TrainData
-from training.order import Place
-from training.shards import Shard, read_shard
-from training.stream import TrainStream
-from training.webdata import WINDOW, ShardSource
+from training.data.lanes import Layout, Progress, pack
+from training.data.loader import TrainData
+from training.data.order import Place
+from training.data.sources.shards import Shard, read_shard
+from training.data.sources.webdataset import WINDOW, ShardSource
+from training.data.transforms import TrainView
+from training.data.worker import TrainStream
 
 CPU = torch.device("cpu")
 

@@ -35,9 +35,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import report
-from training import params
-from training.data import build_train
-from training.distributed import World
+from training.config.params import parse
+from training.data.build import build_train
+from training.distributed.process_group import World
 
 SETTLED = 10  # epochs until memory is looked at
 TENTH = 10  # epochs of which medians are taken
@@ -85,7 +85,7 @@ def soak(epochs: int, samples: int, workers: int, folder: Path) -> dict[str, lis
     flags += ["--batch-size", 32, "--workers", workers, "--max_bad_fraction", 1, "--model", "ViT-B-32"]
     model = SimpleNamespace(preprocess=PreprocessCfg(size=224), tokenizer=open_clip.SimpleTokenizer())
     world = World(0, 0, 1, 1, torch.device("cpu"))
-    data = build_train(params.parse([str(flag) for flag in flags]), world, model, None)
+    data = build_train(parse([str(flag) for flag in flags]), world, model, None)
     curves: dict[str, list[int]] = {}
     for epoch in tqdm(range(epochs), unit="epoch", desc="soak"):
         for _ in data.epoch(epoch):

@@ -14,13 +14,16 @@ from drrho_clip.batch import Batch
 from drrho_clip.losses.fastclip import COLUMNS
 from drrho_clip.normalize import normalize
 from drrho_clip.reference import Reference
-from training import data, distributed, models, objective, params, precision
-from training.distributed import World
-from training.models import BuiltModel
-from training.optimizer import LearningRates, create_optimizer
-from training.params import Config
-from training.step import Stepper
-from training.task import Task
+from training.config.params import Config, parse
+from training.data.build import prefetch, same_tokens
+from training.distributed import process_group
+from training.distributed.process_group import World
+from training.loop.build import build_loss
+from training.loop.optimizer import LearningRates, create_optimizer
+from training.loop.step import Stepper
+from training.loop.task import Task
+from training.models import precision
+from training.models.build import BuiltModel, build_reference, build_target
 
 GAMMA, EPS = 0.5, 1e-14
 HOST_BATCHES = 2
@@ -57,7 +60,7 @@ class Setting:
 
 def prepare(options: Options) -> Setting:
     """Models from the seed, as the trainer builds them, and batches as its loader hands them over."""
-    config = params.parse(
+    config = parse(
         [
             *("--dataset-type", "synthetic", "--train-num-samples", str(options.data_size)),
             *("--data_size", str(options.data_size), "--batch-size", str(options.batch_size)),
@@ -69,11 +72,11 @@ def prepare(options: Options) -> Setting:
             *(["--torchcompile"] if options.torchcompile else []),
         ]
     )
-    world = distributed.start(config.distributed)
+    world = process_group.start(config.distributed)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    target, reference = models.build_target(config, world), models.build_reference(config, world)
+    target, reference = build_target(config, world), build_reference(config, world)
     return Setting(config, world, target, reference, make_batches(options, target, reference, world))
 
 
@@ -87,7 +90,7 @@ def make_batches(options: Options, target: BuiltModel, reference: BuiltModel, wo
         return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
     same_image = target.preprocess.size == reference.preprocess.size
-    same_text = data.same_tokens(target.tokenizer, reference.tokenizer)
+    same_text = same_tokens(target.tokenizer, reference.tokenizer)
     batches = []
     for _ in range(HOST_BATCHES):
         numbers = torch.randint(10**6, (options.batch_size, 4), generator=generator).tolist()
@@ -118,7 +121,7 @@ class Ours:
             mean=s.target.preprocess.mean,
             std=s.target.preprocess.std,
             precision=run_precision,
-            loss=objective.build_loss(s.config, s.world.device),
+            loss=build_loss(s.config, s.world.device),
             reference=frozen,
             margins=True,
         )
@@ -127,7 +130,7 @@ class Ours:
         optimizer = create_optimizer(s.target.module, s.config.optim, s.world.device)
         self.rates = LearningRates(optimizer, s.config.optim, s.config.schedule, total_steps=10**6)
         self.stepper = Stepper(self.task, optimizer, scaler=run_precision.scaler())
-        self.arriving = data.prefetch(itertools.cycle(s.batches), s.world.device)
+        self.arriving = prefetch(itertools.cycle(s.batches), s.world.device)
         self.done = 0
 
     def step(self) -> None:

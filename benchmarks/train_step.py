@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import measure
 import report
 from steps import VARIANTS, Options, Ours, Plain, prepare
-from training import pretrained
+from training.models import pretrained
 
 TOLERANCE = 1e-3
 FEW = 16  # samples that the check and the count of operations do with

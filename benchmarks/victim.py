@@ -110,7 +110,7 @@ def lay_out(killer: Killer) -> None:
     import open_clip
     import torch.distributed.checkpoint as dcp
 
-    from training.step import Stepper
+    from training.loop.step import Stepper
 
     def in_forward(*_: Any, **__: Any) -> None:
         if killer.is_due(FORWARD):  # between the towers

@@ -13,25 +13,25 @@ import torch
 from torch import nn
 
 import tiny_models
-from training import models, params
-from training.distributed import World
-from training.models import BuiltModel
+from training.config.params import Config, parse
+from training.distributed.process_group import World
+from training.models.build import BuiltModel, build_reference, build_target
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 SYNTHETIC = ["--dataset-type", "synthetic", "--train-num-samples", "64", "--batch-size", "8", "--data_size", "64"]
 
 
-def config(*flags: object) -> params.Config:
-    return params.parse([*SYNTHETIC, *map(str, flags)])
+def config(*flags: object) -> Config:
+    return parse([*SYNTHETIC, *map(str, flags)])
 
 
 def target(*flags: object) -> BuiltModel:
-    return models.build_target(config(*flags), ALONE)
+    return build_target(config(*flags), ALONE)
 
 
 def reference(tmp_path: Path, *flags: object) -> BuiltModel | None:
     model = tiny_models.path("tiny-vit", tmp_path)
-    return models.build_reference(config("--model", model, "--fastclip", *flags), ALONE)
+    return build_reference(config("--model", model, "--fastclip", *flags), ALONE)
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from training.params import Config, parse
+from training.config.params import Config, parse
 
 DATA = "--train-data shards/{0..3}.tar --train-num-samples 1000"
 FASTCLIP = f"{DATA} --data_size 2000 --fastclip"

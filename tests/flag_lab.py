@@ -17,9 +17,9 @@ from torch import Tensor
 import shards
 import tiny_models
 from drrho_clip.batch import Batch
-from training.distributed import World
+from training.distributed.process_group import World
+from training.loop.task import Task
 from training.main import main
-from training.task import Task
 
 CPU = torch.device("cpu")
 WORLD = World(0, 0, 1, 1, CPU)

@@ -24,11 +24,14 @@ from drrho_clip.losses import LossInputs
 from drrho_clip.selection import select
 from flag_lab import CPU, OTHER_NODE, WORLD, Lab
 from ranks import ranks
-from training import data, distributed, models, objective
-from training.distributed import World
-from training.optimizer import LearningRates, create_optimizer, horizon
-from training.params import parse
-from training.pretrained import Weights
+from training.config.params import parse
+from training.data.build import build_train, build_val, steps_per_epoch
+from training.distributed import process_group
+from training.distributed.process_group import World
+from training.loop.build import build_distillation, build_loss, build_selection
+from training.loop.optimizer import LearningRates, create_optimizer, horizon
+from training.models.build import BuiltModel, build_captioner, build_reference, build_target
+from training.models.pretrained import Weights
 
 # -------------------------------------------------------------------------------------------- data
 
@@ -48,13 +51,13 @@ PIXELS = Pixels()
 
 def stream(lab: Lab, words: list[str], world: World = WORLD) -> list[tuple[list[int], float, int]]:
     """Rows, pixels and tokens of the batches of one epoch."""
-    train = data.build_train(parse(words), world, PIXELS, None)
+    train = build_train(parse(words), world, PIXELS, None)
     return [(b.index.tolist(), b.image.double().sum().item(), b.text.sum().item()) for b in train.epoch(0)]
 
 
 def reference_features(lab: Lab, words: list[str]) -> list[float]:
     """What comes with the batches of one epoch."""
-    train = data.build_train(parse(words), WORLD, PIXELS, None)
+    train = build_train(parse(words), WORLD, PIXELS, None)
     return [value for batch in train.epoch(0) for value in batch.ref_features.flatten().tolist()]
 
 
@@ -85,7 +88,7 @@ def records() -> Iterator[list[str]]:
 def lanes(lab: Lab, words: list[str]) -> str:
     """How the data is dealt to loader processes, as the log says."""
     with records() as lines:
-        data.build_train(parse(words), WORLD, PIXELS, None)
+        build_train(parse(words), WORLD, PIXELS, None)
     return next(line for line in lines if "lanes" in line)
 
 
@@ -103,15 +106,15 @@ def refusal_or(observe: Callable[[Lab, list[str]], Any]) -> Callable[[Lab, list[
 
 def validation(lab: Lab, words: list[str]) -> list[tuple[float, int]]:
     """Pixels and tokens of the validation batches."""
-    batches = data.build_val(parse(words), WORLD, PIXELS)
+    batches = build_val(parse(words), WORLD, PIXELS)
     return [(image.double().sum().item(), text.sum().item()) for image, text in batches]
 
 
 # -------------------------------------------------------------------------------------------- models
 
 
-def target(words: list[str]) -> models.BuiltModel:
-    return models.build_target(parse(words), WORLD)
+def target(words: list[str]) -> BuiltModel:
+    return build_target(parse(words), WORLD)
 
 
 def parameters(lab: Lab, words: list[str]) -> dict[str, tuple[float, bool]]:
@@ -128,24 +131,30 @@ def trained(lab: Lab, words: list[str]) -> set[str]:
 
 
 def reference_parameters(lab: Lab, words: list[str]) -> dict[str, tuple[float, bool]] | None:
-    built = models.build_reference(parse(words), WORLD)
+    built = build_reference(parse(words), WORLD)
     return built and sums(built.module)
 
 
 def captioner_parameters(lab: Lab, words: list[str]) -> dict[str, tuple[float, bool]]:
-    return sums(models.build_captioner(parse(words), WORLD).module)
+    return sums(build_captioner(parse(words), WORLD).module)
 
 
 def captioner_size(lab: Lab, words: list[str]) -> int:
     """The captioning model's parameters, whatever its weights."""
-    with mock.patch("training.pretrained.load"), mock.patch("training.pretrained.find", return_value=Weights()):
-        return sum(p.numel() for p in models.build_captioner(parse(words), WORLD).module.parameters())
+    with (
+        mock.patch("training.models.pretrained.load"),
+        mock.patch("training.models.pretrained.find", return_value=Weights()),
+    ):
+        return sum(p.numel() for p in build_captioner(parse(words), WORLD).module.parameters())
 
 
 def reference_size(lab: Lab, words: list[str]) -> int:
     """The reference's parameters, whatever its weights."""
-    with mock.patch("training.pretrained.load"), mock.patch("training.pretrained.find", return_value=Weights()):
-        return sum(p.numel() for p in models.build_reference(parse(words), WORLD).module.parameters())
+    with (
+        mock.patch("training.models.pretrained.load"),
+        mock.patch("training.models.pretrained.find", return_value=Weights()),
+    ):
+        return sum(p.numel() for p in build_reference(parse(words), WORLD).module.parameters())
 
 
 def preprocessing(lab: Lab, words: list[str]) -> dict[str, Any]:
@@ -208,9 +217,9 @@ def wrapped(lab: Lab, words: list[str]) -> tuple[set[str], dict[str, Any]]:
         return module
 
     world = World(0, 0, 2, 2, torch.device("cuda", 0))
-    with mock.patch("training.distributed.DistributedDataParallel", ddp):
-        module = distributed.wrap(
-            models.build_target(config, WORLD).module,
+    with mock.patch("training.distributed.process_group.DistributedDataParallel", ddp):
+        module = process_group.wrap(
+            build_target(config, WORLD).module,
             world,
             static_graph=config.distributed.ddp_static_graph,
             sync_bn=config.model.use_bn_sync,
@@ -243,7 +252,7 @@ def inputs(seed: int = 0, rows: int = 4) -> LossInputs:
 def gradients(lab: Lab, words: list[str]) -> list[float]:
     """Terms of the loss on fixed embeddings, and its gradients."""
     given = inputs()
-    return backward(objective.build_loss(parse(words), CPU)(given).terms, given)
+    return backward(build_loss(parse(words), CPU)(given).terms, given)
 
 
 def backward(terms: dict[str, Tensor], given: LossInputs) -> list[float]:
@@ -255,7 +264,7 @@ def backward(terms: dict[str, Tensor], given: LossInputs) -> list[float]:
 
 def second_visit(lab: Lab, words: list[str]) -> list[float]:
     """The loss in epoch 3 on samples that were seen before."""
-    loss = objective.build_loss(parse(words), CPU)
+    loss = build_loss(parse(words), CPU)
     loss.state.commit(loss(inputs(seed=1)).update)
     loss.set_epoch(3)
     given = inputs()
@@ -264,12 +273,12 @@ def second_visit(lab: Lab, words: list[str]) -> list[float]:
 
 def table(lab: Lab, words: list[str]) -> list[tuple[str, int, str]]:
     """The columns of the sample state of a run on the meta device, their lengths, and where they are."""
-    state = objective.build_loss(parse(words), torch.device("meta")).state
+    state = build_loss(parse(words), torch.device("meta")).state
     return [(name, len(column), column.device.type) for name, column in state.state_dict().items()]
 
 
 def caption_terms(lab: Lab, words: list[str]) -> list[float]:
-    loss = objective.build_loss(parse(words), CPU)
+    loss = build_loss(parse(words), CPU)
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([[1, 2, 0]])
     local = loss.local_terms({"logits": torch.randn(1, 3, 5, generator=generator), "labels": labels})
@@ -277,12 +286,12 @@ def caption_terms(lab: Lab, words: list[str]) -> list[float]:
 
 
 def distillation(lab: Lab, words: list[str]) -> float:
-    return objective.build_distillation(parse(words))(inputs()).item()
+    return build_distillation(parse(words))(inputs()).item()
 
 
 def selected(lab: Lab, words: list[str]) -> list[int]:
     """The positions that selection keeps of eight samples, which are equally easy for the reference."""
-    chosen, given, same = objective.build_selection(parse(words)), inputs(rows=8), torch.ones(8, 1)
+    chosen, given, same = build_selection(parse(words)), inputs(rows=8), torch.ones(8, 1)
     return select(
         *(given.image, given.text, same, same, torch.tensor(1.0)),
         keep_ratio=chosen.keep_ratio,
@@ -293,8 +302,8 @@ def selected(lab: Lab, words: list[str]) -> list[int]:
 
 
 def _gradients_on_a_rank(words: list[str]) -> list[float]:
-    given = inputs(seed=distributed.dist.get_rank())
-    return backward(objective.build_loss(parse(words), CPU)(given).terms, given)
+    given = inputs(seed=process_group.dist.get_rank())
+    return backward(build_loss(parse(words), CPU)(given).terms, given)
 
 
 def gradients_on_two_ranks(lab: Lab, words: list[str]) -> list[list[float]]:
@@ -328,7 +337,7 @@ def stepped(lab: Lab, words: list[str]) -> list[float]:
 def rates(lab: Lab, words: list[str]) -> list[tuple[float, float]]:
     """The learning rates of model and temperature at every step that a run takes."""
     config = parse(words)
-    length = horizon(config.schedule, data.steps_per_epoch(config, 1))
+    length = horizon(config.schedule, steps_per_epoch(config, 1))
     optimizer = create_optimizer(Toy(), config.optim, CPU)
     current = LearningRates(optimizer, config.optim, config.schedule, length.total_steps, length.cooldown_steps)
     found = []

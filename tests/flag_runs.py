@@ -26,12 +26,14 @@ import numpy as np
 import torch
 
 from flag_lab import WORLD, Lab, Run
-from training import distributed, folder, logger, published
-from training.distributed import World
+from training import logger
+from training.checkpoint import published, run_folder
+from training.checkpoint.remote_sync import remote_sync
+from training.config.params import parse
+from training.distributed import process_group
+from training.distributed.process_group import World
+from training.loop.checkpointer import Safekeeping
 from training.main import main
-from training.params import parse
-from training.remote_sync import remote_sync
-from training.safekeeping import Safekeeping
 
 # -------------------------------------------------------------------------------------------- runs
 
@@ -111,7 +113,7 @@ def opened(words: list[str], world: World = WORLD) -> tuple[list[str], int, dict
     wandb = types.ModuleType("wandb")
     wandb.init = lambda *, notes, project, **_: told.update(notes=notes, project=project) or mock.MagicMock()
     config = parse(words)
-    place = folder.choose_folder(config, WORLD)
+    place = run_folder.choose_folder(config, WORLD)
     with mock.patch.dict(sys.modules, wandb=wandb), logger.open_run(config, world, place):
         level = logging.getLogger().level
     names = sorted(str(file.relative_to(place.path)) for file in place.path.rglob("*") if file.suffix != ".pyc")
@@ -128,7 +130,7 @@ def observe_opened(look: Callable[..., Any], world: World = WORLD) -> Callable[[
 
 
 def place(lab: Lab, words: list[str]) -> str:
-    return str(folder.choose_folder(parse(words), WORLD).path)
+    return str(run_folder.choose_folder(parse(words), WORLD).path)
 
 
 def copied(lab: Lab, words: list[str]) -> list[str]:
@@ -165,7 +167,10 @@ def ends_for_a_hang(lab: Lab, words: list[str]) -> list[int]:
         time.sleep(0.5 if self._trainer.step == 2 else 0)
         return after_step(self)
 
-    with mock.patch.object(Safekeeping, "after_step", slow), mock.patch("training.failures.end", codes.append):
+    with (
+        mock.patch.object(Safekeeping, "after_step", slow),
+        mock.patch("training.distributed.failures.end", codes.append),
+    ):
         assert Lab.run(replace(lab, runs={}), words).code == 0
     return codes
 
@@ -180,7 +185,7 @@ def waits(lab: Lab, words: list[str]) -> list[float]:
             return super().wait(timeout)
 
     run = parse(words).run
-    with mock.patch("training.remote_sync.threading.Event", Event), remote_sync(run, lab.root / "none"):
+    with mock.patch("training.checkpoint.remote_sync.threading.Event", Event), remote_sync(run, lab.root / "none"):
         pass
     return [seconds for seconds in waited if seconds is not None]  # starting a thread waits without a limit
 
@@ -193,7 +198,10 @@ def addresses(lab: Lab, words: list[str]) -> list[str]:
         told.append(target)
         return mock.Mock(return_value=0)
 
-    with mock.patch("training.remote_sync.RemoteSync", recorded), remote_sync(parse(words).run, Path("run")):
+    with (
+        mock.patch("training.checkpoint.remote_sync.RemoteSync", recorded),
+        remote_sync(parse(words).run, Path("run")),
+    ):
         pass
     return told
 
@@ -222,8 +230,8 @@ def group(lab: Lab, words: list[str], gpus: int = 0, **environment: str) -> tupl
         patch("torch.cuda.is_available", lambda: gpus > 0)
         patch("torch.cuda.device_count", lambda: gpus)
         patch("torch.cuda.set_device", lambda device: None)
-        world = distributed.start(parse(words).distributed)
-        port = distributed.os.environ.get("MASTER_PORT", "")
+        world = process_group.start(parse(words).distributed)
+        port = process_group.os.environ.get("MASTER_PORT", "")
     told.pop("timeout", None)
     return told, port, str(world.device)
 

@@ -8,8 +8,8 @@ from drrho_clip.batch import Batch
 from drrho_clip.losses import baselines, fastclip, individual
 from drrho_clip.reference import Reference
 from drrho_clip.sample_state import SampleState
-from training.precision import resolve
-from training.task import Task
+from training.loop.task import Task
+from training.models.precision import resolve
 
 HALF = (0.5, 0.5, 0.5)
 CPU = torch.device("cpu")

@@ -18,14 +18,15 @@ import shards
 from flag_lab import WORLD, Lab
 from ranks import ranks
 from spoiled import SAMPLES, SHARDS
-from training import check_data, webdata
-from training.data import build_train
-from training.distributed import World, gather_object
-from training.loader import TrainData
-from training.order import Lane
-from training.params import parse
-from training.samples import Allowance, SkipLog, Skips, Tolerance, TooManyBad, allowance
-from training.shards import expand_shards
+from training import check_data
+from training.config.params import parse
+from training.data.bad_samples import Allowance, SkipLog, Skips, Tolerance, TooManyBad, allowance
+from training.data.build import build_train
+from training.data.loader import TrainData
+from training.data.order import Lane
+from training.data.sources import webdataset
+from training.data.sources.shards import expand_shards
+from training.distributed.process_group import World, gather_object
 
 ROWS = 1000
 
@@ -213,8 +214,8 @@ def be_no_tar(path) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_shard_that_is_lost_inside_an_epoch(tmp_path, change, workers, monkeypatch, caplog):
     """The run goes on with the rest; the shard is counted and named, once per pass, in the next epoch too."""
-    monkeypatch.setattr(webdata, "SPLIT_BY_SAMPLE", 0)
-    monkeypatch.setitem(webdata.ShardSource.__init__.__kwdefaults__, "window", 5)
+    monkeypatch.setattr(webdataset, "SPLIT_BY_SAMPLE", 0)
+    monkeypatch.setitem(webdataset.ShardSource.__init__.__kwdefaults__, "window", 5)
     pattern = shards.write_shards(tmp_path, [shards.sample(i, (8, 8)) for i in range(80)], 20)
     data = loaded(pattern, 60, "--batch-size", 4, "--workers", workers)
     source = data._stream.source

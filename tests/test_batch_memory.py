@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from training.batch_memory import PREFETCH, BatchMemory, ReceivedMemory
+from training.data.batch_memory import PREFETCH, BatchMemory, ReceivedMemory
 
 BATCHES = 12
 

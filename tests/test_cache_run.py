@@ -13,15 +13,16 @@ import shards
 import tiny_models
 from flag_lab import CPU, Lab
 from ranks import ranks
-from training import cache_run, models
-from training.cache_work import FeatureWork
-from training.distributed import World
-from training.folder import choose_folder
-from training.images import decode, eval_transform
+from training.cache import precompute
+from training.cache.producers import FeatureWork
+from training.cache.row_store import StoreWriter, open_store
+from training.checkpoint.run_folder import choose_folder
+from training.config.params import parse
+from training.data.transforms import decode, eval_transform
+from training.distributed.process_group import World
 from training.logger import open_run
 from training.main import main
-from training.params import parse
-from training.row_store import StoreWriter, open_store
+from training.models import build
 
 WRITE = "--ref_model @reference --ref_model_pretrained @reference_weights --cache_ref_model_features"
 
@@ -59,7 +60,7 @@ def test_values_are_the_references_under_its_evaluation_transform(lab, whole):
     rows, values = whole
     assert rows == list(range(16))
     module = tiny_models.build("tiny-vit-reference").eval()
-    built = models.build_reference(parse(words(lab, lab.root / "x")), World(0, 0, 1, 1, CPU))
+    built = build.build_reference(parse(words(lab, lab.root / "x")), World(0, 0, 1, 1, CPU))
     transform = eval_transform(built.preprocess)
     pixels = torch.stack([transform(decode(shards.sample(i)["jpg"])) for i in rows])
     with torch.no_grad():
@@ -73,7 +74,7 @@ def _write(argv: list[str]) -> None:
     config, rank = parse(argv), torch.distributed.get_rank()
     world = World(rank, rank, 2, 2, CPU)
     with open_run(config, world, choose_folder(config, world)) as log:
-        cache_run.write(config, world, log)
+        precompute.write(config, world, log)
 
 
 def test_two_ranks_share_the_work_and_one_reads_it(lab, whole, tmp_path):
@@ -98,7 +99,7 @@ def test_jobs_of_a_group_share_the_shards(lab, whole, tmp_path):
 
 def test_an_interrupted_run_goes_on(lab, whole, tmp_path, monkeypatch):
     """Parts of one shard each; the third one's forward pass fails. The next run does the other two alone."""
-    monkeypatch.setattr(cache_run, "PART_BYTES", 1)
+    monkeypatch.setattr(precompute, "PART_BYTES", 1)
     forward, calls = FeatureWork.__call__, []
 
     def failing(work, images, texts, rows):
@@ -156,8 +157,8 @@ def test_parts_that_rank_0_cannot_see_are_noticed(tmp_path):
     writer = StoreWriter(tmp_path, "things", {})
     writer.write([(0, "0.tar")], np.array([3]), np.array([1], np.uint32), things=np.ones((1, 2)))
     with pytest.raises(ValueError, match="1 of 3 shards are not there, though other ranks"):
-        cache_run._index(writer, {0, 1, 2}, ["2.tar"])
-    assert cache_run._index(writer, {0, 2}, ["2.tar"]) == 1
+        precompute._index(writer, {0, 1, 2}, ["2.tar"])
+    assert precompute._index(writer, {0, 2}, ["2.tar"]) == 1
 
 
 def test_another_list_of_shards_is_refused_and_a_longer_one_goes_on(lab, tmp_path, capsys):
@@ -171,7 +172,7 @@ def test_another_list_of_shards_is_refused_and_a_longer_one_goes_on(lab, tmp_pat
 
 
 def test_another_reference_is_refused_before_it_is_built(lab, whole, capsys, monkeypatch):
-    monkeypatch.setattr(models, "build_reference", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(build, "build_reference", lambda *_: pytest.fail("built"))
     argv = words(lab, lab.root / "whole")
     argv[argv.index("--ref_model_pretrained") + 1] = lab.path("other_reference_weights")
     assert main(argv) == 2
@@ -179,7 +180,7 @@ def test_another_reference_is_refused_before_it_is_built(lab, whole, capsys, mon
 
 
 def test_a_table_of_several_blocks(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_run, "BLOCK", 2)
+    monkeypatch.setattr(precompute, "BLOCK", 2)
     data = shards.write_csv(tmp_path / "csv", 5)
     argv = words(lab, tmp_path / "store", f"--train-data {data} --dataset-type csv --workers 2")
     assert main(argv) == 0

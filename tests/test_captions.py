@@ -13,11 +13,12 @@ import shards
 import tiny_models
 from flag_lab import WORLD, Lab
 from flag_parts import PIXELS, Pixels
-from training import captions, data
-from training.captions import open_captions, random_numbers, sample_captions
+from training.cache import captions
+from training.cache.captions import open_captions, random_numbers, sample_captions
+from training.cache.row_store import open_store
+from training.config.params import parse
+from training.data.build import build_train
 from training.main import main
-from training.params import parse
-from training.row_store import open_store
 
 WRITE = "--cap_model @coca --cap_model_pretrained @coca_weights --cache_syn_texts --num_syn_texts 3"
 WORDS = SimpleTokenizer(context_length=16)
@@ -134,7 +135,7 @@ def test_other_numbers_of_captions_do_not_mix(lab, capsys):
 def drawn(lab: Lab, line: str, epochs: int = 1) -> list[dict[int, torch.Tensor]]:
     """The tokens that each row has, by epoch."""
     words = lab.words(f"--train-num-samples 16 --cached_syn_texts_dir @captions {line}")
-    train = data.build_train(parse(words), WORLD, PIXELS, None)
+    train = build_train(parse(words), WORLD, PIXELS, None)
     batches = ((epoch, batch) for epoch in range(epochs) for batch in train.epoch(epoch))
     found: list[dict[int, torch.Tensor]] = [{} for _ in range(epochs)]
     for epoch, batch in batches:
@@ -191,7 +192,7 @@ def test_the_reference_reads_the_caption_that_was_drawn(lab):
     other.tokenizer = SimpleTokenizer(context_length=24)
     words = lab.words("--train-num-samples 16 --cached_syn_texts_dir @captions")
     store = held(lab.root / "captions")
-    for batch in data.build_train(parse(words), WORLD, PIXELS, other).epoch(0):
+    for batch in build_train(parse(words), WORLD, PIXELS, other).epoch(0):
         for row, text, ref_text in zip(batch.index.tolist(), batch.text, batch.ref_text, strict=True):
             choices = [shards.caption(row), *store[row]]
             drawn_one = int((PIXELS.tokenizer(choices) == text).all(1).nonzero()[0])

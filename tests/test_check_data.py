@@ -11,7 +11,7 @@ from shards import encode, picture, sample, write_shards, write_tar
 from spoiled import SAMPLES, SHARDS
 from training import check_data
 from training.check_data import check, main
-from training.shards import expand_shards
+from training.data.sources.shards import expand_shards
 
 
 def small(i: int, **changes) -> dict:

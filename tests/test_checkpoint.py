@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from drrho_clip.sample_state import SampleState, StateUpdate
 from ranks import ranks
-from training import distributed, published, rows
-from training import saver as saving
-from training.checkpoint import find_latest, resume
-from training.distributed import PeerFailed, World
-from training.optimizer import create_optimizer
-from training.params import OptimConfig, RunConfig
-from training.run_state import RunState
-from training.saver import SaveFailed, Saver
+from training.checkpoint import published, sample_state_io
+from training.checkpoint import saver as saving
+from training.checkpoint.catalog import find_latest, resume
+from training.checkpoint.run_state import RunState
+from training.checkpoint.saver import SaveFailed, Saver
+from training.config.params import OptimConfig, RunConfig
+from training.distributed import process_group
+from training.distributed.process_group import PeerFailed, World
+from training.loop.optimizer import create_optimizer
 
 CPU = torch.device("cpu")
 ROWS = 11
@@ -112,7 +113,7 @@ class Run:
         model = Model()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         world = World(self.rank, self.rank, self.size, self.size, CPU)
-        self.wrapped = distributed.wrap(model, world, static_graph=False, sync_bn=False)
+        self.wrapped = process_group.wrap(model, world, static_graph=False, sync_bn=False)
         self.state = RunState(
             name="run",
             model=model,
@@ -432,17 +433,17 @@ def damage_and_find(folder: str) -> list[tuple[str, str]]:
     newest = Path(folder, "epoch_2.pt")
     weights = published.read(newest)["state_dict"]["tower.0.weight"].numpy().tobytes()
     rank = dist.get_rank() if dist.is_initialized() else 0
-    distributed.barrier()
+    process_group.barrier()
     for file in [newest, *sorted(Path(folder, "epoch_2.state").iterdir())]:
         if rank == 0:
             content = file.read_bytes()
             flip(file, content.index(weights) + 3 if file == newest else len(content) // 2)
-        distributed.barrier()
+        process_group.barrier()
         found.append((file.name, find_latest(Path(folder)).name))
-        distributed.barrier()
+        process_group.barrier()
         if rank == 0:
             file.write_bytes(content)
-        distributed.barrier()
+        process_group.barrier()
     return [*found, ("nothing", find_latest(Path(folder)).name)]
 
 
@@ -556,14 +557,14 @@ def test_a_damaged_file_keeps_its_own_rows_and_no_others(tmp_path):
 
 def test_a_state_that_cannot_be_read_is_a_reason_to_take_the_one_before(tmp_path, monkeypatch, caplog):
     save_two(str(tmp_path))
-    checksum = rows.checksum
+    checksum = sample_state_io.checksum
 
     def broken(file: Path) -> int:
         if "epoch_2" in str(file):
             raise OSError(errno.EIO, "Input/output error")
         return checksum(file)
 
-    monkeypatch.setattr(rows, "checksum", broken)
+    monkeypatch.setattr(sample_state_io, "checksum", broken)
     assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
     assert "Input/output error" in caplog.text
 

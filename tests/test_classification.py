@@ -8,7 +8,7 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torchvision.transforms.functional import pil_to_tensor
 
 import shards
-from training.classification import Pictures, accuracies, hits, open_set, zero_shot_metrics
+from training.evaluation.zero_shot import Pictures, accuracies, hits, open_set, zero_shot_metrics
 
 
 def write_folders(path, names, pictures=1):

@@ -14,8 +14,8 @@ import torch
 import tiny_models
 from ranks import run_program
 from shards import write_shards
-from training.published import read
-from training.step import Stepper
+from training.checkpoint.published import read
+from training.loop.step import Stepper
 
 STEPS_PER_EPOCH, EPOCHS = 4, 3
 

@@ -18,11 +18,11 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
 from shards import caption, encode, picture, sample, write_csv, write_shards, write_tar
-from training.data import build_train, build_val, same_tokens, steps_per_epoch
-from training.distributed import World
-from training.loader import TrainData
-from training.params import parse
-from training.samples import NothingUsable
+from training.config.params import parse
+from training.data.bad_samples import NothingUsable
+from training.data.build import build_train, build_val, same_tokens, steps_per_epoch
+from training.data.loader import TrainData
+from training.distributed.process_group import World
 
 
 class Letters:
@@ -148,7 +148,7 @@ def test_what_an_epoch_is_stands_in_the_log(tmp_path, caplog, monkeypatch):
         "30 samples in 7 steps of 4, 2 others left out of each epoch"
     )
     assert told(samples=24, ranks=2).endswith("24 samples in 3 steps of 8, none repeated, none left out")
-    monkeypatch.setattr("training.webdata.SPLIT_BY_SAMPLE", 0)
+    monkeypatch.setattr("training.data.sources.webdataset.SPLIT_BY_SAMPLE", 0)
     assert told("--lanes", "2,2", samples=30).startswith("6 shards, 1.5 for each of 4 lanes; lanes 2,2 ")
     drawn = told("--dataset-resampled", samples=30, workers=3)
     assert drawn.startswith("6 shards, drawn with replacement by each of 3 lanes; lanes 1,3 ")

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from training.data_wait import DataWait
+from training.loop.speed_monitor import DataWait
 
 
 def warnings(wait: DataWait, lines: list[tuple[float, float, bool]], caplog) -> list[int]:

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ranks import free_port, ranks
-from training import distributed
-from training.distributed import PeerFailed, World
-from training.params import DistributedConfig
+from training.config.params import DistributedConfig
+from training.distributed import process_group
+from training.distributed.process_group import PeerFailed, World
 
 DEFAULTS = DistributedConfig(
     dist_url="env://",
@@ -45,7 +45,7 @@ def launch(monkeypatch):
         )
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        return distributed.start(config), started[0] if started else None
+        return process_group.start(config), started[0] if started else None
 
     return start
 
@@ -208,9 +208,9 @@ def start_in_three_ways(rank: int, port: int, store: str, folder: str) -> None:
         for variable in [n for n in os.environ if n in LAUNCHER or n.startswith("SLURM_")]:
             del os.environ[variable]
         os.environ.update(variables)
-        world = distributed.start(config)
-        total = distributed.all_reduce_sum(torch.tensor(rank + 1.0))
-        distributed.stop()
+        world = process_group.start(config)
+        total = process_group.all_reduce_sum(torch.tensor(rank + 1.0))
+        process_group.stop()
         assert not dist.is_initialized()
         Path(folder, f"{name}-{rank}").write_text(f"{world.rank} {world.world_size} {total.item()}")
 
@@ -228,11 +228,11 @@ def start_under_torchrun(port: int, late: int) -> list[int]:
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     try:
         time.sleep(0.5 * (rank == late))
-        distributed.start(DEFAULTS)
-        own = distributed.own_group()  # a second group meets at the same store
-        return distributed.gather_object(rank, own)
+        process_group.start(DEFAULTS)
+        own = process_group.own_group()  # a second group meets at the same store
+        return process_group.gather_object(rank, own)
     finally:
-        distributed.stop()
+        process_group.stop()
         del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
 
 
@@ -244,15 +244,15 @@ def test_ranks_that_torchrun_starts_again_do_not_look_for_those_before():
 
 def exchange() -> list:
     rank = dist.get_rank()
-    distributed.barrier()
+    process_group.barrier()
     own = torch.tensor([rank, 10.0])
-    total = distributed.all_reduce_sum(own)
+    total = process_group.all_reduce_sum(own)
     return [
-        distributed.broadcast_object({"from": rank}, src=1),
-        distributed.gather_object(rank * "x"),
+        process_group.broadcast_object({"from": rank}, src=1),
+        process_group.gather_object(rank * "x"),
         total.tolist(),
         own.tolist(),
-        distributed.on_main(lambda: f"by {rank}"),
+        process_group.on_main(lambda: f"by {rank}"),
     ]
 
 
@@ -262,13 +262,13 @@ def test_objects_and_sums_reach_every_rank():
 
 
 def test_alone_everything_is_the_identity():
-    distributed.barrier()
-    assert distributed.broadcast_object("a") == "a" and distributed.gather_object("a") == ["a"]
-    assert distributed.all_reduce_sum(torch.ones(2)).tolist() == [1.0, 1.0]
-    assert distributed.on_main(lambda: 3) == 3
-    with distributed.node_main_first():
+    process_group.barrier()
+    assert process_group.broadcast_object("a") == "a" and process_group.gather_object("a") == ["a"]
+    assert process_group.all_reduce_sum(torch.ones(2)).tolist() == [1.0, 1.0]
+    assert process_group.on_main(lambda: 3) == 3
+    with process_group.node_main_first():
         pass
-    distributed.stop()
+    process_group.stop()
 
 
 def raised(function) -> str:
@@ -283,8 +283,8 @@ def fail_on_main() -> str:
     def disk_full() -> None:
         raise OSError("disk full")
 
-    outcome = raised(lambda: distributed.on_main(disk_full))
-    distributed.barrier()  # the group still works
+    outcome = raised(lambda: process_group.on_main(disk_full))
+    process_group.barrier()  # the group still works
     return outcome
 
 
@@ -296,7 +296,7 @@ def test_what_fails_on_rank_0_ends_all_ranks_with_one_message():
 
 def download(folder: str) -> tuple[bool, bool]:
     file = Path(folder, "weights")
-    with distributed.node_main_first():
+    with process_group.node_main_first():
         found = file.exists()
         if not found:
             time.sleep(0.2)
@@ -313,13 +313,13 @@ def fail_in_node_main_first(failing_rank: int, local_ranks: tuple[int, int]) -> 
     os.environ["LOCAL_RANK"] = str(local_ranks[rank])
 
     def body() -> None:
-        with distributed.node_main_first():
+        with process_group.node_main_first():
             if rank == failing_rank:
                 raise ValueError("no network")
 
     try:
         outcome = raised(body)
-        distributed.barrier()
+        process_group.barrier()
     finally:
         os.environ["LOCAL_RANK"] = own
     return outcome
@@ -341,7 +341,7 @@ def cpu_world() -> World:
 def wrapped_gradient(static_graph: bool) -> tuple[bool, bool, torch.Tensor]:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
-    wrapped = distributed.wrap(model, cpu_world(), static_graph=static_graph, sync_bn=False)
+    wrapped = process_group.wrap(model, cpu_world(), static_graph=static_graph, sync_bn=False)
     data = torch.arange(12.0).reshape(4, 3)[2 * dist.get_rank() :][:2]
     wrapped(data).square().mean().backward()
     is_view = model.weight.grad._is_view()
@@ -364,10 +364,10 @@ def test_wrapped_gradients_are_those_of_the_whole_batch_in_bucket_views(static_g
 
 def wrap_special_cases() -> tuple[bool, str, bool]:
     locked = nn.Linear(2, 2).requires_grad_(False)
-    unchanged = distributed.wrap(locked, cpu_world(), static_graph=False, sync_bn=False) is locked
+    unchanged = process_group.wrap(locked, cpu_world(), static_graph=False, sync_bn=False) is locked
     normed = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    refusal = raised(lambda: distributed.wrap(normed, cpu_world(), static_graph=False, sync_bn=True))
-    static = distributed.wrap(nn.Linear(2, 2), cpu_world(), static_graph=True, sync_bn=False).static_graph
+    refusal = raised(lambda: process_group.wrap(normed, cpu_world(), static_graph=False, sync_bn=True))
+    static = process_group.wrap(nn.Linear(2, 2), cpu_world(), static_graph=True, sync_bn=False).static_graph
     return unchanged, refusal, static
 
 
@@ -379,4 +379,4 @@ def test_locked_models_sync_bn_on_the_cpu_and_static_graph():
 
 def test_a_single_process_is_not_wrapped():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    assert distributed.wrap(model, cpu_world(), static_graph=True, sync_bn=True) is model
+    assert process_group.wrap(model, cpu_world(), static_graph=True, sync_bn=True) is model

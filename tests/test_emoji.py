@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from training.classification import open_set
+from training.evaluation.zero_shot import open_set
 
 SOURCE = Path(__file__).resolve().parents[1] / "scripts" / "emoji.py"
 SPEC = importlib.util.spec_from_file_location("emoji_builder", SOURCE)

@@ -16,12 +16,12 @@ import shards
 import tiny_models
 from ranks import ranks
 from test_classification import write_folders
-from training.distributed import World
-from training.evaluate import open_evaluation, open_sets
-from training.folder import RunFolder, choose_folder
+from training.checkpoint.run_folder import RunFolder, choose_folder
+from training.config.params import parse
+from training.distributed.process_group import World
+from training.evaluation.evaluate import open_evaluation, open_sets
 from training.logger import open_run
-from training.models import BuiltModel, build_target
-from training.params import parse
+from training.models.build import BuiltModel, build_target
 
 MAIN = World(0, 0, 1, 1, torch.device("cpu"))
 PAIRS, CLASSES, PER_CLASS = 21, 7, 3

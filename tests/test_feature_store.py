@@ -10,10 +10,10 @@ import torch
 
 import shards
 from flag_lab import Lab
-from training.feature_store import PublishedFeatures, open_features, published_files
+from training.cache.features import PublishedFeatures, open_features, published_files
+from training.cache.row_store import MissingRow
+from training.config.params import parse
 from training.main import main
-from training.params import parse
-from training.row_store import MissingRow
 
 REFERENCE = "--ref_model @reference --ref_model_pretrained @reference_weights"
 WRITE = f"{REFERENCE} --cache_ref_model_features --train-data @squares --cached_ref_features_dir @features"

@@ -17,9 +17,9 @@ import flag_runs as runs
 from flag_lab import OTHER_NODE, Lab
 from flag_parts import refusal_or
 from flag_runs import observe_opened, observe_run
-from training import limits
-from training.flags import ALL
-from training.params import parse
+from training.config import limits
+from training.config.flags import ALL
+from training.config.params import parse
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from training import command_line, flags
-from training.command_line import Refusal, read
+from training.config import flags, parser
+from training.config.parser import Refusal, read
 
 PUBLISHED = list(csv.DictReader((Path(__file__).parent / "data/upstream_flags.tsv").open(), delimiter="\t"))
 NEW = {
@@ -234,6 +234,6 @@ def test_help_shows_every_flag_once_in_its_group(capsys):
 
 
 def test_argparse_keeps_no_default_of_its_own():
-    actions = [a for a in command_line.build_parser()._actions if a.dest != "help"]
+    actions = [a for a in parser.build_parser()._actions if a.dest != "help"]
     assert {a.dest for a in actions} == set(flags.ALL)
     assert all(a.default is argparse.SUPPRESS for a in actions)

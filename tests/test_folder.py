@@ -10,9 +10,15 @@ import torch.distributed as dist
 from ranks import ranks
 from test_checkpoint import Run
 from test_checkpoint import save as save_run
-from training.distributed import World
-from training.folder import checkpoint_to_resume, choose_folder, create_folder, default_name, launch_identity
-from training.params import parse
+from training.checkpoint.run_folder import (
+    checkpoint_to_resume,
+    choose_folder,
+    create_folder,
+    default_name,
+    launch_identity,
+)
+from training.config.params import parse
+from training.distributed.process_group import World
 
 MAIN = World(0, 0, 1, 1, torch.device("cpu"))
 LAUNCHERS = (
@@ -114,7 +120,7 @@ def test_which_checkpoint_a_run_goes_on_from(tmp_path):
 
 
 def test_unnamed_runs_of_one_second_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.folder.time.time", lambda: 1e9)
+    monkeypatch.setattr("training.checkpoint.run_folder.time.time", lambda: 1e9)
     first, second, third = (start(config_of(tmp_path)).name for _ in range(3))
     assert (second, third) == (f"{first}-2", f"{first}-3")
 
@@ -176,12 +182,12 @@ def test_torchrun_without_a_run_id_is_known_by_its_agent():
 
 
 def test_copy_codebase_holds_this_code(tmp_path):
-    import training.folder
+    import training.checkpoint.run_folder
 
     flags = ("--name", "a", "--copy-codebase")
     folder = start(config_of(tmp_path, *flags))
-    copied = folder.path / "code" / "src" / "training" / "folder.py"
-    with open(training.folder.__file__) as file:
+    copied = folder.path / "code" / "src" / "training" / "checkpoint" / "run_folder.py"
+    with open(training.checkpoint.run_folder.__file__) as file:
         assert copied.read_text() == file.read()
     copied.write_text("what ran first")
     start(config_of(tmp_path, *flags, "--resume", "latest"))

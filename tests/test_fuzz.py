@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards import encode, picture, write_tar
-from training.order import Part
-from training.samples import RawSample, Skips, usable
-from training.webdata import IMAGES, Shard, ShardSource
+from training.data.bad_samples import RawSample, Skips, usable
+from training.data.order import Part
+from training.data.sources.webdataset import IMAGES, Shard, ShardSource
 
 SAMPLES, BLOCK, ROWS = 5, 512, 64
 SECONDS = 60  # for one example that takes a millisecond

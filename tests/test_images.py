@@ -18,8 +18,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
 from shards import encode, picture
-from training import images
-from training.images import (
+from training.data import transforms
+from training.data.transforms import (
     Box,
     TrainView,
     decode,
@@ -305,9 +305,9 @@ def test_without_torchvisions_decoder_pillow_gives_the_same_pixels(missing, monk
         monkeypatch.setattr("torchvision.io.image._has_image_ops", lambda: False)
     else:
         monkeypatch.delattr(torchvision.io, missing)
-    images._jpeg_decoder.cache_clear()
+    transforms._jpeg_decoder.cache_clear()
     try:
-        assert images._jpeg_decoder() is None
+        assert transforms._jpeg_decoder() is None
         for file, pixels in zip(files, expected, strict=True):
             assert torch.equal(decode_pixels(file), pixels) and decode_pixels(file).stride() == pixels.stride()
         TrainView(PreprocessCfg(size=32), aug_cfg={"use_timm": True})
@@ -316,7 +316,7 @@ def test_without_torchvisions_decoder_pillow_gives_the_same_pixels(missing, monk
         (told,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert "Pillow does" in told
     finally:
-        images._jpeg_decoder.cache_clear()
+        transforms._jpeg_decoder.cache_clear()
 
 
 def test_decoding_paths_pictures_and_what_is_no_image(tmp_path):

@@ -16,8 +16,8 @@ import pytest
 import torch.distributed as dist
 
 from ranks import ranks
-from training import interrupts
-from training.interrupts import (
+from training.distributed import signals
+from training.distributed.signals import (
     SIGNALS,
     Agreement,
     end_with_trainer,
@@ -41,7 +41,7 @@ def test_a_signal_is_noted_and_the_process_lives(number):
 
 
 def test_a_second_ctrl_c_ends_at_once_and_one_delivered_twice_does_not(monkeypatch):
-    monkeypatch.setattr(interrupts, "_ONE_KEYPRESS", 0.2)
+    monkeypatch.setattr(signals, "_ONE_KEYPRESS", 0.2)
     with listen() as heard:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -148,7 +148,7 @@ def test_an_error_is_not_kept_waiting_for_the_other_ranks():
 LOADER = """
 import os, signal, time
 from torch.utils.data import DataLoader
-from training.interrupts import SIGNALS, leave_to_trainer, listen
+from training.distributed.signals import SIGNALS, leave_to_trainer, listen
 
 class Slow:
     def __len__(self): return 40
@@ -166,7 +166,7 @@ def test_signals_to_all_processes_of_a_rank_leave_its_loader_at_work():
     done = subprocess.run(
         [sys.executable, "-c", LOADER],
         start_new_session=True,
-        env=os.environ | {"PYTHONPATH": str(Path(interrupts.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(signals.__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=60,

@@ -18,7 +18,7 @@ import torch
 import shards
 import tiny_models
 from training import main
-from training.step import Stepper
+from training.loop.step import Stepper
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 KILLS = 5  # the named phases, and a loader process

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from commands import DATA, config, refusal
-from training import limits
-from training.flags import ALL
+from training.config import limits
+from training.config.flags import ALL
 
 
 @pytest.mark.parametrize("key", limits.REFUSED)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.distributed import World
-from training.folder import RunFolder, choose_folder
+from training.checkpoint.run_folder import RunFolder, choose_folder
+from training.config.params import parse
+from training.distributed.process_group import World
 from training.logger import EarlyRecords, Meter, TrainStatus, open_run, read, train_line
-from training.params import parse
 
 MAIN = World(0, 0, 1, 1, torch.device("cpu"))
 STATUS = TrainStatus(

@@ -13,8 +13,8 @@ from torch import nn
 import tiny_models
 from building import ALONE, close, config, embed, reference, same_weights, target, trained
 from ranks import ranks
-from training import models
-from training.distributed import World
+from training.distributed.process_group import World
+from training.models.build import build_reference, build_target
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_initialisation_is_the_seeds_alone_and_disturbs_nobody(vit):
 def _build_on_rank(model: str) -> tuple[float, ...]:
     torch.manual_seed(dist.get_rank())
     world = World(dist.get_rank(), dist.get_rank(), 2, 2, torch.device("cpu"))
-    module = models.build_target(config("--model", model), world).module
+    module = build_target(config("--model", model), world).module
     return tuple(p.double().sum().item() for p in module.parameters())
 
 
@@ -264,11 +264,11 @@ def test_a_teachers_errors_name_its_own_flags(tmp_path, vit):
     teacher = tiny_models.path("tiny-vit-reference", tmp_path)
     run = config("--model", vit, "--distill-model", teacher, "--distill-pretrained", file)
     with pytest.raises(ValueError, match=r"--distill-pretrained .*other.pt: these weights do not fit"):
-        models.build_reference(run, ALONE)
+        build_reference(run, ALONE)
 
 
 def test_building_is_one_line_in_the_log(vit, caplog):
     with caplog.at_level("INFO"):
         target("--model", vit)
-    assert [r.name for r in caplog.records] == ["training.models"]
+    assert [r.name for r in caplog.records] == ["training.models.build"]
     assert "3.3M parameters" in caplog.text and "random weights" in caplog.text

@@ -16,11 +16,11 @@ from drrho_clip.sample_state import StateUpdate
 from ranks import ranks
 from stepping import CPU, build, make_batch, make_loss, make_task
 from test_optimizer import OPTIM
-from training import distributed
-from training.distributed import World
-from training.nonfinite import NotFinite, SkippedSteps, backward_seed
-from training.optimizer import create_optimizer
-from training.step import Stepper
+from training.distributed import process_group
+from training.distributed.process_group import World
+from training.loop.nonfinite import NotFinite, SkippedSteps, backward_seed
+from training.loop.optimizer import create_optimizer
+from training.loop.step import Stepper
 
 PER_RANK = 6
 PARAMETER = "visual.ln_pre.weight"
@@ -64,7 +64,7 @@ def make_stepper(name, model, optimizer, **settings):
     k, r = collectives.world_size(), collectives.rank()
     loss = make_loss(name)
     loss.set_epoch(1)
-    wrapped = distributed.wrap(model, World(r, r, k, k, CPU), static_graph=False, sync_bn=False)
+    wrapped = process_group.wrap(model, World(r, r, k, k, CPU), static_graph=False, sync_bn=False)
     extra = {"distillation": Distillation(0.5, 60.0, multiply_tau=True)} if settings.pop("distills", False) else {}
     task = make_task(model, loss, name, wrapped=wrapped, **extra)
     config = replace(OPTIM, optimizer=optimizer)

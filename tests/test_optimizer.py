@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.optimizer import LearningRates, create_optimizer
-from training.params import OptimConfig, ScheduleConfig
+from training.config.params import OptimConfig, ScheduleConfig
+from training.loop.optimizer import LearningRates, create_optimizer
 
 CPU = torch.device("cpu")
 OPTIM = OptimConfig(

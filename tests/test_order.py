@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.order import Lane, Piece, deal, deal_exactly, draws, permutation, seed_of
+from training.data.order import Lane, Piece, deal, deal_exactly, draws, permutation, seed_of
 
 
 def test_the_published_order_does_not_drift():

@@ -14,9 +14,9 @@ import pytest
 
 import tiny_models
 from commands import DATA, FASTCLIP, REFERENCE, config, refusal
-from training import limits
-from training.flags import ALL
-from training.params import Config
+from training.config import limits
+from training.config.flags import ALL
+from training.config.params import Config
 
 SRC = Path(__file__).parents[1] / "src"
 
@@ -264,7 +264,7 @@ def test_every_flag_reaches_the_configuration():
 
 def test_refusals_and_help_import_nothing_heavy():
     code = (
-        "import sys; from training.params import parse\n"
+        "import sys; from training.config.params import parse\n"
         "for argv in (['--help'], ['--lr', '-1'], ['--train-data', 'x']):\n"
         "    try: parse(argv)\n"
         "    except SystemExit: pass\n"

@@ -7,7 +7,7 @@ import tiny_models
 from commands import REFERENCE, config
 from shards import write_tar
 from training import preflight
-from training.distributed import World
+from training.distributed.process_group import World
 
 SYNTHETIC = "--dataset-type synthetic --train-num-samples 8"
 FASTCLIP = f"{SYNTHETIC} --data_size 8 --fastclip"

@@ -17,7 +17,7 @@ from torch import nn
 import tiny_models
 from building import close, embed, reference, same_weights, shrunk, target
 from ranks import ranks
-from training import pretrained
+from training.models import pretrained
 
 
 @pytest.fixture

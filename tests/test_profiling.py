@@ -5,8 +5,8 @@ import json
 
 import torch
 
-from training.distributed import World
-from training.profiling import SKIPPED, TRACED, WARMUP, open_profiler
+from training.distributed.process_group import World
+from training.loop.profiler import SKIPPED, TRACED, WARMUP, open_profiler
 
 WORLD = World(0, 0, 1, 1, torch.device("cpu"))
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tiny_models
-from training import published
+from training.checkpoint import published
 
 NAN = float("nan")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from training import params
+from training.config.params import Config, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
@@ -159,7 +159,7 @@ def launchers(tmp_path: Path) -> Launchers:
     return Launchers(tmp_path)
 
 
-def flags_of(config: params.Config, wanted: dict) -> dict:
+def flags_of(config: Config, wanted: dict) -> dict:
     return {name: config.flags[name] for name in wanted}
 
 
@@ -177,7 +177,7 @@ def test_every_slurm_script_is_in_the_table() -> None:
 def test_slurm_scripts_carry_the_published_figures(launchers: Launchers, name: str) -> None:
     part = ["3"] if name == "fastclip_v3_laion400m" else []
     argv, env = launchers.call(f"scripts/slurm/{name}.sh", *part, MASTER_PORT="12999")
-    config = params.parse(program(argv))
+    config = parse(program(argv))
     common = {"workers": 6, "save_frequency": 1, "local_loss": True, "precision": "amp_bf16", "resume": None}
     common["requeue_on_preempt"] = True
     wanted = {**common, **RECIPES[name]}
@@ -234,7 +234,7 @@ def test_data_and_further_flags_are_the_users(launchers: Launchers) -> None:
     argv, _ = launchers.call(
         "scripts/slurm/drrho_clip_dfn192m.sh", "--batch-size", "8", TRAIN_DATA="my data/{0..3}.tar"
     )
-    config = params.parse(program(argv))
+    config = parse(program(argv))
     assert (config.data.train_data, config.run.batch_size) == ("my data/{0..3}.tar", 8)
 
 
@@ -243,7 +243,7 @@ def test_laion400m_goes_on_where_its_last_part_ended(launchers: Launchers) -> No
     checkpoints.mkdir(parents=True)
     (checkpoints / "epoch_3.pt").touch()
     argv, _ = launchers.call("scripts/slurm/fastclip_v3_laion400m.sh", "6")
-    config = params.parse(program(argv))
+    config = parse(program(argv))
     assert (config.run.resume, config.schedule.stop_epochs, config.schedule.epochs) == ("latest", 6, 30)
 
 
@@ -258,7 +258,7 @@ def test_single_node_starts_a_rank_per_gpu(launchers: Launchers) -> None:
     argv, _ = launchers.call("scripts/single_node.sh", "--seed", "7", **own)
     start = argv.index("training.main")
     assert argv[:start] == ["--standalone", "--nproc_per_node=2", "--max-restarts=3", "-m"]
-    config = params.parse(argv[start + 1 :])
+    config = parse(argv[start + 1 :])
     assert (config.data.train_data, config.data.data_size, config.run.seed) == ("shards/{0..9}.tar", 1200, 7)
     assert (config.loss.name, config.reference.usage) == ("fastclip", {"ref"})
     assert config.loss.gamma == pytest.approx(4.177 * 20**-0.7265, abs=1e-4)
@@ -284,7 +284,7 @@ def test_evaluate_only_evaluates(launchers: Launchers) -> None:
     pictures.mkdir()
     argv, _ = launchers.call("scripts/evaluate.sh", str(checkpoint), "ViT-B-16", IMAGENET=str(pictures))
     assert argv[0].endswith("/src/training/main.py")
-    config = params.parse(argv[1:])
+    config = parse(argv[1:])
     assert not config.trains
     assert config.run.resume == str(checkpoint)
     assert (config.evaluation.imagenet_val, config.evaluation.zeroshot_frequency) == (str(pictures), 1)

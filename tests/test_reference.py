@@ -15,8 +15,8 @@ import tiny_models
 from drrho_clip.batch import Batch
 from drrho_clip.normalize import normalize
 from drrho_clip.reference import Reference
-from training.images import TrainView
-from training.pretrained import open_clip_name
+from training.data.transforms import TrainView
+from training.models.pretrained import open_clip_name
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 OTHER_MEAN, OTHER_STD = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)

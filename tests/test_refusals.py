@@ -11,7 +11,8 @@ import pytest
 
 import tiny_models
 from ranks import free_port, ranks
-from training import distributed, failures, main
+from training import main
+from training.distributed import failures, process_group
 
 ROOT = Path(__file__).parents[1]
 DATA = ["--dataset-type", "synthetic", "--train-num-samples", "8", "--batch-size", "2", "--workers", "0"]
@@ -51,7 +52,7 @@ def test_a_bad_checkpoint_under_torchrun(tmp_path, there):
 
 
 def told(messages: list[str], call: int) -> str:
-    distributed._met.start = f"start {call}"  # a board that nobody has written to
+    process_group._met.start = f"start {call}"  # a board that nobody has written to
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         failures.tell(ValueError(messages[int(os.environ["RANK"])]))
     return printed.getvalue()
@@ -64,11 +65,12 @@ def test_ranks_compare_what_they_end_with():
 
 ONE_RANK_FAILS = """
 import os, sys
-from training import main, train
+from training import main
+from training.loop import trainer
 if os.environ["RANK"] == "1":
     def fail(self, *_):
         raise ValueError("row 7 is bad")
-    train.Trainer.train_epoch = fail
+    trainer.Trainer.train_epoch = fail
 sys.exit(main.main(sys.argv[1:]))
 """
 
@@ -113,6 +115,6 @@ def test_an_interruption_is_one_line(monkeypatch, capfd, tmp_path):
     ],
 )
 def test_errors_of_a_lost_rank_are_told_from_others(monkeypatch, message, lost):
-    assert not distributed.lost_peer(RuntimeError(message))  # alone there is none to lose
+    assert not process_group.lost_peer(RuntimeError(message))  # alone there is none to lose
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    assert distributed.lost_peer(RuntimeError(message)) == lost
+    assert process_group.lost_peer(RuntimeError(message)) == lost

@@ -13,10 +13,10 @@ import torch
 
 import tiny_models
 from test_checkpoint import RUN, Run, assert_same, flip, save
-from training import published
-from training.checkpoint import FETCHED, find_latest
+from training.checkpoint import published
+from training.checkpoint.catalog import FETCHED, find_latest
+from training.checkpoint.remote_sync import RemoteSync, fetch, fetch_newest, remote_sync
 from training.main import main
-from training.remote_sync import RemoteSync, fetch, fetch_newest, remote_sync
 
 
 @pytest.fixture

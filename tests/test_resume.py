@@ -13,14 +13,14 @@ import tiny_models
 from ranks import ranks
 from shards import sample, write_csv, write_shards
 from test_data import config, flat, model, world
-from training import stream as stream_module
-from training import webdata
-from training.data import build_train
-from training.lanes import pack
-from training.loader import TrainData
+from training.checkpoint.published import load_weights, read
+from training.data import worker as stream_module
+from training.data.build import build_train
+from training.data.lanes import pack
+from training.data.loader import TrainData
+from training.data.sources import webdataset
+from training.data.sources.shards import count_samples
 from training.main import main
-from training.published import load_weights, read
-from training.shards import count_samples
 
 LAUNCHES = [(1, 0), (1, 1), (1, 2), (2, 1), (2, 2)]
 BATCH, SAMPLES = 8, 61
@@ -54,15 +54,15 @@ def small_windows(monkeypatch, request):
 
     The ranks of a launch are built one after the other here, so each counts the shards by itself.
     """
-    monkeypatch.setattr(webdata, "_count_all", lambda urls, *_: [count_samples(url) for url in urls])
-    monkeypatch.setattr(webdata.ShardSource.__init__, "__kwdefaults__", _defaults(window=5))
+    monkeypatch.setattr(webdataset, "_count_all", lambda urls, *_: [count_samples(url) for url in urls])
+    monkeypatch.setattr(webdataset.ShardSource.__init__, "__kwdefaults__", _defaults(window=5))
     kind = getattr(request.node, "callspec", None)
     if kind is None or kind.params.get("kind") != "by sample":
-        monkeypatch.setattr(webdata, "SPLIT_BY_SAMPLE", 0)
+        monkeypatch.setattr(webdataset, "SPLIT_BY_SAMPLE", 0)
 
 
 def _defaults(**changes):
-    return webdata.ShardSource.__init__.__kwdefaults__ | changes
+    return webdataset.ShardSource.__init__.__kwdefaults__ | changes
 
 
 def launch(data, kind: str, ranks: int, workers: int, flags=None) -> list[TrainData]:
@@ -162,8 +162,8 @@ def test_a_stream_may_be_stopped_after_every_step(data, whole, kind):
 def test_resuming_reads_files_from_the_window_on_and_commands_without_decoding(data, whole, monkeypatch):
     """What comes before the window is not read where the file can be entered, and never decoded."""
     opened = []
-    read = webdata.read_shard
-    monkeypatch.setattr(webdata, "read_shard", lambda *a: opened.append(a) or read(*a))
+    read = webdataset.read_shard
+    monkeypatch.setattr(webdataset, "read_shard", lambda *a: opened.append(a) or read(*a))
     streams = launch(data, "dealt", 1, 0)
     run(streams, 0, 0, 5)
     state = state_of(streams)
@@ -217,7 +217,7 @@ def test_a_key_in_two_shards_is_an_error_that_names_both(tmp_path):
     pattern = write_shards(tmp_path, samples, 3)
     for workers in (0, 1):
         stream = build_train(config(pattern, samples=9, batch=9, workers=workers), world(), model(8), None)
-        with pytest.raises(webdata.SharedKey, match=r"key 2 is in .*0000[02]\.tar and in .*0000[02]\.tar"):
+        with pytest.raises(webdataset.SharedKey, match=r"key 2 is in .*0000[02]\.tar and in .*0000[02]\.tar"):
             list(stream.epoch(0))
     list(
         build_train(config(f"{pattern}", "--sample_index", "position", samples=9), world(), model(8), None).epoch(
@@ -255,7 +255,7 @@ def stop_on_ranks(pattern: str) -> dict:
 
 @pytest.mark.parametrize("kind", ["by sample"])
 def test_the_state_of_all_ranks_is_gathered(data, kind, monkeypatch):
-    monkeypatch.setattr(webdata.ShardSource.__init__, "__kwdefaults__", _defaults(window=webdata.WINDOW))
+    monkeypatch.setattr(webdataset.ShardSource.__init__, "__kwdefaults__", _defaults(window=webdataset.WINDOW))
     first, second = ranks(2).run(stop_on_ranks, data[kind])
     assert first == second and [held["lane"] for held in first["places"]] == [[0, 0], [0, 1], [1, 0], [1, 1]]
     expected = run(launch(data, kind, 1, 0), 0, 0, 4)[3:]

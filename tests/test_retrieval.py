@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.retrieval import count_pairs, merge, normalized, retrieval_metrics, summarize
+from training.evaluation.retrieval import count_pairs, merge, normalized, retrieval_metrics, summarize
 
 
 def trained_like(m, d=16, noise=0.7, seed=0):

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from training.cache.row_store import MissingRow, StoreWriter, caption_checksum, open_store
 from training.check_cache import main as check_cache
-from training.row_store import MissingRow, StoreWriter, caption_checksum, open_store
 
 MADE = {"model": "m", "weights": "w"}
 

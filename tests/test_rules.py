@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from commands import DATA, FASTCLIP, REFERENCE, refusal
-from training.params import parse
+from training.config.params import parse
 
 ONE_OF_TWO = "keep one of them"
 REFUSALS = {

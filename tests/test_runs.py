@@ -10,9 +10,9 @@ import torch
 import shards
 import tiny_models
 from training import main as program
-from training.evaluate import Evaluation
-from training.published import load_weights, read
-from training.train import Trainer
+from training.checkpoint.published import load_weights, read
+from training.evaluation.evaluate import Evaluation
+from training.loop.trainer import Trainer
 
 LAUNCHERS = (
     *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
@@ -192,7 +192,7 @@ def test_the_parts_of_a_run_each_reach_their_end(flags, tmp_path):
 
 def test_bad_evaluation_folders_are_refused_before_models_are_built(flags, tmp_path, capfd, monkeypatch):
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr("training.models.build_target", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr("training.models.build.build_target", lambda *_: pytest.fail("a model was built"))
     words = flags(
         "--name", "a", "--epochs", "1", "--imagenet-val", tmp_path / "empty", "--zeroshot-frequency", "1"
     )

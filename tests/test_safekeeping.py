@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from ranks import ranks
 from test_checkpoint import RUN
-from training import safekeeping
-from training.interrupts import Agreement, Interrupts
-from training.safekeeping import Safekeeping
-from training.watchdog import Watchdog
+from training.distributed.signals import Agreement, Interrupts
+from training.distributed.watchdog import Watchdog
+from training.loop import checkpointer
+from training.loop.checkpointer import Safekeeping
 
 
 class Clock:
@@ -34,7 +34,7 @@ def kept(rank: int, steps: int, *, signal_at: int | None = None, **flags) -> tup
     state = SimpleNamespace(step=0, samples_seen=0)
     saver = SimpleNamespace(save=lambda state, saved: names.extend(saved), due=lambda epoch: epoch % 2 == 0)
     interrupts = Interrupts()
-    before, safekeeping.time = safekeeping.time, clock
+    before, checkpointer.time = checkpointer.time, clock
     try:
         with Agreement() as agreement:
             watchdog = Watchdog(trainer.world, 0)
@@ -47,7 +47,7 @@ def kept(rank: int, steps: int, *, signal_at: int | None = None, **flags) -> tup
                 if keeping.after_step():
                     break
     finally:
-        safekeeping.time = before
+        checkpointer.time = before
     return names, trainer.step
 
 

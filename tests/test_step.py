@@ -13,9 +13,9 @@ from drrho_clip import collectives
 from drrho_clip.losses.distillation import Distillation
 from ranks import ranks
 from stepping import CPU, WORDS, build, make_batch, make_loss, make_task
-from training.precision import resolve
-from training.step import Stepper
-from training.task import Selection
+from training.loop.step import Stepper
+from training.loop.task import Selection
+from training.models.precision import resolve
 
 
 def gradients(name, accum, batch, *, model=None, steps=1, **extra):

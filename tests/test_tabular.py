@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from shards import caption, write_csv
-from training.order import Lane
-from training.params import parse
-from training.tabular import CsvSource, SyntheticSource, Table, open_csv
+from training.config.params import parse
+from training.data.order import Lane
+from training.data.sources.tables import CsvSource, SyntheticSource, Table, open_csv
 
 
 def flags(path, *more):

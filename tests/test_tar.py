@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from training.tar import read_tar
+from training.data.sources.tar import read_tar
 
 
 def archive(names: Iterable[str], format: int = tarfile.PAX_FORMAT, mtime: float = 0, end: bool = True) -> bytes:

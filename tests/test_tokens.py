@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
-from training import tokens
-from training.tokens import Tokens
+from training.data import tokenizer as tokens
+from training.data.tokenizer import Tokens
 
 ODD = [
     *("", " ", "a", "\n", "a\nb\tc\r\nd", "a\x0bb\x0cc", "tab\tin\x1c\x1d it", "nul\0in it", "\x1b[31mred\x1b[0m"),

@@ -17,10 +17,10 @@ import torch
 import torch.multiprocessing as mp
 
 from ranks import free_port
-from training import distributed, failures, watchdog
-from training.distributed import World
-from training.params import DistributedConfig
-from training.watchdog import HUNG, Status, Watchdog, describe
+from training.config.params import DistributedConfig
+from training.distributed import failures, process_group, watchdog
+from training.distributed.process_group import World
+from training.distributed.watchdog import HUNG, Status, Watchdog, describe
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 CONFIG = DistributedConfig("env://", "gloo", "29500", 1, False, False)
@@ -37,7 +37,7 @@ def enter(rank: int, size: int, port: int, folder: str, body, argument) -> None:
     torch.set_num_threads(1)
     failures.PATIENCE, failures._A_MOMENT = 1.5, 0.5
     watchdog._POLL, watchdog._GRACE = 0.1, 1.0
-    world = distributed.start(CONFIG)
+    world = process_group.start(CONFIG)
     Path(folder, f"pid-{rank}").write_text(str(os.getpid()))
     code = 1
     try:
@@ -107,7 +107,7 @@ def step_by_step(world: World, hang) -> None:
             dog.beat(step)
             if step == 3 and world.rank == world.world_size - 1:
                 hang()
-            distributed.all_reduce_sum(torch.ones(1))
+            process_group.all_reduce_sum(torch.ones(1))
 
 
 def test_a_rank_that_hangs_is_named_with_the_line_that_it_hangs_in(tmp_path):
@@ -131,7 +131,7 @@ def steps_until_stopped(world: World, folder: str) -> None:
     with Watchdog(world, TIMEOUT) as dog:
         for step in range(10**6):
             dog.beat(step)
-            distributed.all_reduce_sum(torch.ones(1))
+            process_group.all_reduce_sum(torch.ones(1))
             time.sleep(0.01)
             if step == 10:
                 Path(folder, f"at-work-{world.rank}").write_text("yes")
@@ -169,12 +169,12 @@ def one_raises(world: World, how: str) -> None:
     """Rank 1 of 3 raises; 0 is in a collective then, 2 in something that nothing but its watchdog ends."""
     with Watchdog(world, 0) as dog:
         dog.beat(0)
-        distributed.barrier()
+        process_group.barrier()
         if world.rank == 1 or how == "all":
             raise Boom("tensor 7 is odd")
         if world.rank == 2:
             sleeps_for_ever()
-        distributed.barrier()
+        process_group.barrier()
 
 
 def words(group: Group) -> str:

@@ -19,12 +19,12 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from shards import caption, encode, picture, sample, write_shards, write_tar
-from training.distributed import World
-from training.order import Lane, Part
-from training.params import parse
-from training.samples import NothingUsable, Skips, usable
-from training.shards import Shard, count_samples, expand_shards, look_for_shards, read_shard
-from training.webdata import ShardSource, open_shards
+from training.config.params import parse
+from training.data.bad_samples import NothingUsable, Skips, usable
+from training.data.order import Lane, Part
+from training.data.sources.shards import Shard, count_samples, expand_shards, look_for_shards, read_shard
+from training.data.sources.webdataset import ShardSource, open_shards
+from training.distributed.process_group import World
 
 
 def small(i: int, **changes) -> dict:

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training.classification import zero_shot_metrics
-from training.retrieval import retrieval_metrics
+from training.evaluation.retrieval import retrieval_metrics
+from training.evaluation.zero_shot import zero_shot_metrics
 
 COLUMNS = (
     "image_to_text_R@1",

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from training.row_store import damaged, open_store
+from training.cache.row_store import damaged, open_store
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,15 +23,15 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from training.command_line import parse_sizes
-from training.flags import ALL
-from training.image_size import image_size
-from training.images import decode_pixels
-from training.order import Part
-from training.samples import Skips, usable
-from training.shards import Shard, expand_shards
-from training.stream import decode_or_skip
-from training.webdata import ShardSource, with_rows
+from training.config.flags import ALL
+from training.config.parser import parse_sizes
+from training.data.bad_samples import Skips, usable
+from training.data.decode import image_size
+from training.data.order import Part
+from training.data.sources.shards import Shard, expand_shards
+from training.data.sources.webdataset import ShardSource, with_rows
+from training.data.transforms import decode_pixels
+from training.data.worker import decode_or_skip
 
 ROWS = 2**62  # more than any key: where no --data_size bounds them
 SHARD_REASONS = ("unreadable shard", "empty shard")

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.distributed import World
-from training.folder import RunFolder, create_folder
-from training.params import Config
+from training.checkpoint.run_folder import RunFolder, create_folder
+from training.config.params import Config
+from training.distributed.process_group import World
 
 logger = logging.getLogger(__name__)
 

@@ -13,34 +13,36 @@ if __package__ in (None, ""):
     # Run as a script, Python searches this file's folder first, where `data`, `logger`, ... would shadow packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from training import launcher, params
+from training.config.params import parse
+from training.distributed import launcher
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what ``argv`` (default: the command line) asks for; the exit code."""
-    config = params.parse(argv)
+    config = parse(argv)
     # Imported when the flags are known to be sound: --help and refusals do not wait for torch.
-    from training import distributed, failures, plan, run
+    from training import dry_run, run
+    from training.distributed import failures, process_group
 
     code = 1
     try:
         if config.run.dry_run:
             if launcher.rank() == 0:
-                print(plan.describe(config))
+                print(dry_run.describe(config))
         else:
             run.launch(config)
         code = 0
     except ValueError as error:
         failures.tell(error)
         code = 2
-    except distributed.PeerFailed:
+    except process_group.PeerFailed:
         failures.notice()
     except KeyboardInterrupt:
         if launcher.rank() == 0:
             print("interrupted: nothing more is saved", file=sys.stderr)
         code = 130
     except Exception as error:
-        if not (distributed.met() or failures.lost_loader(error)):
+        if not (process_group.met() or failures.lost_loader(error)):
             raise
         failures.report(error)
     finally:

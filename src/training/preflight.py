@@ -6,12 +6,13 @@ The parser has said what the flags alone tell; here they meet the number of rank
 from __future__ import annotations
 
 from drrho_clip import losses
-from training import distributed, pretrained
-from training.captions import open_captions
-from training.distributed import World
-from training.feature_store import Features, open_features
-from training.params import Config
-from training.shards import look_for_shards
+from training.cache.captions import open_captions
+from training.cache.features import Features, open_features
+from training.config.params import Config
+from training.data.sources.shards import look_for_shards
+from training.distributed import process_group
+from training.distributed.process_group import World
+from training.models import pretrained
 
 
 def check(config: Config, world: World) -> list[str]:
@@ -31,7 +32,7 @@ def check(config: Config, world: World) -> list[str]:
         if captions is not None:
             remarks.append(f"captions are the samples' own or synthetic ones: {captions.describe()}")
         if config.model.use_bn_sync:
-            distributed.check_sync_bn(world)
+            process_group.check_sync_bn(world)
             if not world.distributed:
                 remarks.append(
                     "--use-bn-sync: no effect in a single process, whose BatchNorm sees the whole batch"

@@ -9,26 +9,33 @@ from typing import Any
 import torch
 
 from drrho_clip.reference import CachedReference, Reference
-from training import best, cache_run, checkpoint, data, distributed, models, objective, precision, preflight
-from training.classification import ClassificationSet
-from training.data_wait import DataWait
-from training.distributed import World
-from training.evaluate import Evaluation, open_evaluation, open_sets
-from training.folder import RunFolder, checkpoint_to_resume, choose_folder
-from training.interrupts import Agreement, listen, requeue
+from training import preflight
+from training.cache import precompute
+from training.checkpoint import best, catalog
+from training.checkpoint.remote_sync import HURRY, remote_sync
+from training.checkpoint.run_folder import RunFolder, checkpoint_to_resume, choose_folder
+from training.checkpoint.run_state import RunState
+from training.checkpoint.saver import Saver
+from training.config.params import Config
+from training.data.bad_samples import Skips
+from training.data.build import TrainData, build_train
+from training.distributed import process_group
+from training.distributed.process_group import World
+from training.distributed.signals import Agreement, listen, requeue
+from training.distributed.watchdog import SAVE, Watchdog
+from training.evaluation.evaluate import Evaluation, open_evaluation, open_sets
+from training.evaluation.zero_shot import ClassificationSet
 from training.logger import EarlyRecords, RunLog, held_meters, open_run
-from training.optimizer import LearningRates, create_optimizer, horizon
-from training.params import Config
-from training.profiling import open_profiler
-from training.remote_sync import HURRY, remote_sync
-from training.run_state import RunState
-from training.safekeeping import Safekeeping
-from training.samples import Skips
-from training.saver import Saver
-from training.step import Stepper
-from training.task import Task
-from training.train import Trainer
-from training.watchdog import SAVE, Watchdog
+from training.loop.build import build_distillation, build_loss, build_selection, constant_scale
+from training.loop.checkpointer import Safekeeping
+from training.loop.optimizer import LearningRates, create_optimizer, horizon
+from training.loop.profiler import open_profiler
+from training.loop.speed_monitor import DataWait
+from training.loop.step import Stepper
+from training.loop.task import Task
+from training.loop.trainer import Trainer
+from training.models import precision
+from training.models.build import BuiltModel, build_reference, build_target, start_temperature
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Ended:
 def launch(config: Config) -> None:
     """Join the other ranks and do what ``config`` asks for. ValueError: what the user can mend."""
     with EarlyRecords() as early:
-        world = distributed.start(config.distributed)
+        world = process_group.start(config.distributed)
         config = config.on_ranks(world.world_size)
         remarks = preflight.check(config, world)
         folder = choose_folder(config, world)
@@ -93,17 +100,17 @@ def write_cache(config: Config, world: World, folder: RunFolder, remarks: list[s
         for remark in (*config.notes, *remarks):
             log.info(remark)
         _set_numerics(config, world, log)
-        cache_run.write(config, world, log)
+        precompute.write(config, world, log)
         log.done()
 
 
 def evaluate(start: Start, log: RunLog) -> Ended:
     """Evaluate the model, as built or as ``--resume`` has it, without training."""
-    target = models.build_target(start.config, start.world)
+    target = build_target(start.config, start.world)
     evaluation = open_evaluation(target, start.config, start.world, log, start.sets)
     state = RunState(name=start.folder.name, model=target.module)
     if start.checkpoint is not None:
-        checkpoint.resume(start.checkpoint, state, steps_per_epoch=0, global_batch=0)
+        catalog.resume(start.checkpoint, state, steps_per_epoch=0, global_batch=0)
     evaluation(target.module, state.epoch, state.step, final=True)
     return Ended()
 
@@ -111,10 +118,10 @@ def evaluate(start: Start, log: RunLog) -> Ended:
 def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
     """Train epoch by epoch, from the beginning or from a checkpoint."""
     config, world, folder = start.config, start.world, start.folder
-    target = models.build_target(config, world)
-    reference = models.build_reference(config, world)
+    target = build_target(config, world)
+    reference = build_reference(config, world)
     evaluation = open_evaluation(target, config, world, log, start.sets)
-    train_data = data.build_train(config, world, target, reference)
+    train_data = build_train(config, world, target, reference)
     task = _build_task(config, world, target, reference)
     trainer = _build_trainer(config, world, folder, log, task, train_data)
     state = RunState(
@@ -168,11 +175,9 @@ def _set_numerics(config: Config, world: World, log: RunLog) -> None:
     torch.manual_seed(config.run.seed + world.rank)
 
 
-def _build_task(
-    config: Config, world: World, target: models.BuiltModel, reference: models.BuiltModel | None
-) -> Task:
+def _build_task(config: Config, world: World, target: BuiltModel, reference: BuiltModel | None) -> Task:
     run_precision = precision.resolve(config.run.precision, world.device)
-    model = distributed.wrap(
+    model = process_group.wrap(
         target.module,
         world,
         static_graph=config.distributed.ddp_static_graph,
@@ -191,19 +196,19 @@ def _build_task(
         mean=target.preprocess.mean,
         std=target.preprocess.std,
         precision=run_precision,
-        loss=objective.build_loss(config, world.device),
+        loss=build_loss(config, world.device),
         loss_weight=config.loss.loss_weight,
         reference=frozen,
         margins="ref" in config.reference.usage or config.loss.name == "distill",
-        constant_scale=objective.constant_scale(config),
-        distillation=objective.build_distillation(config),
-        selection=objective.build_selection(config),
+        constant_scale=constant_scale(config),
+        distillation=build_distillation(config),
+        selection=build_selection(config),
         seed=config.run.seed,
     )
 
 
 def _build_trainer(
-    config: Config, world: World, folder: RunFolder, log: RunLog, task: Task, train_data: data.TrainData
+    config: Config, world: World, folder: RunFolder, log: RunLog, task: Task, train_data: TrainData
 ) -> Trainer:
     length = horizon(config.schedule, train_data.steps_per_epoch)
     schedule = config.schedule
@@ -240,7 +245,7 @@ def _resume(start: Start, log: RunLog, state: RunState, trainer: Trainer) -> Non
     if config.model.pretrained:
         log.info(f"--resume comes before --pretrained {config.model.pretrained}: weights are the checkpoint's")
     global_batch = config.run.batch_size * trainer.world.world_size
-    resumed = checkpoint.resume(
+    resumed = catalog.resume(
         start.checkpoint,
         state,
         steps_per_epoch=per_epoch,
@@ -248,7 +253,7 @@ def _resume(start: Start, log: RunLog, state: RunState, trainer: Trainer) -> Non
         u_format=config.run.u_format,
     )
     if not resumed:
-        models.start_temperature(state.model, config.loss)
+        start_temperature(state.model, config.loss)
     begun = trainer.data.resume(state.stream, state.epoch, state.epoch_step)
     trainer.step = state.step = state.epoch * per_epoch + begun
     trainer.meters = held_meters(state.meters) if begun else {}
@@ -270,7 +275,7 @@ def _evaluation_is_missing(start: Start, state: RunState, trainer: Trainer) -> b
 def _own_evaluations(start: Start) -> list[dict[str, Any]] | None:
     """What this run has measured so far; None where the checkpoint is not its own. Collective."""
     own = start.checkpoint.resolve().parent == start.folder.checkpoints.resolve()
-    return distributed.on_main(start.folder.evaluations) if own else None
+    return process_group.on_main(start.folder.evaluations) if own else None
 
 
 def _evaluate(log: RunLog, trainer: Trainer, state: RunState, evaluation: Evaluation) -> None:
@@ -307,10 +312,10 @@ def _train_epochs(
     log.info(f"trained {trainer.step} steps")
 
 
-def _report_skips(log: RunLog, train_data: data.TrainData, epoch: int) -> None:
+def _report_skips(log: RunLog, train_data: TrainData, epoch: int) -> None:
     """What all ranks have left out since the last call, after ``epoch`` epochs. All ranks call it together."""
     total = Skips()
-    for skips in distributed.gather_object(train_data.skips.take_epoch()):
+    for skips in process_group.gather_object(train_data.skips.take_epoch()):
         total.merge(skips)
     by_reason = {f"data/skipped/{reason.replace(' ', '_')}": float(n) for reason, n in total.counts.items()}
     log.info(f"samples left out since the last epoch: {total}")

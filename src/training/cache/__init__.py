@@ -1,0 +1,1 @@
+"""What a frozen model computes once: reference features and synthetic captions, on disk, read by row."""

@@ -1,0 +1,285 @@
+"""The run that goes through the training data once and keeps what a frozen model makes of each sample.
+
+The unit of work is a training shard (of a csv file a block of rows). Job ``--cache_rank`` of
+``--cache_group_size`` has one stretch of the list; what of it is not in the store yet is dealt to the job's ranks,
+in rounds, and a rank's loader processes take shards in turn. Ranks write parts of whole shards as they go (see
+``row_store``). What an interrupted run has written stays, and the next one takes the rest, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from training.cache import producers
+from training.cache.producers import Work
+from training.cache.row_store import StoreWriter, caption_checksum
+from training.config.params import Config
+from training.data.bad_samples import RawSample, Skips
+from training.data.batch_memory import PREFETCH
+from training.data.fixed_view import FixedView
+from training.data.order import Part
+from training.data.sources.shards import Shard
+from training.data.sources.tables import CsvSource, open_csv
+from training.data.sources.webdataset import ShardSource, open_shards
+from training.data.tokenizer import Tokenizer
+from training.data.worker import LONGEST_TEXT, decode_or_skip, this_worker
+from training.distributed import process_group
+from training.distributed.process_group import World
+from training.distributed.signals import leave_to_trainer
+from training.logger import Progress, RunLog
+
+log = logging.getLogger(__name__)
+
+BLOCK = 512  # rows of a csv file that are one unit of work
+PART_BYTES = 2**28
+ROUND = 256  # shards per rank between two meetings of the ranks, which wait for each other at most 30 minutes
+UNREADABLE = "unreadable shard"  # as ``shards.read_shard`` reports it
+
+
+class Unit(NamedTuple):
+    """One piece of the data: a ``shard``, or the rows ``first`` to ``stop`` of a ``table``."""
+
+    number: int
+    name: str
+    shard: Shard | None = None
+    sample_index: str = "key"
+    table: CsvSource | None = None
+    first: int = 0
+    stop: int = 0
+
+    def read(self, skips: Skips) -> Iterator[RawSample]:
+        """Its samples, each once; what is wrong with them goes to ``skips``."""
+        if self.table is not None:
+            yield from (self.table.sample(row, 0) for row in range(self.first, self.stop))
+            return
+        for item in ShardSource([self.shard], 0, sample_index=self.sample_index).in_order(Part(0, 1)):
+            skips.extend(item.faults)
+            if item.sample is not None:
+                yield item.sample
+
+
+def write(config: Config, world: World, run_log: RunLog) -> None:
+    """Write what is missing. ValueError: a store of something else; in the end, shards that cannot be read."""
+    asked, cache = producers.job(config, world), config.cache
+    units = _stretch(_units(config, world), cache.cache_rank, cache.cache_group_size)
+    writer = StoreWriter(Path(asked.folder), asked.kind, asked.identity)
+    missing = process_group.on_main(lambda: _missing(units, writer))
+    run_log.info(f"{writer.kind} of {len(missing)} of {len(units)} shards are to be written to {writer.folder}")
+    failed: list[str] = []
+    if missing:
+        work = asked.begin()
+        with run_log.progress(
+            -(-len(missing) // world.world_size), f"writing {writer.kind}", unit="shards"
+        ) as bar:
+            for begin in range(0, len(missing), ROUND * world.world_size):
+                dealt = missing[begin : begin + ROUND * world.world_size]
+                mine = _stretch(dealt, world.rank, world.world_size)
+                for names in process_group.gather_object(_write_units(mine, work, writer, config, world, bar)):
+                    failed += names
+    rows = process_group.on_main(lambda: _index(writer, {unit.number for unit in missing}, failed))
+    run_log.info(f"{writer.folder} holds {writer.kind} of {rows:,} samples")
+    if failed:
+        raise ValueError(
+            f"--train-data: {len(failed)} of {len(missing)} shards cannot be read, {failed[0]} first; the rest is "
+            "written, run again when they are mended"
+        )
+
+
+def _index(writer: StoreWriter, wanted: set[int], failed: Sequence[str]) -> int:
+    """Make the store readable; its rows. ValueError: what other ranks wrote is not there, or nothing is."""
+    rows = writer.index()
+    lost = len(wanted - writer.done().keys()) - len(failed)
+    if lost > 0:
+        raise ValueError(
+            f"{writer.folder}: {lost} of {len(wanted)} shards are not there, though other ranks have written "
+            "them: give a folder that all nodes share"
+        )
+    if not rows and not failed:
+        raise ValueError("--train-data: it holds no usable sample, python -m training.check_data says why")
+    return rows
+
+
+def _units(config: Config, world: World) -> list[Unit]:
+    """All of the training data in pieces. All ranks call it together."""
+    settings = replace(config.data, epoch_policy="wrap", train_num_samples=1)
+    if settings.dataset_type == "webdataset":
+        shards = open_shards(settings, config.run.seed, world, steps=1).shards
+        names = [shard.url.rsplit("/", 1)[-1] for shard in shards]
+        return [Unit(i, name, shard, settings.sample_index) for i, (name, shard) in enumerate(zip(names, shards))]
+    table = open_csv(settings.train_data, settings, config.run.seed)
+    cuts = [(first, min(first + BLOCK, table.samples)) for first in range(0, table.samples, BLOCK)]
+    return [Unit(i, f"rows {a}-{b - 1}", table=table, first=a, stop=b) for i, (a, b) in enumerate(cuts)]
+
+
+def _missing(units: Sequence[Unit], writer: StoreWriter) -> list[Unit]:
+    """Those that are not in the store. ValueError: it holds something else, or shards of another list."""
+    done = writer.done()
+    for unit in units:
+        if done.get(unit.number, unit.name) != unit.name:
+            raise ValueError(
+                f"{writer.folder} has {done[unit.number]} as number {unit.number} of the shards, where "
+                f"--train-data has {unit.name}: give the list that it was begun with (new shards at its end), or "
+                "another folder"
+            )
+    return [unit for unit in units if unit.number not in done]
+
+
+def _stretch(units: Sequence[Unit], number: int, count: int) -> Sequence[Unit]:
+    """Part ``number`` of ``count`` of a list."""
+    return units[number * len(units) // count : (number + 1) * len(units) // count]
+
+
+def _write_units(
+    units: Sequence[Unit], work: Work, writer: StoreWriter, config: Config, world: World, bar: Progress
+) -> list[str]:
+    """Go through ``units`` and write parts; the names of those that cannot be read."""
+    workers = min(config.data.workers, len(units))
+    loader = DataLoader(
+        CacheStream(units, work.view, work.tokenizer, config.run.batch_size),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=_start_worker,
+    )
+    pending, skips = _Pending(writer, {unit.number: unit.name for unit in units}), Skips()
+    for chunk in loader:
+        values = {}
+        if chunk.images is not None:
+            texts = None if chunk.texts is None else chunk.texts.to(world.device, non_blocking=True)
+            values = work(chunk.images.to(world.device, non_blocking=True), texts, chunk.rows)
+        pending.add(chunk, values)
+        skips.merge(chunk.skips)
+        bar.update(len(chunk.ended) + len(chunk.failed))
+    pending.write()
+    if skips.counts:
+        log.warning("left out: %s", skips)
+    return [pending.names[number] for number in sorted(pending.failed)]
+
+
+def _start_worker(_: int) -> None:
+    leave_to_trainer()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Samples from one loader process. ``units``, ``rows``, ``checksums``: [n]; ``images`` None where n is 0.
+
+    The units ``ended`` have no more samples, those ``failed`` could not be read to their end.
+    """
+
+    images: Tensor | None
+    texts: Tensor | None
+    units: np.ndarray
+    rows: np.ndarray
+    checksums: np.ndarray
+    ended: list[int]
+    failed: list[int]
+    skips: Skips
+
+    def pin_memory(self) -> Chunk:
+        """A copy in page-locked memory; ``DataLoader`` calls this by its name."""
+        pinned = {name: getattr(self, name) for name in ("images", "texts")}
+        return replace(self, **{name: t.pin_memory() for name, t in pinned.items() if t is not None})
+
+
+class CacheStream(IterableDataset):
+    """The samples of ``units``, each once, in batches that may span several units."""
+
+    def __init__(
+        self, units: Sequence[Unit], view: FixedView, tokenizer: Tokenizer | None, batch_size: int
+    ) -> None:
+        self.units, self.view, self.tokenizer, self.batch_size = units, view, tokenizer, batch_size
+
+    def __iter__(self) -> Iterator[Chunk]:
+        worker, workers = this_worker()
+        samples: list[tuple[int, RawSample, Tensor]] = []
+        ended: list[int] = []
+        for unit in self.units[worker::workers]:
+            skips = Skips()
+            for raw in unit.read(skips):
+                image = decode_or_skip(raw, skips, self.view.decode)
+                if image is not None:
+                    samples.append((unit.number, raw, self.view(image)))
+                if len(samples) == self.batch_size:
+                    yield self._chunk(samples, ended, [], Skips())
+                    samples, ended = [], []
+            failed = [unit.number] if skips.counts[UNREADABLE] else []
+            ended += [] if failed else [unit.number]
+            if failed or skips.counts:
+                yield self._chunk(samples, ended, failed, skips)
+                samples, ended = [], []
+        yield self._chunk(samples, ended, [], Skips())
+
+    def _chunk(
+        self, samples: list[tuple[int, RawSample, Tensor]], ended: list[int], failed: list[int], skips: Skips
+    ) -> Chunk:
+        texts = [raw.text[:LONGEST_TEXT] for _, raw, _ in samples]
+        return Chunk(
+            torch.stack([image for *_, image in samples]) if samples else None,
+            self.tokenizer(texts) if samples and self.tokenizer else None,
+            np.array([unit for unit, *_ in samples], np.int64),
+            np.array([raw.index for _, raw, _ in samples], np.int64),
+            np.array([caption_checksum(text) for text in texts], np.uint32),
+            ended,
+            failed,
+            skips,
+        )
+
+
+class _Pending:
+    """Values of a rank that are not written yet, unit by unit; ``names`` of the units by number."""
+
+    def __init__(self, writer: StoreWriter, names: dict[int, str]) -> None:
+        self.writer, self.names = writer, names
+        self.failed: set[int] = set()
+        self._ended: set[int] = set()
+        self._held: dict[int, list[dict[str, np.ndarray]]] = defaultdict(list)
+        self._bytes = 0
+
+    def add(self, chunk: Chunk, values: dict[str, np.ndarray]) -> None:
+        """Take over a chunk's values, and write a part if there is enough for one."""
+        columns = {"rows": chunk.rows, "checksums": chunk.checksums, **values}
+        for unit in np.unique(chunk.units).tolist():
+            mine = chunk.units == unit
+            self._held[unit].append({name: column[mine] for name, column in columns.items()})
+        self._ended.update(chunk.ended)
+        self.failed.update(chunk.failed)
+        for unit in chunk.failed:
+            self._held.pop(unit, None)
+        self._bytes += sum(value.nbytes for value in values.values())
+        if self._bytes >= PART_BYTES:
+            self.write()
+
+    def write(self) -> None:
+        """A part of the units that have ended; the others' values are kept."""
+        if not self._ended:
+            return
+        nothing = {"rows": np.empty(0, np.int64), "checksums": np.empty(0, np.uint32)}
+        pieces = [piece for unit in sorted(self._ended) for piece in self._held.pop(unit, ())] or [nothing]
+        columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        _, first = np.unique(columns["rows"], return_index=True)
+        if len(first) < len(columns["rows"]):
+            log.warning("%d samples have the row of another one; it is kept", len(columns["rows"]) - len(first))
+        self.writer.write(
+            [(unit, self.names[unit]) for unit in self._ended],
+            **{name: column[first] for name, column in columns.items()},
+        )
+        self._ended.clear()
+        held = (value.nbytes for pieces in self._held.values() for piece in pieces for value in piece.values())
+        self._bytes = sum(held)

@@ -1,0 +1,106 @@
+"""What a run that writes a cache makes of samples: the reference's embeddings, or another model's captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+
+from drrho_clip.batch import Batch
+from drrho_clip.normalize import normalize
+from drrho_clip.reference import Reference
+from training.cache import captions, features
+from training.config.params import Config
+from training.data.fixed_view import FixedView
+from training.data.tokenizer import Tokenizer
+from training.distributed.process_group import World
+from training.models import precision, pretrained
+from training.models.build import build_captioner, build_reference
+
+
+class Work(Protocol):
+    """A model at work. ``tokenizer`` is None where it does not look at captions."""
+
+    view: FixedView
+    tokenizer: Tokenizer | None
+
+    def __call__(self, images: Tensor, texts: Tensor | None, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Values [n, ...] by name of ``images`` [n, 3, H, W] and token ids [n, L] on the device, of these rows."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is written to ``folder``: values of ``kind``, made as ``identity`` says. ``begin`` builds the model."""
+
+    kind: str
+    folder: str
+    identity: dict[str, str | int]
+    begin: Callable[[], Work]
+
+
+def job(config: Config, world: World) -> Job:
+    """What the flags ask for; nothing is built yet."""
+    cache = config.cache
+    made = {"precision": config.run.precision}
+    if cache.writes == "captions":
+        model = pretrained.identity(cache.cap_model, "--cap_model", cache.cap_model_pretrained)
+        made |= model | {"captions per sample": cache.num_syn_texts, "seed": config.run.seed}
+        return Job(captions.KIND, cache.cached_syn_texts_dir, made, lambda: CaptionWork(config, world))
+    dtype = _feature_type(config, world)
+    made |= features.model_identity(config.reference) | {"dtype": str(dtype).removeprefix("torch.")}
+    return Job(features.KIND, cache.cached_ref_features_dir, made, lambda: FeatureWork(config, world, dtype))
+
+
+def _feature_type(config: Config, world: World) -> torch.dtype:
+    """float32 where the model runs in it, else float16, which resolves embeddings from bfloat16 and float16."""
+    chosen = precision.resolve(config.run.precision, world.device)
+    return torch.float32 if (chosen.autocast_dtype or chosen.pixel_dtype) == torch.float32 else torch.float16
+
+
+class FeatureWork:
+    """Embeddings by the frozen reference, [n, 2, d] in ``dtype``."""
+
+    def __init__(self, config: Config, world: World, dtype: torch.dtype) -> None:
+        built, self.dtype = build_reference(config, world), dtype
+        pixels, autocast = built.preprocess, precision.resolve(config.run.precision, world.device).autocast_dtype
+        self.reference = Reference(built.module, pixels.mean, pixels.std, autocast)
+        if config.model.torchcompile:
+            self.reference.compile()
+        self.view, self.tokenizer = FixedView(pixels), built.tokenizer
+
+    def __call__(self, images: Tensor, texts: Tensor | None, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """See ``Work``."""
+        features = self.reference.features(Batch(images, texts, torch.from_numpy(rows)))
+        return {"features": torch.stack(features, 1).to(self.dtype).cpu().numpy()}
+
+
+class CaptionWork:
+    """Captions by a CoCa, strings of bytes [n, captions per sample]."""
+
+    tokenizer = None
+
+    def __init__(self, config: Config, world: World) -> None:
+        built = build_captioner(config, world)
+        if not isinstance(built.tokenizer, SimpleTokenizer):
+            raise ValueError(
+                f"--cap_model {config.cache.cap_model}: captions are read with open_clip's own tokenizer, and "
+                "this model has another one; choose a coca model without a Hugging Face text tower"
+            )
+        self.model, self.words, self.view = built.module, built.tokenizer, FixedView(built.preprocess)
+        self.mean, self.std = built.preprocess.mean, built.preprocess.std
+        self.precision = precision.resolve(config.run.precision, world.device)
+        self.count, self.seed = config.cache.num_syn_texts, config.run.seed
+        self.tokens = min(captions.LONGEST, built.context_length) - 1
+
+    def __call__(self, images: Tensor, texts: Tensor | None, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """See ``Work``."""
+        pixels = normalize(images, self.mean, self.std, self.precision.pixel_dtype)
+        uniform = captions.random_numbers(rows, self.count, self.tokens, self.seed).to(images.device)
+        with self.precision.autocast():
+            written = captions.sample_captions(self.model, pixels, uniform, self.words)
+        return {"captions": captions.packed(written)}

@@ -1,0 +1,244 @@
+"""Checkpoints on disk: what they consist of, which are complete, resuming from one.
+
+In the run's folder ``checkpoints/``,
+
+    epoch_N.pt        weights, optimizer, counters, ... after N epochs, in the published format (``run_state``)
+    step_S.pt         the same inside an epoch: saved every so often, or where the run was stopped
+    epoch_latest.pt   with --save-most-recent, the newest again
+    epoch_N.state/    the sample state (``rows``). Several files share it where they were saved together.
+
+The .pt is the marker: it is put in place last and in one piece, and names its folder with size and checksum of
+every file in it; its own content torch protects by a checksum per tensor. So whenever it is there, the whole
+checkpoint is, and at no moment are marker and content of different saves. A folder that no file names is the rest
+of a save that was cut off, or of a file since replaced, and is removed.
+
+A .pt is read without running code from it; of torch's own format in the .state folder nobody can promise that.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from drrho_clip.sample_state import SampleState
+from training.checkpoint import published, sample_state_io
+from training.checkpoint.run_state import RunState
+from training.distributed.process_group import gather_object, on_main, rank_in
+
+_log = logging.getLogger(__name__)
+
+FETCHED = "fetched"  # the folder beside the run's own checkpoints for one that came from elsewhere
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that is there: its file, when it was saved, how far the run was, and its sample state.
+
+    ``saved_at`` is later than that of any checkpoint in the folder before it, also where a clock goes back.
+    """
+
+    path: Path
+    saved_at: float
+    progress: tuple[int, int, int]
+    folder: Path | None = None
+    files: sample_state_io.Files | None = None
+
+    @property
+    def order(self) -> tuple[float, tuple[int, int, int]]:
+        """Later means newer. Published files, which do not say when they were saved, come first."""
+        return self.saved_at, self.progress
+
+
+def resume(
+    path: Path, state: RunState, *, steps_per_epoch: int, global_batch: int, u_format: str | None = None
+) -> bool:
+    """Fill ``state`` from ``path``, a checkpoint of ours or a published one; False: bare weights, the model alone.
+
+    Collective. ``steps_per_epoch``, ``global_batch``: see ``RunState.fill``; ``u_format``: see
+    ``published.from_published``. The file has been checked (``problem``).
+    ValueError: it cannot be read, or does not fit the model, the optimizer or the sample state.
+    """
+    held = published.read(path)
+    if not state.fill(held, path, steps_per_epoch=steps_per_epoch, global_batch=global_batch):
+        return False
+    if state.sample_state is not None:
+        _check_parts(path, held.get("data_sizes"), state.data_sizes)
+        _load_rows(path, held, state.sample_state, u_format)
+    return True
+
+
+def find_latest(folder: Path, since: float = 0.0) -> Path | None:
+    """The newest complete checkpoint in ``folder``, whatever its name, saved after ``since``; None without any.
+
+    The log says which are skipped, and why. Collective: the ranks share out the reading of checksums.
+    """
+    for path in on_main(lambda: _newest_first(folder, since)):
+        fault = problem(path)
+        if fault is None:
+            return path
+        if rank_in() == 0:
+            _log.warning("skipped: %s", fault)
+    return None
+
+
+def problem(path: Path) -> str | None:
+    """Why nobody can resume from ``path``, which is there; None: every byte is what was written. Collective."""
+    found = on_main(lambda: _look(path))
+    if isinstance(found, str):
+        return found
+    if found.files is None:
+        return None
+    ranks = gather_object(None)
+    damaged = sample_state_io.damaged(found.folder, found.files, rank_in(), len(ranks))
+    fault = next(filter(None, gather_object(damaged)), None)
+    return fault and f"checkpoint {path}: damaged is {fault}"
+
+
+def contents(folder: Path) -> tuple[list[Found], list[Path]]:
+    """The checkpoints in ``folder`` by name, and the files that nobody can read."""
+    found, unreadable = [], []
+    for path in sorted(folder.glob("*.pt")):
+        try:
+            held = published.read(path)
+        except ValueError:
+            unreadable.append(path)
+            continue
+        if "epoch" in held:
+            found.append(_describe(path, held))
+    return found, unreadable
+
+
+def tidy(folder: Path, keep_last: int) -> None:
+    """Remove all but the ``keep_last`` newest checkpoints inside epochs, and what no checkpoint names.
+
+    Only after a save that succeeded, by rank 0. What a file names that cannot be read is known by the file's own
+    name, but for epoch_latest.pt and files of others: then all sample states stay.
+    """
+    found, unreadable = contents(folder)
+    inside = sorted((f for f in found if re.fullmatch(r"step_\d+\.pt", f.path.name)), key=lambda f: f.order)
+    for old in inside[: max(len(inside) - keep_last, 0)]:
+        old.path.unlink()
+        found.remove(old)
+    for rest in folder.glob(".*.tmp"):
+        rest.unlink()
+    shutil.rmtree(folder / FETCHED, ignore_errors=True)  # the run has one of its own now
+    spared = [path.stem for path in unreadable]
+    if any(not re.fullmatch(r"(epoch|step)_\d+", stem) for stem in spared):
+        _log.warning("old sample states are kept, since %s cannot be read", unreadable[0])
+        return
+    named = {f.folder for f in found}
+    for state in folder.glob("*.state*"):
+        if state not in named and state.name.split(".state")[0] not in spared:
+            shutil.rmtree(state)
+
+
+def delete_previous(path: Path, epoch: int) -> None:
+    """Remove the newest checkpoint by epoch that came before ``path``, which is complete and of ``epoch``."""
+    epochs = {
+        p: int(m[1]) for p in path.parent.glob("epoch_*.pt") if (m := re.fullmatch(r"epoch_(\d+)\.pt", p.name))
+    }
+    before = [p for p, number in epochs.items() if p != path and number <= epoch]
+    if before:
+        max(before, key=epochs.__getitem__).unlink()
+
+
+def unused_folder(folder: Path, stem: str) -> Path:
+    """Where the sample state of ``stem`` goes: a name that no earlier save has used."""
+    names = (f"{stem}.state" + (f".{i}" if i else "") for i in range(10**6))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def newest_time(folder: Path) -> float:
+    """When the newest checkpoint in ``folder`` was saved; 0 without any."""
+    return max((found.saved_at for found in contents(folder)[0]), default=0.0)
+
+
+def _newest_first(folder: Path, since: float) -> list[Path]:
+    found = []
+    for path in sorted(folder.glob("*.pt")):
+        try:
+            found.append(_found(path))
+        except ValueError as error:
+            _log.warning("skipped: %s", error)
+    later = [f for f in found if since == 0 or f.saved_at > since]
+    return [f.path for f in sorted(later, key=lambda f: f.order, reverse=True)]
+
+
+def _found(path: Path) -> Found:
+    """ValueError where ``path`` is no readable checkpoint of a run."""
+    held = published.read(path)
+    if "epoch" not in held:
+        raise ValueError(f"checkpoint {path}: bare weights, not a checkpoint of a run")
+    return _describe(path, held)
+
+
+def _describe(path: Path, held: Mapping[str, Any]) -> Found:
+    if "epoch" not in held:
+        return Found(path, 0.0, (0, 0, 0))
+    progress = int(held["epoch"]), int(held.get("epoch_step", 0)), int(held.get("step", 0))
+    state = held.get("sample_state")
+    folder = path.parent / Path(state["folder"]).name if state else None
+    return Found(path, float(held.get("saved_at", 0)), progress, folder, state["files"] if state else None)
+
+
+def _look(path: Path) -> Found | str:
+    """What rank 0 finds out: the file's own content, and whether the sample state is there. Else what is wrong."""
+    try:
+        held = published.read(path)
+        found = _describe(path, held)
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        return str(error) if isinstance(error, ValueError) else f"checkpoint {path}: {error}"
+    if damaged:
+        return f"checkpoint {path}: damaged, the checksum of {damaged} in it is not that of what was written"
+    missing = sample_state_io.missing(found.folder, found.files) if found.files else None
+    if missing and not published.has_columns(held):
+        return f"checkpoint {path}: its sample state lacks {missing}; copy that folder beside the file"
+    return Found(path, found.saved_at, found.progress) if missing else found
+
+
+def _load_rows(path: Path, held: Mapping[str, Any], state: SampleState, u_format: str | None) -> None:
+    saved = held.get("sample_state")
+    folder = path.parent / Path(saved["folder"]).name if saved else None
+    missing = sample_state_io.missing(folder, saved["files"]) if folder else None
+    if folder and not missing:
+        sample_state_io.read(folder, state)
+        return
+    columns = published.from_published(held, u_format)
+    if not columns and missing:
+        raise ValueError(f"checkpoint {path}: its sample state lacks {missing}; copy that folder beside the file")
+    if not columns:
+        if rank_in() == 0:
+            _log.warning("%s holds no sample state: every sample counts as never seen", path)
+        return
+    length = max(len(column) for column in columns.values())
+    if length > state.num_samples:
+        raise ValueError(
+            f"--data_size {state.num_samples}: checkpoint {path} has {length} rows, and none may be lost; give at "
+            "least as many"
+        )
+    if missing and rank_in() == 0:
+        _log.warning(
+            "checkpoint %s: its sample state lacks %s; the columns in the file stand in for it", path, missing
+        )
+    unseen = {name: F.pad(c, (0, state.num_samples - len(c)), value=torch.nan) for name, c in columns.items()}
+    state.load_state_dict(unseen)
+
+
+def _check_parts(path: Path, then: list[int] | None, now: tuple[int, ...]) -> None:
+    """With a --data_size per source only the last one may grow: otherwise rows would change their samples."""
+    if then and (len(then) > 1 or len(now) > 1) and list(now[: len(then) - 1]) != list(then[:-1]):
+        raise ValueError(
+            f"--data_size {'::'.join(map(str, now))}: checkpoint {path} has {'::'.join(map(str, then))}, and with "
+            "other sizes before the last its rows would be those of other samples; append sources, or let only "
+            "the last one grow"
+        )

@@ -1,0 +1,250 @@
+"""``--remote-sync``: rank 0 copies the run's folder elsewhere while the run goes on.
+
+Every ``--remote-sync-frequency`` seconds a thread copies the files that changed since, through fsspec, so that the
+target may be anything that fsspec knows. Of the checkpoints only complete ones go, the sample state before the
+file that names it, and each file gets its name at the target once it is there in full: what is found there can be
+resumed. Nothing is ever deleted at the target.
+
+A run whose own folder holds nothing to go on from, on another cluster say, fetches the newest checkpoint there;
+``--resume URL`` fetches a particular one.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+from training.checkpoint import published
+from training.checkpoint.catalog import contents, problem
+from training.config.params import RunConfig
+from training.distributed.process_group import on_main, rank_in
+
+T = TypeVar("T")
+
+HURRY = 30.0  # seconds for the last copy of a run that has to go
+
+_log = logging.getLogger(__name__)
+
+
+class RemoteSync:
+    """Copies ``folder`` to the fsspec URL ``target``. ValueError: fsspec cannot handle the URL."""
+
+    def __init__(self, folder: Path, target: str) -> None:
+        try:
+            self._files, self._target = url_to_fs(target)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"--remote-sync {target}: {error}") from error
+        self._folder, self._checkpoints = folder, folder / "checkpoints"
+        self._copied: dict[Path, tuple[int, int]] = {}
+
+    def __call__(self) -> int:
+        """Copy what is new or has changed since the last call; the number of files copied."""
+        versions = {file: _version(file) for file in self._folder.rglob("*") if file.is_file()}
+        copied = 0
+        for file in self._in_order(versions):
+            # What has appeared since the look at the folder waits for the next call.
+            version = versions.get(file)
+            if version is None or self._copied.get(file) == version:
+                continue
+            if self._is_there(file, version):
+                self._copied[file] = version
+            elif self._copy(file, version):
+                self._copied[file] = version
+                copied += 1
+        return copied
+
+    def probe(self) -> None:
+        """Write a word at the target and remove it again."""
+        word = str(PurePosixPath(self._target, ".probe"))
+        self._files.makedirs(self._target, exist_ok=True)
+        self._files.pipe_file(word, b"?")
+        self._files.rm_file(word)
+
+    def _in_order(self, files: Iterable[Path]) -> list[Path]:
+        """The files to copy: those of the sample states first, then the checkpoints, then the rest."""
+        complete, unreadable = contents(self._checkpoints)
+        for path in unreadable:
+            _log.warning("--remote-sync: %s cannot be read and is not copied", path)
+        states = dict.fromkeys(found.folder for found in complete if found.folder)
+        rows = [file for state in states for file in sorted(state.iterdir())]
+        rest = sorted(f for f in files if self._checkpoints not in f.parents)
+        return [*rows, *(found.path for found in complete), *rest]
+
+    def _is_there(self, file: Path, version: tuple[int, int]) -> bool:
+        """Whether an earlier launch has copied ``file`` as it is: as large there, and written later than here."""
+        target = self._place(file)
+        try:
+            there = self._files.info(target)["size"] == version[0]
+            return there and self._files.modified(target).timestamp() > version[1] / 1e9
+        except (OSError, NotImplementedError, KeyError):
+            return False
+
+    def _place(self, file: Path) -> str:
+        return str(PurePosixPath(self._target, *file.relative_to(self._folder).parts))
+
+    def _copy(self, file: Path, version: tuple[int, int]) -> bool:
+        """Whether ``file`` is at the target now: a checkpoint that was replaced meanwhile is not put in place."""
+        target = PurePosixPath(self._place(file))
+        partial = target.with_name(f".{target.name}.part")
+        self._files.makedirs(str(target.parent), exist_ok=True)
+        self._files.put_file(str(file), str(partial))
+        if self._checkpoints in file.parents and _version(file) != version:
+            return False
+        self._files.mv(str(partial), str(target))
+        return True
+
+
+def _version(file: Path) -> tuple[int, int] | None:
+    """What changes with a file's content; None where it is gone."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def fetch_newest(config: RunConfig, name: str, folder: Path, into: Path) -> Path | None:
+    """Fetch the newest checkpoint that ``--remote-sync`` has copied of the run ``name``; None where there is none.
+
+    With it come the run's log and results, into ``folder``, so that they go on there. All ranks call it together.
+    ValueError: the target cannot be read.
+    """
+    root = _url(config, name)
+    for found in on_main(lambda: _attempt(f"{root}/checkpoints", _names)):
+        try:
+            path = fetch(f"{root}/checkpoints/{found}", into)
+        except ValueError as error:
+            if rank_in() == 0:
+                _log.warning("skipped: %s", error)
+            continue
+        on_main(lambda: _attempt(root, lambda files, remote: _fetch_records(files, remote, folder)))
+        return path
+    return None
+
+
+def fetch(url: str, folder: Path) -> Path:
+    """Copy the checkpoint at ``url``, a .pt, with its sample state into ``folder``, which is made anew for it.
+
+    All ranks call it together. ValueError: it cannot be read, or is not what was written.
+    """
+    path = on_main(lambda: _attempt(url, lambda files, remote: _fetch(files, remote, folder)))
+    fault = problem(path)
+    if fault:
+        on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+        raise ValueError(f"--resume {url}: {fault}")
+    return path
+
+
+def _fetch(files: AbstractFileSystem, remote: str, folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    path = folder / PurePosixPath(remote).name
+    _log.info("fetching %s", remote)
+    try:
+        files.get_file(remote, str(path))
+        state = published.read(path).get("sample_state")
+        if state:
+            place = folder / PurePosixPath(state["folder"]).name
+            place.mkdir()
+            for name in state["files"]:
+                source = PurePosixPath(remote).with_name(place.name) / PurePosixPath(name).name
+                files.get_file(str(source), str(place / source.name))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return path
+
+
+def _fetch_records(files: AbstractFileSystem, remote: str, folder: Path) -> None:
+    """What is only ever appended to, where it is not there."""
+    for name in ("out.log", "eval_results.jsonl"):
+        if not (folder / name).exists() and files.exists(f"{remote}/{name}"):
+            files.get_file(f"{remote}/{name}", str(folder / name))
+
+
+def _names(files: AbstractFileSystem, folder: str) -> list[str]:
+    """The checkpoints in the remote ``folder``, the newest first."""
+    there = files.ls(folder, detail=False) if files.exists(folder) else []
+    found = [p for p in map(PurePosixPath, there) if p.suffix == ".pt" and not p.name.startswith(".")]
+    return [path.name for path in sorted(found, key=lambda p: files.modified(str(p)), reverse=True)]
+
+
+def _attempt(url: str, function: Callable[[AbstractFileSystem, str], T]) -> T:
+    try:
+        return function(*url_to_fs(url))
+    except Exception as error:  # each backend has exceptions of its own
+        raise ValueError(f"{url} cannot be read ({error})") from error
+
+
+@dataclass
+class Copying:
+    """``--remote-sync`` at work. ``patience``: seconds for the last copy, None for as long as it takes."""
+
+    patience: float | None = None
+
+
+@contextmanager
+def remote_sync(config: RunConfig, folder: Path) -> Iterator[Copying]:
+    """Keep ``folder`` copied while the body runs, and once more after it; does nothing without ``--remote-sync``.
+
+    All ranks enter. A target that cannot be written to is a ValueError on entry. Later copies that fail are logged
+    and tried again, the run goes on. Where the body fails, the last copy has half a minute.
+    """
+    copying = Copying()
+    if config.remote_sync is None:
+        yield copying
+        return
+    stopped = threading.Event()
+    started: list[threading.Thread] = []
+
+    def start() -> None:
+        copy = RemoteSync(folder, _url(config, folder.name))
+        try:
+            copy.probe()
+        except Exception as error:  # each backend has exceptions of its own
+            raise ValueError(f"--remote-sync {config.remote_sync}: cannot be written to ({error})") from error
+        keep = (copy, config.remote_sync_frequency, stopped)
+        started.append(threading.Thread(target=_keep, args=keep, name="remote sync", daemon=True))
+        started[0].start()
+
+    on_main(start)
+    try:
+        yield copying
+    except BaseException:
+        copying.patience = HURRY
+        raise
+    finally:
+        stopped.set()
+        for thread in started:
+            thread.join(copying.patience)
+            if thread.is_alive():
+                _log.warning("--remote-sync: the last copy is not complete; the next launch goes on with it")
+
+
+def _keep(copy: RemoteSync, every: float, stopped: threading.Event) -> None:
+    """Copy now, every ``every`` seconds, and a last time when told to stop."""
+    last = False
+    while True:
+        try:
+            copy()
+        except Exception as error:  # as above, and a file may just have been removed
+            _log.warning("--remote-sync failed%s: %s", "" if last else ", trying again later", error)
+        if last:
+            return
+        last = stopped.wait(every)
+
+
+def _url(config: RunConfig, name: str) -> str:
+    target = config.remote_sync.rstrip("/")
+    if config.remote_sync_protocol == "s3" and "://" not in target:
+        target = f"s3://{target}"
+    return f"{target}/{name}"

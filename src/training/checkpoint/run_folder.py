@@ -1,0 +1,282 @@
+"""A run's folder, ``LOGS/NAME/``: which one this run uses, what it goes on from, what is put there at its start.
+
+    out.log              the log (``--log-local``: ``out-RANK.log``, one per node)
+    params.txt           every flag, ``name: value``, sorted
+    launch.json          which job and which launcher started the run, so that a restart finds its folder
+    checkpoints/         epoch_N.pt
+    tensorboard/         events, where reported
+    eval_results.jsonl   one JSON object per evaluation
+    job.done             the run reached its end
+
+Without ``--name`` the name is made of the time and the main settings. A job that Slurm requeues or torchrun
+restarts would then start another run each time; it is recognized by ``launch.json`` and goes on in the folder
+that it had.
+
+A folder is protected from another run once there is something to lose, a checkpoint or the end. What a command
+left that failed before that, the next one of that name takes over; its log is appended to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.checkpoint import remote_sync
+from training.checkpoint.catalog import FETCHED, find_latest, newest_time, problem
+from training.config.params import Config
+from training.distributed.process_group import World, broadcast_object, gather_object, node_main_first
+
+_RUN_ID = "TORCHELASTIC_RUN_ID"
+_COUNTERS = {"slurm": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run lives. ``restarted``: the launcher started this job before, so it resumes what is there."""
+
+    path: Path
+    name: str
+    restarted: bool = False
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def fetched(self) -> Path:
+        """Where checkpoints from elsewhere are put, apart from the run's own."""
+        return self.checkpoints / FETCHED
+
+    @property
+    def done(self) -> Path:
+        return self.path / "job.done"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "eval_results.jsonl"
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of ``eval_results.jsonl``; one that was cut off counts for nothing."""
+        found = []
+        for line in self.results.read_text().splitlines() if self.results.is_file() else []:
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+
+def choose_folder(config: Config, world: World) -> RunFolder:
+    """The folder of this run, the same on every rank; nothing is created.
+
+    ValueError (on every rank) where the folder holds another run and ``--resume`` was not given.
+    """
+    answer: RunFolder | str | None = None
+    restarts = _restarted_launchers(os.environ, gather_object(_restarts(os.environ)))
+    if world.is_main:
+        try:
+            answer = _choose(config, os.environ, restarts)
+        except ValueError as error:
+            answer = str(error)
+    answer = broadcast_object(answer)
+    if isinstance(answer, str):
+        raise ValueError(answer)
+    return answer
+
+
+def create_folder(folder: RunFolder, config: Config, world: World) -> None:
+    """Make the folder on rank 0 (``--log-local``: on every node) and fill in what is known at the start.
+
+    All ranks call it together. ValueError on the rank that cannot write there, PeerFailed on the others.
+    """
+    with node_main_first():
+        try:
+            if world.is_main:
+                _fill(folder, config)
+            elif config.run.log_local and world.is_local_main:
+                folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--logs {config.run.logs}: the run's folder cannot be written ({error})") from error
+
+
+def checkpoint_to_resume(config: Config, folder: RunFolder, *, fetch: bool = True) -> Path | str | None:
+    """What the run goes on from; None: it starts at its beginning. Collective.
+
+    After a restart the newest checkpoint that this job itself has saved, whatever ``--resume`` said at first. Else
+    ``--resume FILE``, ``--resume URL``, or with ``latest`` the newest one in the run's folder, then the newest
+    that ``--remote-sync`` has copied. What lies elsewhere is fetched; without ``fetch`` it is only named.
+    ValueError: the user asks for what is not there, or is damaged. (A job may be restarted before its first.)
+    """
+    wanted = config.run.resume
+    if folder.restarted:
+        since = 0.0 if wanted in (None, "latest") else _read_launch(folder.path / "launch.json").get("newest", 0.0)
+        own = find_latest(folder.checkpoints, since)
+        if own is not None or wanted is None:
+            return own
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        return _newest(config, folder, fetch)
+    if "://" in wanted:
+        return remote_sync.fetch(wanted, folder.fetched) if fetch else wanted
+    if not Path(wanted).is_file():
+        raise ValueError(f"--resume {wanted}: there is no such file, check the path")
+    fault = problem(Path(wanted))
+    if fault:
+        raise ValueError(f"--resume {wanted}: {fault}; give another one, or --resume latest with --name")
+    return Path(wanted)
+
+
+def _newest(config: Config, folder: RunFolder, fetch: bool) -> Path | str:
+    latest = find_latest(folder.checkpoints)
+    if latest is None and config.run.remote_sync is not None:
+        latest = _fetch_newest(config, folder) if fetch else config.run.remote_sync
+    if latest is None:
+        raise ValueError(
+            f"--resume latest: no complete checkpoint in {folder.checkpoints}; check --logs and --name, give a "
+            "file, or leave the flag out to start at the beginning"
+        )
+    return latest
+
+
+def _fetch_newest(config: Config, folder: RunFolder) -> Path | None:
+    return remote_sync.fetch_newest(config.run, folder.name, folder.path, folder.fetched)
+
+
+def _fill(folder: RunFolder, config: Config) -> None:
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    folder.done.unlink(missing_ok=True)  # of the part before: this one has yet to reach its end
+    (folder.path / "params.txt").write_text(
+        "".join(f"{name}: {value}\n" for name, value in sorted(config.flags.items()))
+    )
+    _write_launch(folder, launch_identity(os.environ))
+    if config.run.copy_codebase:
+        copy_code(folder.path)
+
+
+def default_name(config: Config, now: float) -> str:
+    """Time, model, learning rate, batch size, workers and precision, as the published code names a run."""
+    model = config.model.model
+    model = Path(model).stem if model.endswith(".json") else model.replace("/", "-")
+    stamp = time.strftime("%Y_%m_%d-%H_%M_%S", time.localtime(now))
+    return (
+        f"{stamp}-model_{model}-lr_{config.optim.lr}-b_{config.run.batch_size}"
+        f"-j_{config.data.workers}-p_{config.run.precision}"
+    )
+
+
+def launch_identity(env: Mapping[str, str]) -> dict[str, str]:
+    """What stays the same when a launcher starts this job again: launcher name -> identity.
+
+    Slurm keeps job and step number across a requeue. torchrun keeps its run id across restarts; where it has none
+    ("none", its default), the agent itself stays: its host and process id.
+    """
+    identity = {}
+    if "SLURM_JOB_ID" in env:
+        identity["slurm"] = f"{env['SLURM_JOB_ID']}.{env.get('SLURM_STEP_ID', '')}"
+    if _RUN_ID in env:
+        run_id = env[_RUN_ID]
+        identity["torchrun"] = run_id if run_id != "none" else f"{socket.gethostname()}:{os.getppid()}"
+    return identity
+
+
+def copy_code(folder: Path) -> Path:
+    """Copy the ``src`` that is running into ``folder/code/src`` (``code_TIME`` beside an earlier copy)."""
+    target = folder / "code"
+    if target.exists():
+        target = folder / time.strftime("code_%Y_%m_%d-%H_%M_%S")
+    source = Path(__file__).resolve().parents[2]
+    packages = ("training", "drrho_clip")  # by name: installed, their parent is site-packages
+    for package in packages:
+        shutil.copytree(
+            source / package,
+            target / "src" / package,
+            ignore=shutil.ignore_patterns("__pycache__", "*.pyc"),
+            dirs_exist_ok=True,
+        )
+    return target
+
+
+def _write_launch(folder: RunFolder, identity: Mapping[str, str]) -> None:
+    """``launch.json``, in one piece. ``newest``: when the newest checkpoint was saved that the job found there."""
+    file = folder.path / "launch.json"
+    newest = _read_launch(file).get("newest", 0.0) if folder.restarted else newest_time(folder.checkpoints)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps({**identity, "newest": newest}) + "\n")
+    os.replace(temporary, file)
+
+
+def _read_launch(file: Path) -> dict[str, Any]:
+    """What it holds; nothing where it is not there or damaged."""
+    try:
+        held = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _choose(config: Config, env: Mapping[str, str], restarts: Mapping[str, str]) -> RunFolder:
+    logs, name = Path(config.run.logs), config.run.name
+    if name is None:
+        earlier = _find_launched(logs, restarts)
+        if earlier is not None:
+            return RunFolder(earlier, earlier.name, restarted=True)
+        if config.run.resume == "latest":
+            raise ValueError(
+                "--resume latest: say which run with --name (its folder under --logs), or give a file"
+            )
+        name = _free_name(logs, default_name(config, time.time()))
+    path = logs / name
+    # A new agent of a torchrun job, for a node that was lost, counts from 0 again; the name says it is this run.
+    same_job = {k: v for k, v in launch_identity(env).items() if k == "torchrun" and env[_RUN_ID] != "none"}
+    if _launched_by(path, {**same_job, **restarts}) and (restarts or not (path / "job.done").exists()):
+        return RunFolder(path, name, restarted=True)
+    if _holds_run(path) and config.run.resume is None:
+        raise ValueError(
+            f"--name {name}: {path} already holds a run; continue it with --resume latest, "
+            "give the new run another --name, or remove the folder"
+        )
+    return RunFolder(path, name)
+
+
+def _restarts(env: Mapping[str, str]) -> dict[str, int]:
+    """How often each launcher says it started this process before."""
+    return {launcher: int(env.get(counter) or 0) for launcher, counter in _COUNTERS.items()}
+
+
+def _restarted_launchers(env: Mapping[str, str], counts: Sequence[Mapping[str, int]]) -> dict[str, str]:
+    """The launchers that started this job before, as any rank says: agents of several nodes count on their own."""
+    return {k: v for k, v in launch_identity(env).items() if any(count[k] > 0 for count in counts)}
+
+
+def _launched_by(path: Path, launchers: Mapping[str, str]) -> bool:
+    """Whether the run in ``path`` was started by one of ``launchers``."""
+    recorded = _read_launch(path / "launch.json") if launchers else {}
+    return any(recorded.get(k) == v for k, v in launchers.items())
+
+
+def _find_launched(logs: Path, launchers: Mapping[str, str]) -> Path | None:
+    """The newest run under ``logs`` that one of ``launchers`` started."""
+    if not launchers:
+        return None
+    files = sorted(logs.glob("*/launch.json"), key=lambda f: f.stat().st_mtime, reverse=True)
+    return next((f.parent for f in files if _launched_by(f.parent, launchers)), None)
+
+
+def _free_name(logs: Path, name: str) -> str:
+    """``name``, numbered where runs of the same second have it."""
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(free for free in names if not (logs / free).exists())
+
+
+def _holds_run(path: Path) -> bool:
+    """Whether something would be lost; what a start that failed leaves is not worth protecting."""
+    checkpoints = path / "checkpoints"
+    return (path / "job.done").exists() or any(checkpoints.glob("*.pt"))

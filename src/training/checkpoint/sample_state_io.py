@@ -1,0 +1,175 @@
+"""The sample state on disk: a folder that ``torch.distributed.checkpoint`` writes, every rank its own rows.
+
+Any number of ranks can read it again, also into a table with more rows. What was written is described by
+``Files``, name -> [bytes, CRC-32], which the checkpoint that names the folder keeps: so a file that is missing,
+cut short or has a flipped bit is noticed before anything of it is used.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.tensor import DTensor
+
+from drrho_clip.sample_state import SampleState
+from training.checkpoint.published import sync_folder
+from training.distributed.process_group import Group, PeerFailed, gather_object, on_main, rank_in
+
+Files = Mapping[str, Sequence[int]]
+
+_BLOCK = 1 << 20
+
+# Raised by torch.distributed.checkpoint in a run of one process, where nothing is amiss. Process-wide, since
+# Python cannot silence a warning in one thread.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def write(folder: Path, columns: Mapping[str, Tensor], group: Group = None) -> Files:
+    """Write ``columns`` (column -> [N], DTensor or plain) into the new ``folder``; what is there then.
+
+    All ranks call it together, with a ``group`` of their own where it runs beside training. OSError on rank 0,
+    PeerFailed on the others: a rank could not write, or not all see one folder.
+    """
+    with _exchanged(folder, group):
+        # Nothing to copy ahead, as all is on the CPU; on GPUs that would take a stream and a context on the first.
+        writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+        dcp.save(dict(columns), storage_writer=writer, process_group=group)
+    parts = gather_object(_written(folder, rank_in(group)), group)
+    failure = next((part for part in parts if isinstance(part, OSError)), None)
+    files = {} if failure else {name: found for part in parts for name, found in sorted(part.items())}
+
+    def check() -> None:
+        if failure:
+            raise failure
+        unseen = missing(folder, files)
+        if unseen:
+            raise OSError(f"rank 0 does not see {unseen} that another rank wrote; nodes need one shared --logs")
+        sync_folder(folder)
+
+    on_main(check, group)
+    return files
+
+
+def read(folder: Path, state: SampleState) -> None:
+    """Fill ``state`` from ``folder``; rows beyond those saved stay as they are. Collective.
+
+    ValueError: a column is missing, or there are more rows than ``state`` has.
+    """
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name in state.columns:
+        if name not in saved:
+            raise ValueError(f"sample state {folder} lacks the column {name!r}; it has {sorted(saved)}")
+        if saved[name].size[0] > state.num_samples:
+            raise ValueError(
+                f"--data_size {state.num_samples}: the sample state {folder} has {saved[name].size[0]} rows, and "
+                "none may be lost; give at least as many"
+            )
+    with _exchanged(folder):
+        dcp.load(dict(state.local()), checkpoint_id=folder, planner=_Planner(state.rows))
+
+
+def whole(state: SampleState) -> dict[str, Tensor]:
+    """Column -> [N] on the CPU of rank 0; empty on the others. Collective."""
+    columns = {}
+    for name, column in state.state_dict().items():
+        if not isinstance(column, DTensor):
+            columns[name] = column.cpu()
+            continue
+        k, n = dist.get_world_size(), column.shape[0]
+        local = column.to_local().cpu()
+        padded = torch.full((-(-n // k),), torch.nan)
+        padded[: len(local)] = local
+        pieces = [torch.empty_like(padded) for _ in range(k)] if dist.get_rank() == 0 else None
+        dist.gather(padded, pieces)
+        if pieces is not None:
+            columns[name] = torch.cat(pieces)[:n]
+    return columns
+
+
+def missing(folder: Path, files: Files) -> str | None:
+    """The first of ``files`` that is not there in full; None: all are."""
+    for name, (size, _) in files.items():
+        file = folder / Path(name).name
+        if not file.is_file():
+            return f"{file}, which is missing"
+        if file.stat().st_size != size:
+            return f"{file}, which has {file.stat().st_size} bytes where {size} were written"
+    return None
+
+
+def damaged(folder: Path, files: Files, part: int = 0, parts: int = 1) -> str | None:
+    """The first of every ``parts``-th of ``files`` from ``part`` on whose checksum is another one now."""
+    for name in sorted(files)[part::parts]:
+        file = folder / Path(name).name
+        try:
+            crc = checksum(file)
+        except OSError as error:
+            return f"{file}, which cannot be read ({error})"
+        if crc != files[name][1]:
+            return f"{file}, whose checksum is not that of what was written"
+    return None
+
+
+def _written(folder: Path, rank: int) -> Files | OSError:
+    """What ``rank`` has written into ``folder``."""
+    try:
+        files = [f for f in folder.iterdir() if f.name.startswith(f"__{rank}_")]
+        files += [folder / ".metadata"] if rank == 0 else []
+        return {f.name: [f.stat().st_size, checksum(f)] for f in files}
+    except OSError as error:
+        return error
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of the content."""
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Reads the rows ``rows`` of every column, as far as they were saved, into plain tensors [len(rows)]."""
+
+    def __init__(self, rows: range) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._rows = rows
+
+    def create_local_plan(self) -> LoadPlan:
+        items: list[ReadItem] = []
+        for name in self.state_dict:
+            saved = self.metadata.state_dict_metadata[name]
+            stop = min(self._rows.stop, saved.size[0])
+            if stop > self._rows.start:
+                wanted = ChunkStorageMetadata(
+                    torch.Size([self._rows.start]), torch.Size([stop - self._rows.start])
+                )
+                items += create_read_items_for_chunk_list(name, saved, [wanted])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn]
+
+
+@contextmanager
+def _exchanged(folder: Path, group: Group = None) -> Iterator[None]:
+    """Around torch.distributed.checkpoint: one message for what it reports from all ranks at once."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        if rank_in(group) > 0:
+            raise PeerFailed(f"rank {rank} failed; rank 0 says why") from None
+        raise OSError(f"sample state {folder}, rank {rank}: {cause}") from cause

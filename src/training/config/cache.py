@@ -1,0 +1,131 @@
+"""What the flags of cached features and captions mean together: refusals, and what a run does with a cache.
+
+Every rule takes what was ``Given`` and either answers or raises ``Refusal``, as in ``rules``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.config.model import brings_weights, check_model, is_coca
+from training.config.parser import Given, Refusal
+
+FEATURES, CAPTIONS = "features", "captions"
+_WRITES = {"cache_ref_model_features": FEATURES, "cache_syn_texts": CAPTIONS}
+_FOLDERS = {FEATURES: ("cached_ref_features_dir", "ref_features"), CAPTIONS: ("cached_syn_texts_dir", "syn_texts")}
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Reference features and synthetic captions on disk.
+
+    ``writes``: 'features' or 'captions' where the run writes a cache and ends, else ''. Folders are resolved: the
+    one to write, or those that training reads, '' where it reads none. ``num_syn_texts`` None: all that are there.
+    """
+
+    writes: str
+    cached_ref_features_dir: str
+    ref_features_offset: int
+    num_samples_per_shard: int
+    cached_syn_texts_dir: str
+    syn_texts_offset: int
+    num_syn_texts: int | None
+    cap_model: str
+    cap_model_pretrained: str
+    cache_group_size: int
+    cache_rank: int
+
+
+def writes(given: Given) -> str:
+    """'features' or 'captions' where the run writes a cache and ends; else ''."""
+    asked = [key for key in _WRITES if given.values[key]]
+    if len(asked) == 2:
+        raise Refusal(
+            f"{given.say(asked[0])} and {given.say(asked[1])} are two runs, each of which reads all images once: "
+            "leave one out"
+        )
+    return _WRITES[asked[0]] if asked else ""
+
+
+def resolve(given: Given, dataset_type: str, trains: bool) -> dict[str, Any]:
+    """``writes``, and the folders of the caches, '' where the run has no use for one."""
+    written = writes(given)
+    folders = {key: given.values[key] for key, _ in _FOLDERS.values()}
+    if written:
+        _check_writing(given, written, dataset_type)
+        key, default = _FOLDERS[written]
+        folders = dict.fromkeys(folders, "") | {key: folders[key] or os.path.join(given.logs, default)}
+    elif trains:
+        _check_reading(given, dataset_type)
+    count = given.num_syn_texts if written or given.chose("num_syn_texts") else None
+    return {"writes": written, "num_syn_texts": count, **folders}
+
+
+def _check_writing(given: Given, written: str, dataset_type: str) -> None:
+    flag = given.say(next(key for key, what in _WRITES.items() if what == written))
+    if dataset_type == "none":
+        raise Refusal(f"{flag} needs --train-data: the samples to go through")
+    if dataset_type == "synthetic":
+        raise Refusal(f"{flag}: synthetic data is noise that each run makes anew, give --train-data")
+    _check_rows(given, flag, dataset_type)
+    if given.cache_rank >= given.cache_group_size:
+        raise Refusal(
+            f"{given.say('cache_rank')}: jobs are numbered from 0 to --cache_group_size - 1, here "
+            f"{given.cache_group_size - 1}"
+        )
+    if given.resume:
+        raise Refusal(f"{given.say('resume')}: {flag} goes on by itself where it stopped, leave the flag out")
+    if given.skip_webdataset_split_by_node:
+        raise Refusal(
+            f"--skip_webdataset_split_by_node: {flag} shares the shards out among the ranks; give every node a "
+            "job of its own with --cache_group_size and --cache_rank"
+        )
+    key = _FOLDERS[written][0]
+    if re.search(r"[{*?\[]|::|^[a-z0-9]+:", given.values[key]):
+        raise Refusal(f"{given.say(key)}: to write, give one folder, not a pattern or a URL")
+    if written == CAPTIONS:
+        _check_captioner(given)
+
+
+def _check_reading(given: Given, dataset_type: str) -> None:
+    read = [key for key, _ in _FOLDERS.values() if given.values[key]]
+    if len(read) == 2:
+        raise Refusal(
+            f"{given.say(read[0])} holds features of the own captions, which {given.say(read[1])} replaces: run "
+            "the reference live, or train without synthetic captions"
+        )
+    for key in read:
+        _check_rows(given, given.say(key), dataset_type)
+        value = given.values[key]
+        if not re.search(r"[:{*?\[]", value) and not Path(value).exists():
+            raise Refusal(f"{given.say(key)}: there is no such folder on this machine, check the path")
+    if given.cap_model:
+        raise Refusal(
+            f"{given.say('cap_model')}: captions are written once and then read; run once with --cache_syn_texts, "
+            "then train with --cached_syn_texts_dir alone"
+        )
+
+
+def _check_rows(given: Given, flag: str, dataset_type: str) -> None:
+    if dataset_type == "webdataset" and given.data_size == -1:
+        raise Refusal(
+            f"{flag} needs --data_size: without it samples of shards have no rows, by which they are found again"
+        )
+
+
+def _check_captioner(given: Given) -> None:
+    if not given.cap_model:
+        raise Refusal("--cache_syn_texts needs --cap_model: the model that writes captions")
+    check_model(given, "cap_model")
+    if not is_coca(given.cap_model):
+        raise Refusal(f"{given.say('cap_model')}: it has no caption decoder, choose a coca model")
+    if given.precision in ("bf16", "fp16"):
+        raise Refusal(
+            f"{given.say('precision')}: open_clip casts a part of CoCa's decoder only, use amp_bf16 or pure_bf16"
+        )
+    if not given.cap_model_pretrained and not brings_weights(given.cap_model):
+        raise Refusal(f"{given.say('cap_model')} has no weights: give --cap_model_pretrained TAG or FILE")

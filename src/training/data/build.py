@@ -1,0 +1,191 @@
+"""Which data a run trains and validates on, as the flags say: shards, a csv file, or synthetic samples."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Protocol
+
+import torch
+from open_clip.transform import PreprocessCfg
+
+from training.cache.captions import open_captions
+from training.cache.features import open_features
+from training.config.params import Config
+from training.data.bad_samples import Source, allowance
+from training.data.lanes import Layout, default_layout
+from training.data.loader import TrainData, ValData, ValStream, prefetch
+from training.data.sources.tables import SyntheticSource, open_csv
+from training.data.sources.webdataset import open_shards, open_val_shards
+from training.data.tokenizer import Tokenizer
+from training.data.transforms import TrainView, eval_transform
+from training.data.worker import TrainStream
+from training.distributed.process_group import World
+
+__all__ = ["TrainData", "ValData", "build_train", "build_val", "prefetch", "same_tokens", "steps_per_epoch"]
+
+log = logging.getLogger(__name__)
+
+_PROBE = ["", "a photo of a cat", "Ünïcode, CAPITALS & (punctuation)!", "1234567890 🙂", "many words " * 100]
+
+
+class Model(Protocol):
+    """What the data path asks of a model (``models.BuiltModel``)."""
+
+    preprocess: PreprocessCfg
+    tokenizer: Tokenizer
+
+
+def build_train(config: Config, world: World, target: Model, reference: Model | None) -> TrainData:
+    """The training data of this rank. All ranks call it together. ValueError names the flag that is wrong."""
+    data, run = config.data, config.run
+    samples = samples_per_epoch(config)
+    steps = _steps(samples, config, world.world_size)
+    layout = _layout(config, world)
+    source = _open(config, world, target, steps)
+    needs_ref_text = reference is not None and not same_tokens(target.tokenizer, reference.tokenizer)
+    stream = TrainStream(
+        source,
+        TrainView(
+            target.preprocess,
+            None if reference is None else reference.preprocess,
+            data.aug_cfg,
+            data.rand_augment,
+        ),
+        target.tokenizer,
+        reference.tokenizer if needs_ref_text else None,
+        open_features(config),
+        open_captions(config),
+        seed=run.seed,
+        batch_size=run.batch_size,
+        steps=steps,
+        layout=layout,
+        allowed=allowance(data.max_bad_fraction, samples // world.world_size),
+        rank=world.rank,
+        ranks=world.world_size,
+        own_shards=_own_shards(config),
+    )
+    if samples < run.batch_size * world.world_size and world.is_main:
+        log.warning(
+            "an epoch of %d samples does not fill one global batch of %d: each batch holds samples several times, "
+            "which a contrastive loss takes for pairs that do not match; give a smaller --batch-size",
+            *(samples, run.batch_size * world.world_size),
+        )
+    train = TrainData(
+        stream,
+        world_size=world.world_size,
+        workers=data.workers,
+        device=world.device,
+        fixed=data.lanes is not None,
+    )
+    log.info(
+        "training data: %s; lanes %s (virtual ranks, workers); an epoch is %d samples in %d steps of %d, %s",
+        *(source.describe(stream.lanes), layout, samples, steps, run.batch_size * world.world_size),
+        _remainder(train.samples_per_epoch - samples),
+    )
+    return train
+
+
+def build_val(config: Config, world: World, target: Model) -> ValData | None:
+    """The pairs of ``--val-data`` for this rank, None without them. ValueError names the flag that is wrong."""
+    val = config.evaluation
+    if val.val_data is None:
+        return None
+    if val.val_dataset_type == "csv":
+        source = open_csv(val.val_data, config.data, config.run.seed)
+    else:
+        source = open_val_shards(val.val_data)
+    stream = ValStream(
+        source,
+        eval_transform(target.preprocess),
+        target.tokenizer,
+        batch_size=config.run.batch_size // config.run.accum_freq,
+        limit=val.val_num_samples,
+        rank=world.rank,
+        ranks=world.world_size,
+    )
+    return ValData(stream, workers=config.data.workers, device=world.device)
+
+
+def samples_per_epoch(config: Config) -> int:
+    """What an epoch is to see: ``--train-num-samples``, or all rows of the csv file (which is read for it)."""
+    data = config.data
+    if data.train_num_samples is not None:
+        return data.train_num_samples
+    assert data.dataset_type == "csv", "the parser asks for --train-num-samples"
+    return open_csv(data.train_data, data, config.run.seed).count()
+
+
+def steps_per_epoch(config: Config, world_size: int) -> int:
+    """Steps of one global batch that an epoch has, known without opening shards.
+
+    ceil(samples / global batch); with ``--epoch_policy exact`` without the last one that would not be full.
+    """
+    return _steps(samples_per_epoch(config), config, world_size)
+
+
+def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers give the same ids, and as many, for a probe of texts: then one serves both models."""
+    ours, theirs = a(_PROBE), b(_PROBE)
+    return ours.shape == theirs.shape and torch.equal(ours, theirs)
+
+
+def _steps(samples: int, config: Config, world_size: int) -> int:
+    batch = config.run.batch_size * world_size
+    if config.data.epoch_policy != "exact":
+        return math.ceil(samples / batch)
+    if samples < batch:
+        raise ValueError(
+            f"--epoch_policy exact: an epoch of {samples} samples has no full batch of {batch}; give a smaller "
+            "--batch-size, or --epoch_policy wrap"
+        )
+    return samples // batch
+
+
+def _remainder(beyond: int) -> str:
+    """What becomes of the samples that do not fill a batch, from how many places there are beyond the samples."""
+    if beyond < 0:
+        return f"{-beyond} others left out of each epoch"
+    return f"{beyond} repeated to fill the last" if beyond else "none repeated, none left out"
+
+
+def _own_shards(config: Config) -> bool:
+    return config.data.dataset_type == "webdataset" and config.data.skip_webdataset_split_by_node
+
+
+def _layout(config: Config, world: World) -> Layout:
+    """The lanes of ``--lanes``, or one for each loader process."""
+    lanes, ranks = config.data.lanes, world.world_size
+    if lanes is None:
+        return default_layout(ranks, config.data.workers)
+    layout = Layout(*lanes)
+    misfit = layout.misfit(ranks, config.data.workers, config.run.batch_size * ranks)
+    if misfit is None and _own_shards(config) and layout.ranks != ranks:
+        misfit = f"with --skip_webdataset_split_by_node there are as many virtual ranks as ranks, {ranks}"
+    if misfit:
+        raise ValueError(f"--lanes {layout}: {misfit}; give multiples of the ranks and of --workers")
+    return layout
+
+
+def _open(config: Config, world: World, target: Model, steps: int) -> Source:
+    data, seed = config.data, config.run.seed
+    if data.dataset_type == "webdataset":
+        return open_shards(data, seed, world, steps)
+    if data.dataset_type == "csv":
+        source = open_csv(data.train_data, data, seed)
+        rows = source.count()
+        if 0 < data.data_size < rows:
+            raise ValueError(
+                f"--data_size {data.data_size}: {data.train_data} has {rows} rows, and "
+                "each has its place in the sample state; give at least as many"
+            )
+        if data.epoch_policy == "exact" and (data.train_num_samples or 0) > rows:
+            raise ValueError(
+                f"--train-num-samples {data.train_num_samples}: {data.train_data} has {rows} rows, and "
+                "--epoch_policy exact takes none twice; give at most as many"
+            )
+        return source
+    size = target.preprocess.size
+    samples = data.train_num_samples if data.data_size < 0 else min(data.train_num_samples, data.data_size)
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    return SyntheticSource(samples, shape, seed, resampled=data.epoch_policy == "resample")

@@ -1,0 +1,1 @@
+"""Where samples come from: webdataset shards, csv files, synthetic noise."""

@@ -1,0 +1,344 @@
+"""Training samples from webdataset shards: tar files of ``NAME.jpg|jpeg|png|webp``, ``NAME.txt``, ``NAME.json``.
+
+``--train-data`` names the shards: brace ranges, globs, URLs, ``pipe:`` commands, several sources joined with
+``::``; ``shards`` reads them.
+
+The order of an epoch (see ``order`` for lanes and turns):
+
+- Every turn visits the shards in a random order, fixed by (seed, epoch, turn).
+- Up to ``SPLIT_BY_SAMPLE`` samples per epoch, every lane reads all shards and decodes only its own samples, which
+  are dealt one by one. An epoch of N samples is then each of N samples once, whatever the shards' sizes, and the
+  global batches do not even depend on the lanes. Reading is cheap beside decoding at this size.
+- Beyond it the shards are dealt: each lane reads its own. Where lanes have unequal shares, one goes on with its
+  next turn while another does not finish; ``--epoch_policy exact`` counts the samples first and deals as many to
+  each as it delivers.
+- Samples are shuffled, undecoded, in windows of ``WINDOW``, by (seed, epoch, turn, lane, window).
+- ``--epoch_policy resample`` draws shards with replacement instead, each lane for itself.
+
+A sample's row of the sample state is the ``key`` in its json, or with ``--sample_index position`` its place among
+all samples of the unshuffled list. That needs every shard's size: the tar headers of all shards are read at
+start-up, shared out among the ranks (about 0.1 ms per sample and rank; remote shards are downloaded once for it).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple
+
+from training.config.params import DataConfig
+from training.data.bad_samples import Fault, Item, RawSample, Skips, Unusable
+from training.data.order import BEGIN, Lane, Part, Piece, Place, deal, deal_exactly, draws, permutation, seed_of
+from training.data.sources.keys import Rows
+from training.data.sources.shards import UNREADABLE, Damage, Group, Shard, count_samples, expand_shards, read_shard
+from training.distributed.process_group import World, gather_object
+
+SPLIT_BY_SAMPLE = 2**15
+WINDOW = 4096
+IMAGES = ("jpg", "jpeg", "png", "webp")
+
+_KEY = re.compile(r"-?[0-9]{1,18}")
+_READERS = 8  # threads that wait for files while counting
+
+
+class SharedKey(ValueError):
+    """Two shards have a sample with the same key."""
+
+
+class Visit(NamedTuple):
+    """The samples of ``piece``, in one lane's list for a turn; ``turn`` tells visits of an epoch apart."""
+
+    piece: Piece
+    turn: int
+
+
+class Read(NamedTuple):
+    """A sample, the ``faults`` that count with it, and (visit, position, offset) of the next one."""
+
+    sample: RawSample | None
+    faults: list[Fault]
+    next: tuple[int, int, int]
+
+
+class ShardSource:
+    """The stream of samples of a list of shards.
+
+    ``sample_index``: 'key' or 'position'; None where the run keeps no rows, so that no json is needed.
+    ``weights``: one per shard to draw them with replacement; None to visit each once per turn.
+    ``by_sample``: deal samples, not shards, to the lanes.
+    ``sizes``: samples per shard, to deal as many as the ``steps`` of an epoch take and none twice.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        seed: int,
+        *,
+        sample_index: str | None = "key",
+        weights: Sequence[float] | None = None,
+        by_sample: bool = False,
+        sizes: Sequence[int] | None = None,
+        steps: int = 0,
+        window: int = WINDOW,
+    ) -> None:
+        self.shards = tuple(shards)
+        self.seed, self.sample_index, self.window = seed, sample_index, window
+        self.weights = None if weights is None else tuple(weights)
+        self.by_sample = by_sample and weights is None
+        self.sizes, self.steps = sizes, steps
+        self._rows = Rows()
+
+    def stream(self, epoch: int, lane: Lane, place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Item]:
+        """See ``samples.Source``."""
+        while True:
+            end = yield from self._turn(epoch, lane, place, limit)
+            yield end
+            place = end.place
+
+    def describe(self, lanes: int) -> str:
+        """See ``samples.Source``."""
+        if self.weights:
+            return f"{len(self.shards)} shards, drawn with replacement by each of {lanes} lanes"
+        if self.by_sample:
+            return f"{len(self.shards)} shards, read by all {lanes} lanes and dealt by sample"
+        return f"{len(self.shards)} shards, {len(self.shards) / lanes:.4g} for each of {lanes} lanes"
+
+    def identity(self) -> list[str | int]:
+        """See ``samples.Source``. Where the shards lie is not part of it: they may be moved."""
+        names = seed_of(*"\n".join(shard.url.rsplit("/", 1)[-1] for shard in self.shards).encode())
+        kind = "drawn" if self.weights else "dealt by sample" if self.by_sample else "dealt"
+        return [kind, len(self.shards), names, self.window, *([self.steps] if self.sizes else [])]
+
+    def in_order(self, part: Part) -> Iterator[Item]:
+        """Every ``part.count``-th sample from sample ``part.number`` on, once, in the order of the list."""
+        visits = [Visit(Piece(number), 0) for number in range(len(self.shards))]
+        for position, (sample, faults, _) in enumerate(self._samples(visits)):
+            if part.owns(position):
+                yield Item(sample, faults=faults)
+
+    def count(self) -> int:
+        """The number of samples; shards that cannot be read have none."""
+        total = 0
+        for shard in self.shards:
+            with suppress(*UNREADABLE):
+                total += count_samples(shard.url)
+        return total
+
+    def _turn(self, epoch: int, lane: Lane, place: Place, limit: int) -> Generator[Item, None, Item]:
+        """The rest of a turn from ``place`` on. Returns its end."""
+        key = (self.seed, epoch, place.turn) if self.by_sample else (self.seed, epoch, place.turn, lane.number)
+        shared = lane if self.by_sample else None
+        reads = self._samples(self._visits(epoch, place.turn, lane), place, limit)
+        while True:
+            block: list[Read | None] = list(islice(reads, self.window))
+            if not block or block[0].sample is None:
+                faults = block[0].faults if block and (shared is None or shared.owns(0)) else ()
+                return Item(None, Place(turn=place.turn + 1, before=place.before), faults)
+            after = Place(place.turn, place.window + 1, place.before + len(block), *block[-1].next)
+            for taken, i in enumerate(permutation(len(block), *key, place.window)):
+                read, block[i] = block[i], None  # what has been read is no longer held here
+                if taken < place.taken or (shared and not shared.owns(place.before + taken)):
+                    continue
+                behind = place._replace(taken=taken + 1) if taken + 1 < len(block) else after
+                yield Item(read.sample, behind, read.faults)
+            place = after
+
+    def _visits(self, epoch: int, turn: int, lane: Lane) -> list[Visit]:
+        """What the lane reads in a turn, in this order."""
+        key = (self.seed, epoch, turn)
+        if self.weights:
+            n = max(len(self.shards) // lane.count, 1)
+            drawn = draws(n, self.weights, *key, lane.number)
+            return [Visit(Piece(shard), turn * n + i) for i, shard in enumerate(drawn)]
+        shards = permutation(len(self.shards), *key)
+        if self.by_sample:
+            return [Visit(Piece(shard), turn) for shard in shards]
+        exactly = self.sizes is not None
+        pieces = deal_exactly(shards, self.sizes, lane, self.steps) if exactly else deal(shards, lane)
+        return [Visit(piece, turn) for piece in pieces]
+
+    def _samples(self, visits: Sequence[Visit], place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Read]:
+        """The usable samples from ``place`` on, each with the faults up to the next one.
+
+        The first also has those before it. Without any sample there is a single one that is None.
+        NothingUsable: more than ``limit`` faults in a row.
+        """
+        sample, faults = None, []
+        for found, where in self._found(visits, place):
+            if isinstance(found, Fault):
+                faults.append(found)
+                if len(faults) > limit:
+                    skips = Skips(limit=limit)
+                    skips.extend(faults)
+                    skips.check()
+                continue
+            if sample is not None:
+                yield Read(sample, faults, where)
+                faults = []
+            sample = found
+        yield Read(sample, faults, (len(visits), 0, 0))
+
+    def _found(self, visits: Sequence[Visit], place: Place) -> Iterator[tuple[RawSample | Fault, tuple[int, ...]]]:
+        """The samples from ``place`` on with (visit, position, offset) of each, and between them the faults."""
+        for number in range(place.visit, len(visits)):
+            piece, turn = visits[number]
+            url = self.shards[piece.shard].url
+            start = (place.position, place.offset) if number == place.visit else (0, 0)
+            for found in read_shard(url, *start):
+                if piece.ends_before(found.position):
+                    break
+                if not piece.holds(found.position):
+                    continue
+                if isinstance(found, Damage):
+                    yield found.fault, ()
+                    continue
+                try:
+                    yield self._parse(found, piece.shard, turn), (number, found.position, found.offset)
+                except Unusable as fault:
+                    yield Fault(str(fault), f"{url}/{found.name}"), ()
+
+    def _parse(self, group: Group, number: int, turn: int) -> RawSample:
+        shard, members = self.shards[number], group.members
+        image = next((members[extension] for extension in IMAGES if extension in members), None)
+        if image is None:
+            raise Unusable("missing image")
+        if "txt" not in members:
+            raise Unusable("missing text")
+        try:
+            text = members["txt"].decode()
+        except UnicodeDecodeError:
+            raise Unusable("text is not utf-8") from None
+        name = f"{shard.url}/{group.name}"
+        if self.sample_index is None:
+            return RawSample(image, text, nameless_row(name), turn, name)
+        by_key = self.sample_index == "key"
+        row = shard.first_row + (_key(members) if by_key else group.position)
+        if not shard.first_row <= row < shard.stop_row:
+            raise Unusable("key out of range")
+        if by_key:
+            self._check_key(row, number)
+        return RawSample(image, text, row, turn, name)
+
+    def _check_key(self, row: int, number: int) -> None:
+        shard, other = self.shards[number], self.shards[self._rows.meet(row, number)]
+        if other.url != shard.url:
+            raise SharedKey(
+                f"--train-data: key {row - shard.first_row} is in {other.url} and in {shard.url}, so that two "
+                "samples would share a row of the sample state; give --data_size one size per :: source where "
+                "each counts for itself, use --sample_index position, or write distinct keys"
+            )
+
+
+def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> ShardSource:
+    """The source that the flags describe, for epochs of ``steps``. ValueError names the flag that is wrong.
+
+    All ranks have to call this together where ``--sample_index position`` or ``--epoch_policy exact`` make them
+    count.
+    """
+    sources = expand_shards(config.train_data)
+    sizes = config.data_sizes or (config.data_size,)
+    keeps_rows = sizes[0] > 0
+    shards = list(with_rows(sources, sizes))
+    by_position, exact = keeps_rows and config.sample_index == "position", config.epoch_policy == "exact"
+    counts = None
+    if by_position or exact:
+        flag = "--sample_index position" if by_position else "--epoch_policy exact"
+        counts = _count_all([shard.url for shard in shards], world, flag)
+    if by_position:
+        shards = _at_positions(shards, counts)
+    if exact and sum(counts) < config.train_num_samples:
+        raise ValueError(
+            f"--train-num-samples {config.train_num_samples}: the shards hold {sum(counts)} samples, and "
+            "--epoch_policy exact takes none twice; give at most as many"
+        )
+    weights = None
+    if config.epoch_policy == "resample":
+        factors = config.train_data_upsampling_factors or (1.0,) * len(sources)
+        weights = [factor for factor, source in zip(factors, sources, strict=True) for _ in source]
+    if config.skip_webdataset_split_by_node:
+        seed = seed_of(seed, world.rank) >> 1  # ranks that read the same shards should not read them in step
+    return ShardSource(
+        shards,
+        seed,
+        sample_index=config.sample_index if keeps_rows else None,
+        weights=weights,
+        by_sample=config.train_num_samples <= SPLIT_BY_SAMPLE,
+        sizes=counts if exact else None,
+        steps=steps,
+    )
+
+
+def open_val_shards(val_data: str) -> ShardSource:
+    """The shards of ``--val-data``, for reading in order; they need no json. ValueError: there are none."""
+    urls = [url for source in expand_shards(val_data, "--val-data") for url in source]
+    return ShardSource([Shard(url, 0, 0) for url in urls], 0, sample_index=None)
+
+
+def nameless_row(name: str) -> int:
+    """A negative number that tells samples apart in a run that keeps no rows."""
+    return -1 - (seed_of(*name.encode()) >> 1)
+
+
+def _key(members: dict[str, bytes]) -> int:
+    if "json" not in members:
+        raise Unusable("missing json")
+    try:
+        key = json.loads(members["json"])["key"]
+    except (ValueError, RecursionError):
+        raise Unusable("json is not valid") from None
+    except (KeyError, TypeError, IndexError):
+        raise Unusable("json without key") from None
+    if isinstance(key, str) and _KEY.fullmatch(key):
+        return int(key)
+    if isinstance(key, int) and not isinstance(key, bool):
+        return key
+    raise Unusable("key is not an integer")
+
+
+def with_rows(sources: list[list[str]], sizes: Sequence[int]) -> Iterator[Shard]:
+    """One size: rows are shared by all sources. A size per source: each source has a range of its own."""
+    if len(sizes) == 1:
+        sizes, starts = list(sizes) * len(sources), [0] * len(sources)
+    else:
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    for source, size, start in zip(sources, sizes, starts, strict=True):
+        yield from (Shard(url, start, start + size) for url in source)
+
+
+def _at_positions(shards: list[Shard], counts: list[int]) -> list[Shard]:
+    """Move each shard's first row behind the samples before it in the same range of rows."""
+    placed, seen = [], {}
+    for shard, samples in zip(shards, counts):
+        before = seen.get(shard.first_row, 0)
+        placed.append(replace(shard, first_row=shard.first_row + before))
+        seen[shard.first_row] = before + samples
+    return placed
+
+
+def _count_all(urls: list[str], world: World, flag: str) -> list[int]:
+    """Samples per shard; every rank counts its part."""
+
+    def attempt(url: str) -> int | str:
+        try:
+            return count_samples(url)
+        except UNREADABLE as error:
+            return f"{url}: {error}"
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        parts = gather_object(list(pool.map(attempt, urls[world.rank :: world.world_size])))
+    counts: list[int | str] = [0] * len(urls)
+    for rank, part in enumerate(parts):
+        counts[rank :: world.world_size] = part
+    failures = [result for result in counts if isinstance(result, str)]
+    if failures:
+        raise ValueError(
+            f"{flag}: {len(failures)} of {len(urls)} shards cannot be counted, and it needs the sizes of all; "
+            f"mend or remove {failures[0]}"
+        )
+    return counts

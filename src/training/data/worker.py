@@ -1,0 +1,257 @@
+"""What one loader process does: from the samples of its lanes to batches, with the lanes' places behind each.
+
+Every process of a rank prepares whole batches, every W-th, with the lanes (see ``order`` and ``lanes``) whose
+steps those are. It runs through the epochs without stopping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from drrho_clip.batch import Batch
+from training.cache.captions import Captions
+from training.cache.features import Features
+from training.cache.row_store import MissingRow
+from training.data.bad_samples import Allowance, NothingUsable, RawSample, Skips, Source, Unusable
+from training.data.batch_memory import BatchMemory, ReceivedMemory
+from training.data.decode import check_size
+from training.data.lanes import Layout, Progress
+from training.data.order import BEGIN, Lane, Place, seed_of
+from training.data.sources.webdataset import SharedKey
+from training.data.tokenizer import Tokenizer, Tokens
+from training.data.transforms import TrainView, Views
+
+T = TypeVar("T")
+
+LONGEST_TEXT = 4096  # characters that are tokenized: CLIP's tokenizer takes minutes over a word of 100 kB
+_SMALL = ("text", "index", "ref_text")  # of a batch, int64
+_BARREN_TURNS = 20  # beyond one per lane, passes without a usable sample before a lane gives up
+
+
+class Sample(NamedTuple):
+    """One decoded training sample."""
+
+    views: Views
+    text: str
+    index: int
+    seed: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One batch of a rank, with the samples left out on the way to it and the places of its lanes behind it.
+
+    ``failure`` says why there is no batch and nothing more will come.
+    """
+
+    batch: Batch | None
+    skips: Skips
+    places: dict[tuple[int, int], Place] = field(default_factory=dict)
+    failure: ValueError | None = None
+
+    def pin_memory(self) -> Chunk:
+        """A copy in page-locked memory; ``DataLoader`` calls this by its name."""
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
+
+    def copy(self, memory: ReceivedMemory, ref_memory: ReceivedMemory) -> Chunk:
+        """One that holds when the loader process uses its memory again, with the images in these memories."""
+        if self.batch is None:
+            return self
+        image, ref_image = memory.copy(self.batch.image), self.batch.ref_image
+        ref_image = None if ref_image is None else ref_memory.copy(ref_image)
+        return replace(self, batch=replace(self.batch, image=image, ref_image=ref_image))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ids and rows go from process to process as arrays, in the message.
+
+        A tensor goes through shared memory, whose descriptor takes longer to hand over than so little to copy.
+        """
+        if self.batch is None:
+            return self.__dict__
+        small = {name: t.numpy() for name in _SMALL if (t := getattr(self.batch, name)) is not None}
+        return self.__dict__ | {"batch": replace(self.batch, **small)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        batch = state["batch"]
+        if batch is not None:
+            small = {name: torch.from_numpy(a) for name in _SMALL if (a := getattr(batch, name)) is not None}
+            state["batch"] = replace(batch, **small)
+        self.__dict__.update(state)
+
+
+class TrainStream(IterableDataset):
+    """The endless row of batches that one loader process prepares: every W-th from ``start`` on.
+
+    ``rank`` of ``ranks`` has ``batch_size`` samples of each of an epoch's ``steps``. ``own_shards``: every rank
+    reads all of the source by itself, as the only virtual rank.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        view: TrainView,
+        tokenizer: Tokenizer,
+        ref_tokenizer: Tokenizer | None,
+        features: Features | None = None,
+        captions: Captions | None = None,
+        *,
+        seed: int,
+        batch_size: int,
+        steps: int,
+        layout: Layout,
+        allowed: Allowance | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        own_shards: bool = False,
+    ) -> None:
+        self.source, self.view = source, view
+        self.allowed = allowed or Allowance()
+        self.tokens = Tokens(tokenizer)
+        self.ref_tokens = None if ref_tokenizer is None else Tokens(ref_tokenizer)
+        self.features, self.captions = features, captions
+        self.seed, self.batch_size, self.steps = seed, batch_size, steps
+        self.rank, self.ranks, self.own_shards = rank, ranks, own_shards
+        self.layout, self.start = layout, Progress()
+        self._images, self._ref_images = BatchMemory(), BatchMemory()
+
+    @property
+    def lanes(self) -> int:
+        """Among how many lanes the source is shared out."""
+        return self.layout.workers * (1 if self.own_shards else self.layout.ranks)
+
+    def own(self, places: Mapping[tuple[int, int], Place]) -> dict[tuple[int, int], Place]:
+        """Those of this rank's lanes: where the others' stand, it will not know for long."""
+        own = {name for worker in range(self.layout.workers) for name in self._lanes_of(worker)}
+        return {name: place for name, place in places.items() if name in own}
+
+    def __iter__(self) -> Iterator[Chunk]:
+        worker, workers = this_worker()
+        skips = Skips(limit=self.allowed.samples)
+        epoch, readers = -1, {}
+        for turn in count(self.start.epoch * self.steps + self.start.step + worker, workers):
+            if turn // self.steps != epoch:
+                epoch, readers = turn // self.steps, {}
+            try:
+                batch, places = self._batch(turn % self.steps, epoch, readers, skips)
+            except (NothingUsable, SharedKey, MissingRow) as error:
+                yield Chunk(None, skips.take(), failure=error)
+                return
+            yield Chunk(batch, skips.take(), places)
+
+    def _batch(
+        self, step: int, epoch: int, readers: dict[tuple[int, int], LaneReader], skips: Skips
+    ) -> tuple[Batch, dict[tuple[int, int], Place]]:
+        """The rank's part of the batch of ``step``; ``readers`` of the epoch are kept."""
+        samples, places = [], {}
+        for name, lane in self._lanes_of(step % self.layout.workers).items():
+            if name not in readers:
+                place = self.start.places.get(name, BEGIN) if epoch == self.start.epoch else BEGIN
+                readers[name] = LaneReader(self, epoch, lane, place, skips)
+            samples += readers[name].take(lane.share)
+            places[name] = readers[name].place
+            if step + self.layout.workers >= self.steps:
+                readers[name].finish()
+        return self._collate(samples), places
+
+    def _lanes_of(self, worker: int) -> dict[tuple[int, int], Lane]:
+        """This rank's lanes of a virtual worker, in the order of their samples in the batch."""
+        if self.own_shards:
+            return {(self.rank, worker): Lane(0, 1, worker, self.layout.workers, self.batch_size)}
+        virtual = self.layout.ranks // self.ranks
+        return {
+            (p, worker): Lane(p, self.layout.ranks, worker, self.layout.workers, self.batch_size // virtual)
+            for p in range(self.rank * virtual, (self.rank + 1) * virtual)
+        }
+
+    def _collate(self, samples: list[Sample]) -> Batch:
+        texts, seeds = [sample.text for sample in samples], [sample.seed for sample in samples]
+        rows, names = [sample.index for sample in samples], [sample.name for sample in samples]
+        references = [sample.views.reference for sample in samples]
+        return Batch(
+            image=self._images.stack([sample.views.target for sample in samples]),
+            text=self.tokens(texts, seeds),
+            index=torch.tensor(rows),
+            ref_image=None if references[0] is None else self._ref_images.stack(references),
+            ref_text=None if self.ref_tokens is None else self.ref_tokens(texts, seeds),
+            ref_features=None if self.features is None else self.features(rows, texts, names),
+        )
+
+
+class LaneReader:
+    """The decoded samples of one lane in one epoch; ``place`` is where it stands behind the last one taken."""
+
+    def __init__(self, stream: TrainStream, epoch: int, lane: Lane, place: Place, skips: Skips) -> None:
+        self.place = place
+        self._stream, self._epoch, self._lane, self._skips = stream, epoch, lane, skips
+        self._items = stream.source.stream(epoch, lane, place, skips.limit)
+        self._usable = self._barren = 0  # samples of this turn; turns in a row without any
+
+    def take(self, n: int) -> list[Sample]:
+        """The next ``n`` samples. NothingUsable, SharedKey: what is wrong with the data."""
+        samples: list[Sample] = []
+        while len(samples) < n:
+            if (sample := self._next()) is not None:
+                samples.append(sample)
+        return samples
+
+    def finish(self) -> None:
+        """Count, at the end of the lane's epoch, the bad samples that the turn has before its next good one."""
+        self._next()
+
+    def _next(self) -> Sample | None:
+        """The next good sample; None at a turn's end."""
+        for item in self._items:
+            self.place = item.place
+            self._skips.extend(item.faults)
+            if item.sample is not None and (sample := self._decoded(item.sample)) is not None:
+                return sample
+            self._skips.check()
+            if item.sample is None:
+                self._end_turn()
+                return None
+        raise AssertionError("streams have no end")
+
+    def _decoded(self, raw: RawSample) -> Sample | None:
+        image = decode_or_skip(raw, self._skips, self._stream.view.decode)
+        if image is None:
+            return None
+        self._usable += 1
+        self._skips.in_a_row = 0
+        seed = seed_of(self._stream.seed, self._epoch, raw.turn, raw.index)
+        text, captions = raw.text[:LONGEST_TEXT], self._stream.captions
+        if captions is not None:
+            text = captions.draw(raw.index, text, raw.name, seed)
+        return Sample(self._stream.view(image, seed), text, raw.index, seed, raw.name)
+
+    def _end_turn(self) -> None:
+        self._usable, self._barren = 0, 0 if self._usable else self._barren + 1
+        if self._barren > self._lane.count + _BARREN_TURNS:
+            raise NothingUsable(f"there is no usable sample in the training data; left out: {self._skips}")
+
+
+def decode_or_skip(raw: RawSample, skips: Skips, decoder: Callable[..., T]) -> T | None:
+    """What ``decoder`` makes of the image of ``raw``; None where it cannot, which is counted in ``skips``."""
+    try:
+        if not isinstance(raw.image, Image.Image):
+            check_size(raw.image)
+        return decoder(raw.image)
+    except Unusable as fault:
+        skips.add(str(fault), raw.name)
+        return None
+    except Exception as error:  # a decoder raises anything on a broken file
+        skips.add("undecodable image", f"{raw.name}: {error}")
+        return None
+
+
+def this_worker() -> tuple[int, int]:
+    """(number of this loader process, how many there are); (0, 1) in the run's own process."""
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)

@@ -1,0 +1,153 @@
+"""The loop over one epoch: set rates, take a step, now and then say so.
+
+Nothing here waits for the device between two log lines, but for a look at the count of skipped steps once per
+``--max_skipped_steps``: meters add up where the values are.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+
+from drrho_clip.schedules import Horizon
+from training.data.build import TrainData
+from training.distributed.process_group import World
+from training.logger import Meter, RunLog, TrainStatus, read
+from training.loop.optimizer import LearningRates
+from training.loop.profiler import Profiler
+from training.loop.speed_monitor import DataWait
+from training.loop.step import Stepper
+
+
+@dataclass
+class Trainer:
+    """One run's loop. ``step`` counts optimizer steps from the run's start; ``horizon.end_step`` ends it.
+
+    ``meters`` add up over the epoch that is under way; a run that goes on inside an epoch starts with those of
+    its checkpoint. ``settled``: the gradient buckets are (``Stepper.settle``).
+    """
+
+    stepper: Stepper
+    rates: LearningRates
+    data: TrainData
+    horizon: Horizon
+    world: World
+    log: RunLog
+    profiler: Profiler
+    data_wait: DataWait
+    log_every: int = 100
+    step: int = 0
+    meters: dict[str, Meter] = field(default_factory=dict)
+    settled: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether this run has taken all steps that it was asked for."""
+        return self.step >= self.horizon.end_step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next step belongs to."""
+        return self.step // self.data.steps_per_epoch
+
+    def train_epoch(self, after_step: Callable[[], bool]) -> None:
+        """From ``step`` to the end of its epoch, or of the run where that comes first.
+
+        ``after_step`` is called after each step; where it returns True, this is the last one for now.
+        """
+        epoch, per_epoch = self.epoch, self.data.steps_per_epoch
+        stop = min((epoch + 1) * per_epoch, self.horizon.end_step)
+        task = self.stepper.task
+        task.model.train()
+        task.loss.set_epoch(epoch)
+        begun = self.step - epoch * per_epoch
+        if begun == 0:
+            self.meters = {}
+        window = _Window(first=True)
+        with self.log.progress(stop - self.step, f"epoch {epoch}", unit="step", every=math.inf) as progress:
+            for batch in islice(self.data.epoch(epoch, begun), stop - self.step):
+                window.loaded()
+                if not self.settled:
+                    self.stepper.settle(batch, self.step)
+                    self.settled = True
+                self.rates.set(self.step, (-task.bare.logit_scale.detach()).exp())
+                task.loss.set_temperature_rate(self.rates.lr_tau)
+                values = self.stepper(batch, self.step)
+                values["logit_scale"] = task.bare.logit_scale.detach().exp()
+                for name, value in values.items():
+                    self.meters.setdefault(name, Meter()).update(value, len(batch))
+                self.step += 1
+                self.profiler.step()
+                progress.update()
+                window.stepped()
+                done = self.step - epoch * per_epoch
+                if (done - 1) % self.log_every == 0 or self.step == stop:
+                    self._report(epoch, done, len(batch), window)
+                    window = _Window()
+                if after_step():
+                    return
+                window.resumed()
+
+    def _report(self, epoch: int, done: int, batch: int, window: _Window) -> None:
+        per_step = batch * self.world.world_size
+        losses = read(self.meters)  # waits for the device, so the window's times are complete
+        seconds = window.seconds()
+        scale = losses.pop("logit_scale")[0]
+        if (news := self.stepper.skipped.news()) and self.world.is_main:
+            self.log.warning(news)
+        if self.world.is_main:
+            self.data_wait.update(window.data_seconds(), seconds, first=window.first)
+        self.log.train(
+            TrainStatus(
+                epoch=epoch,
+                step=self.step,
+                seen=done * per_step,
+                total=self.data.steps_per_epoch * per_step,
+                eta=seconds * (self.horizon.end_step - self.step),
+                data_time=window.data_seconds(),
+                batch_time=seconds,
+                rate=per_step / seconds,
+                gpus=self.world.world_size,
+                lr=self.rates.lr,
+                lr_tau=self.rates.lr_tau,
+                logit_scale=scale,
+                losses=losses,
+            )
+        )
+
+
+class _Window:
+    """Wall time since the last log line, and the share of it that went into waiting for data."""
+
+    def __init__(self, first: bool = False) -> None:
+        self.first = first
+        self._last = time.perf_counter()
+        self._waited, self._worked, self._steps = 0.0, 0.0, 0
+
+    def loaded(self) -> None:
+        self._waited += self._lap()
+
+    def stepped(self) -> None:
+        self._worked += self._lap()
+        self._steps += 1
+
+    def resumed(self) -> None:
+        """What has passed since ``stepped``, with a checkpoint perhaps, is neither."""
+        self._lap()
+
+    def seconds(self) -> float:
+        """Per step, up to now."""
+        self._worked += self._lap()
+        return max(self._waited + self._worked, 1e-9) / self._steps
+
+    def data_seconds(self) -> float:
+        """Per step, waiting for the loader."""
+        return self._waited / self._steps
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds

@@ -1,0 +1,339 @@
+"""The target and the frozen reference, built by open_clip from the configuration.
+
+A model is built with what its pretrained tag declares: activation (QuickGELU), mean, std, interpolation. open_clip
+only warns where a tag declares QuickGELU and the config named does not, and would embed with the wrong one.
+
+Initialisation depends on the seed alone: every rank builds the same model, and whoever draws random numbers before
+or after is not disturbed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg
+from torch import Tensor, nn
+
+from training.config.model import brings_weights
+from training.config.params import Config, LossConfig, ModelConfig
+from training.distributed.process_group import World, node_main_first
+from training.models import pretrained
+from training.models.pretrained import Weights, one_line
+
+_log = logging.getLogger(__name__)
+_OPENAI_LOGIT_SCALE = math.log(1 / 0.07)
+_SIGLIP_LOGIT_SCALE, _SIGLIP_LOGIT_BIAS = math.log(10), -10.0
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model with what it expects of its inputs.
+
+    ``module``      open_clip model on the run's device; its forward returns a dict.
+    ``preprocess``  size, mean, std, interpolation and resize mode of its images.
+    ``tokenizer``   list of n captions -> int64 [n, context_length].
+    ``name``        as given; a config file by its stem.
+    """
+
+    module: nn.Module
+    preprocess: PreprocessCfg
+    tokenizer: Callable[[list[str]], Tensor]
+    name: str
+    context_length: int
+
+
+def build_target(config: Config, world: World) -> BuiltModel:
+    """The model to train: weights, temperature, locked towers, gradient checkpointing.
+
+    ValueError: names, files or flags that do not fit; the message says which.
+    """
+    c, loss = config.model, config.loss
+    name = pretrained.open_clip_name(c.model, "--model")
+    with node_main_first():
+        architecture = pretrained.architecture(name, f"--model {c.model}")
+        _check_tower(architecture["vision_cfg"], c)
+        weights = pretrained.find(name, c.pretrained, "--pretrained", "--model")
+        tokenizer = _tokenizer(name, f"--model {c.model}")
+    initial = {}
+    if loss.name == "siglip":
+        initial = {"init_logit_scale": _SIGLIP_LOGIT_SCALE, "init_logit_bias": _SIGLIP_LOGIT_BIAS}
+    module = _create(
+        name,
+        architecture,
+        weights,
+        flag=f"--model {c.model}",
+        weights_flag="--pretrained",
+        precision=config.run.precision,
+        seed=config.run.seed,
+        initial=initial,
+        force_quick_gelu=c.force_quick_gelu,
+        force_patch_dropout=c.force_patch_dropout,
+        force_custom_text=c.force_custom_text,
+        force_image_size=c.force_image_size,
+        force_preprocess_cfg={"mean": c.image_mean, "std": c.image_std},
+        pretrained_image=c.pretrained_image,
+    )
+    _lock(module, c, is_hugging_face="hf_model_name" in architecture["text_cfg"])
+    start_temperature(module, loss)
+    _choose_scalars(module, loss)
+    if c.grad_checkpointing:
+        module.set_grad_checkpointing()
+    return _finish(module, tokenizer, c.model, weights, world, role="target")
+
+
+def build_reference(config: Config, world: World) -> BuiltModel | None:
+    """The frozen reference in eval mode, nothing in it asking for a gradient.
+
+    None where the run has no reference, or finds its features on disk.
+    With ``--ref_model_checkpoint`` beside a tag, the tag only says how to build the model. ValueError as above.
+    """
+    c = config.reference
+    if not c.ref_model or (config.cache.cached_ref_features_dir and not config.cache.writes):
+        return None
+    teacher = bool(config.flags.get("distill_model"))
+    flag, weights_flag = "--ref_model", "--ref_model_pretrained"
+    if teacher:
+        flag, weights_flag = "--distill-model", "--distill-pretrained"
+    name = pretrained.open_clip_name(c.ref_model, flag)
+    with node_main_first():
+        architecture = pretrained.architecture(name, f"{flag} {c.ref_model}")
+        if c.ref_model_checkpoint:
+            weights = pretrained.from_checkpoint(name, c.ref_model_checkpoint, c.ref_model_pretrained)
+            weights_flag = "--ref_model_checkpoint"
+        else:
+            weights = pretrained.find(name, c.ref_model_pretrained, weights_flag, flag)
+        tokenizer = _tokenizer(name, f"{flag} {c.ref_model}")
+    module = _create(
+        name,
+        architecture,
+        weights,
+        flag=f"{flag} {c.ref_model}",
+        weights_flag=weights_flag,
+        precision=config.run.precision,
+        seed=config.run.seed,
+    )
+    module.eval().requires_grad_(False)
+    return _finish(module, tokenizer, c.ref_model, weights, world, role="teacher" if teacher else "reference")
+
+
+def build_captioner(config: Config, world: World) -> BuiltModel:
+    """The captioning model of ``--cap_model``, frozen and in eval mode. ValueError as above."""
+    c = config.cache
+    flag, weights_flag = "--cap_model", "--cap_model_pretrained"
+    name = pretrained.open_clip_name(c.cap_model, flag)
+    with node_main_first():
+        architecture = pretrained.architecture(name, f"{flag} {c.cap_model}")
+        weights = pretrained.find(name, c.cap_model_pretrained, weights_flag, flag)
+        tokenizer = _tokenizer(name, f"{flag} {c.cap_model}")
+    module = _create(
+        name,
+        architecture,
+        weights,
+        flag=f"{flag} {c.cap_model}",
+        weights_flag=weights_flag,
+        precision=config.run.precision,
+        seed=config.run.seed,
+    )
+    module.eval().requires_grad_(False)
+    return _finish(module, tokenizer, c.cap_model, weights, world, role="captioning model")
+
+
+def _create(
+    name: str,
+    architecture: Mapping[str, Any],
+    weights: Weights,
+    *,
+    flag: str,
+    weights_flag: str,
+    precision: str,
+    seed: int,
+    initial: Mapping[str, float] | None = None,
+    force_quick_gelu: bool = False,
+    force_image_size: int | tuple[int, int] | None = None,
+    force_preprocess_cfg: Mapping[str, Any] | None = None,
+    pretrained_image: bool = False,
+    **settings: Any,
+) -> nn.Module:
+    """An open_clip model on the CPU with ``weights``, its temperature in float32 whatever the precision."""
+    scalars = {
+        "init_logit_scale": architecture.get("init_logit_scale", _OPENAI_LOGIT_SCALE),
+        "init_logit_bias": architecture.get("init_logit_bias"),
+        **(initial or {}),
+    }
+    own_weights = weights.file is None and brings_weights(name)
+    is_timm = "timm_model_name" in architecture["vision_cfg"]
+    # timm resamples position embeddings that are there already: size after weights.
+    resize_later = force_image_size is not None and is_timm and weights.file is not None
+    preprocess = {**weights.declared, **{k: v for k, v in (force_preprocess_cfg or {}).items() if v is not None}}
+    with _fetching(own_weights or pretrained_image or "hf_model_name" in architecture["text_cfg"]), _seeded(seed):
+        try:
+            with _quiet_open_clip():
+                module = open_clip.create_model(
+                    name,
+                    load_weights=own_weights,
+                    require_pretrained=own_weights,
+                    precision=precision,
+                    output_dict=True,
+                    force_quick_gelu=force_quick_gelu or weights.declared.get("quick_gelu", False),
+                    force_image_size=None if resize_later else force_image_size,
+                    force_preprocess_cfg=preprocess,
+                    pretrained_image=pretrained_image and weights.file is None,
+                    pretrained_text=weights.file is None,
+                    **scalars,
+                    **settings,
+                )
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{flag}: open_clip cannot build this model ({one_line(error)})") from error
+        if not own_weights:
+            _initialize_caption_projection(module)
+    _keep_float32(module, None if own_weights else scalars)
+    if weights.file is not None:
+        with _quiet_open_clip():
+            pretrained.load(module, weights.file, weights_flag)
+    if resize_later:
+        module.visual.set_input_size(force_image_size)
+        resized = {**open_clip.get_model_preprocess_cfg(module), "size": module.visual.image_size}
+        open_clip.set_model_preprocess_cfg(module, resized)
+    return module
+
+
+def _initialize_caption_projection(module: nn.Module) -> None:
+    """Give CoCa's last layer weights of the scale that its other projections have.
+
+    open_clip leaves it as uninitialized memory, which no seed decides and which may hold NaN.
+    """
+    decoder = getattr(module, "text_decoder", None)
+    if isinstance(decoder, nn.Module):
+        nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)
+
+
+def _keep_float32(module: nn.Module, initial: Mapping[str, float | None] | None) -> None:
+    """Temperature and bias in float32, at exactly their initial values where they are known.
+
+    bfloat16 resolves ln(1/tau) near 4 in steps of 1/64, some hundred times a step of the optimizer: it would
+    never move. Weights loaded afterwards keep their value too.
+    """
+    for name in ("logit_scale", "logit_bias"):
+        parameter = getattr(module, name, None)
+        if parameter is None or parameter.dtype == torch.float32:
+            continue
+        value = parameter.detach().float()
+        if initial is not None:
+            value = torch.full_like(value, initial[f"init_{name}"])
+        setattr(module, name, nn.Parameter(value))
+
+
+def start_temperature(module: nn.Module, loss: LossConfig) -> None:
+    """``--temperature``, where it was given and acts, rather than the one that came with weights."""
+    if loss.name.startswith("fastclip") and loss.temperature is not None:
+        with torch.no_grad():
+            module.logit_scale.fill_(math.log(1 / loss.temperature))
+        _log.info("temperature starts at %g, as --temperature says", loss.temperature)
+
+
+def _choose_scalars(module: nn.Module, loss: LossConfig) -> None:
+    """Which of temperature and bias are trained."""
+    individual = loss.name == "fastclip_individual"
+    constant = loss.name == "fastclip" and loss.temperature_scheme == "global_constant"
+    module.logit_scale.requires_grad_(not (individual or constant))
+    if getattr(module, "logit_bias", None) is not None and loss.name != "siglip":
+        module.logit_bias.requires_grad_(False)  # no other loss uses it; DDP would wait for its gradient
+
+
+def _tokenizer(name: str, flag: str) -> Callable[[list[str]], Tensor]:
+    try:
+        with _quiet_open_clip():
+            return open_clip.get_tokenizer(name)
+    except ImportError as error:
+        raise ValueError(f"{flag}: its tokenizer needs a package, pip install {error.name}") from error
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{flag}: its tokenizer cannot be had ({one_line(error)}); without a network it must be in the "
+            "Hugging Face cache already"
+        ) from error
+
+
+def _lock(module: nn.Module, c: ModelConfig, *, is_hugging_face: bool) -> None:
+    if c.lock_image:
+        groups = c.lock_image_unlocked_groups
+        try:
+            module.visual.lock(unlocked_groups=groups, freeze_bn_stats=c.lock_image_freeze_bn_stats)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"--lock-image-unlocked-groups {groups}: {one_line(error)}") from error
+    if not c.lock_text:
+        return
+    if is_hugging_face:
+        module.text.lock(c.lock_text_unlocked_layers, c.lock_text_freeze_layer_norm)
+        return
+    tower = module.text if hasattr(module, "text") else module
+    getattr(tower, "lock" if tower is not module else "lock_text_tower")(c.lock_text_unlocked_layers)
+    if not c.lock_text_freeze_layer_norm:
+        # open_clip's own towers lock every weight alike; the flag means here what it means for Hugging Face's.
+        norms = [tower.ln_final, *(m for m in tower.transformer.modules() if isinstance(m, nn.LayerNorm))]
+        for norm in norms:
+            norm.requires_grad_(True)
+
+
+def _finish(
+    module: nn.Module, tokenizer: Callable, model: str, weights: Weights, world: World, *, role: str
+) -> BuiltModel:
+    name = Path(model).stem if pretrained.is_config_file(model) else model
+    source = "its own weights" if weights.file is None and brings_weights(model) else weights.source
+    parameters = sum(p.numel() for p in module.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    gelu = ", QuickGELU" if weights.declared.get("quick_gelu") else ""
+    _log.info(
+        "%s %s: %.1fM parameters, %.1fM trained, %s%s", role, name, parameters / 1e6, trained / 1e6, source, gelu
+    )
+    preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(module))
+    return BuiltModel(module.to(world.device), preprocess, tokenizer, name, tokenizer.context_length)
+
+
+def _check_tower(tower: Mapping[str, Any], c: ModelConfig) -> None:
+    """Refuse flags that the image tower, by its ``vision_cfg``, would ignore."""
+    if c.force_patch_dropout and isinstance(tower.get("layers"), list):
+        raise ValueError(
+            f"--force-patch-dropout {c.force_patch_dropout}: the image tower of {c.model} is a ResNet, without "
+            "patches to drop; leave the flag out"
+        )
+    if c.pretrained_image and "timm_model_name" not in tower:
+        raise ValueError(
+            f"--pretrained-image: the image tower of {c.model} is not one of timm's, which come with weights; "
+            "use --pretrained"
+        )
+
+
+def _fetching(needed: bool) -> AbstractContextManager[None]:
+    """Local rank 0 alone, then the others, where building may download; all at once where it cannot."""
+    return node_main_first() if needed else nullcontext()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # The CPU's generator only: models are initialised there, and a GPU's is neither used nor disturbed.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet_open_clip() -> Iterator[None]:
+    """Without open_clip's account of each build in the root logger, which says that no weights were loaded."""
+
+    def is_ours(record: logging.LogRecord) -> bool:
+        return Path(record.pathname).parent != Path(open_clip.__file__).parent or record.levelno >= logging.ERROR
+
+    root = logging.getLogger()
+    root.addFilter(is_ours)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_ours)
