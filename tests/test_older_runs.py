@@ -21,8 +21,8 @@ from training.checkpoint import published, sample_state_io
 ARCHIVE = Path(__file__).parent / "assets" / "run_0.1.tar.xz"
 COMMAND = """--model @/tiny-vit.json --pretrained @/start.pt --train-data @/{00000..00004}.tar --data_size 30
     --train-num-samples 30 --batch-size 4 --epochs 3 --workers 0 --lanes 2,1 --precision fp32 --lr 1e-3 --warmup 2
-    --seed 5 --force-patch-dropout 0.25 --aug-cfg scale=(0.3,1.0) --grad-clip-norm 0.5 --log-every-n-steps 1 --logs @/logs
-    --fastclip --multiply_tau --temperature 0.07 --gamma 0.6 --rho 6.5 --lr_tau 1e-4
+    --seed 5 --force-patch-dropout 0.25 --aug-cfg scale=(0.3,1.0) --grad-clip-norm 0.5 --logs @/logs
+    --log-every-n-steps 1 --fastclip --multiply_tau --temperature 0.07 --gamma 0.6 --rho 6.5 --lr_tau 1e-4
     --ref_model @/tiny-vit-reference.json --ref_model_checkpoint @/reference.pt"""
 
 
