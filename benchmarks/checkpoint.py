@@ -33,10 +33,12 @@ import torch
 
 import report
 from drrho_clip.sample_state import SampleState
-from training.checkpoint import catalog, published, sample_state_io
+from training.checkpoint import catalog, pt_file, sample_state_io
+from training.checkpoint import resume as resuming
 from training.checkpoint.run_state import RunState
 from training.checkpoint.saver import Saver
-from training.config.params import OptimConfig, parse
+from training.config.optim import OptimConfig
+from training.config.params import parse
 from training.loop.optimizer import create_optimizer
 from training.models import pretrained
 
@@ -129,7 +131,7 @@ def synchronous(state: RunState, folder: Path) -> float:
     folder.mkdir()
     started = time.perf_counter()
     sample_state_io.write(folder / "rows", state.sample_state.state_dict())
-    published.write(folder / "file.pt", state.held())
+    pt_file.write(folder / "file.pt", state.held())
     return time.perf_counter() - started
 
 
@@ -146,7 +148,7 @@ def resume(path: Path, state: RunState) -> tuple[float, float]:
         for tensor in (*state.model.parameters(), *state.sample_state.local().values()):
             tensor.zero_()
     started = time.perf_counter()
-    catalog.resume(path, state, steps_per_epoch=1, global_batch=1)
+    resuming.resume(path, state, steps_per_epoch=1, global_batch=1)
     resumed = time.perf_counter() - started
     same = all(map(torch.equal, state.model.parameters(), weights))
     if not same or not all(torch.equal(state.sample_state.local()[n], before[n]) for n in before):

@@ -53,7 +53,7 @@ import torch
 from PIL import Image
 
 import report
-from training.checkpoint.published import read
+from training.checkpoint.pt_file import read
 from victim import AFTER, ALL, BEFORE, BETWEEN, PHASES, RESUMING, STARTING, TRAINING, Events, Kill
 
 SAMPLES, SHARDS, GLOBAL_BATCH = 60, 3, 8

@@ -35,9 +35,9 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 
 import report
-from training.data.lanes import Layout, Progress, pack
+from training.data.lanes import Layout
 from training.data.loader import TrainData
-from training.data.order import Place
+from training.data.progress import Place, Progress, pack
 from training.data.sources.shards import Shard, read_shard
 from training.data.sources.webdataset import WINDOW, ShardSource
 from training.data.transforms import TrainView

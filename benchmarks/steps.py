@@ -15,11 +15,13 @@ from drrho_clip.losses.fastclip import COLUMNS
 from drrho_clip.normalize import normalize
 from drrho_clip.reference import Reference
 from training.config.params import Config, parse
-from training.data.build import prefetch, same_tokens
+from training.data.build import same_tokens
+from training.data.loader import prefetch
 from training.distributed import process_group
 from training.distributed.process_group import World
 from training.loop.build import build_loss
-from training.loop.optimizer import LearningRates, create_optimizer
+from training.loop.learning_rates import LearningRates
+from training.loop.optimizer import create_optimizer
 from training.loop.step import Stepper
 from training.loop.task import Task
 from training.models import precision

@@ -20,16 +20,21 @@ import torch
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
-from drrho_clip.losses import LossInputs
+from drrho_clip.losses.interface import LossInputs
 from drrho_clip.selection import select
 from flag_lab import CPU, OTHER_NODE, WORLD, Lab
 from ranks import ranks
+from training.cache.captions import open_captions
+from training.cache.features import open_features
 from training.config.params import parse
-from training.data.build import build_train, build_val, steps_per_epoch
-from training.distributed import process_group
+from training.data.build import Model, build_train, steps_per_epoch
+from training.data.loader import TrainData
+from training.distributed import ddp, process_group
 from training.distributed.process_group import World
+from training.evaluation.pairs import build_val
 from training.loop.build import build_distillation, build_loss, build_selection
-from training.loop.optimizer import LearningRates, create_optimizer, horizon
+from training.loop.learning_rates import LearningRates, horizon
+from training.loop.optimizer import create_optimizer
 from training.models.build import BuiltModel, build_captioner, build_reference, build_target
 from training.models.pretrained import Weights
 
@@ -49,15 +54,21 @@ class Pixels:
 PIXELS = Pixels()
 
 
+def train_data(words: list[str], world: World = WORLD, reference: Model | None = None) -> TrainData:
+    """What a run trains on, with what it would read beside it."""
+    config = parse(words)
+    return build_train(config, world, PIXELS, reference, open_features(config), open_captions(config))
+
+
 def stream(lab: Lab, words: list[str], world: World = WORLD) -> list[tuple[list[int], float, int]]:
     """Rows, pixels and tokens of the batches of one epoch."""
-    train = build_train(parse(words), world, PIXELS, None)
+    train = train_data(words, world)
     return [(b.index.tolist(), b.image.double().sum().item(), b.text.sum().item()) for b in train.epoch(0)]
 
 
 def reference_features(lab: Lab, words: list[str]) -> list[float]:
     """What comes with the batches of one epoch."""
-    train = build_train(parse(words), WORLD, PIXELS, None)
+    train = train_data(words)
     return [value for batch in train.epoch(0) for value in batch.ref_features.flatten().tolist()]
 
 
@@ -88,7 +99,7 @@ def records() -> Iterator[list[str]]:
 def lanes(lab: Lab, words: list[str]) -> str:
     """How the data is dealt to loader processes, as the log says."""
     with records() as lines:
-        build_train(parse(words), WORLD, PIXELS, None)
+        train_data(words)
     return next(line for line in lines if "lanes" in line)
 
 
@@ -212,13 +223,13 @@ def wrapped(lab: Lab, words: list[str]) -> tuple[set[str], dict[str, Any]]:
     """The normalization layers of a model wrapped for two GPUs, and what DDP is told."""
     config, told = parse(words), {}
 
-    def ddp(module: nn.Module, **settings: Any) -> nn.Module:
+    def recorded(module: nn.Module, **settings: Any) -> nn.Module:
         told.update(settings)
         return module
 
     world = World(0, 0, 2, 2, torch.device("cuda", 0))
-    with mock.patch("training.distributed.process_group.DistributedDataParallel", ddp):
-        module = process_group.wrap(
+    with mock.patch("training.distributed.ddp.DistributedDataParallel", recorded):
+        module = ddp.wrap(
             build_target(config, WORLD).module,
             world,
             static_graph=config.distributed.ddp_static_graph,

@@ -32,7 +32,7 @@ from training.checkpoint.remote_sync import remote_sync
 from training.config.params import parse
 from training.distributed import process_group
 from training.distributed.process_group import World
-from training.loop.checkpointer import Safekeeping
+from training.loop.checkpointer import Checkpointer
 from training.main import main
 
 # -------------------------------------------------------------------------------------------- runs
@@ -76,10 +76,8 @@ def epochs_evaluated(run: Run) -> list[int]:
 
 def files_or_refusal(lab: Lab, words: list[str]) -> list[str] | str:
     """What a run leaves, or that it is refused."""
-    try:
-        return lab.run(words).files
-    except SystemExit:
-        return "refused"
+    run = lab.run(words)
+    return run.files if run.code == 0 else "refused"
 
 
 def cached_rows(lab: Lab, words: list[str]) -> list[int]:
@@ -144,14 +142,14 @@ def copied(lab: Lab, words: list[str]) -> list[str]:
 
 def requeues(lab: Lab, words: list[str]) -> int:
     """How often a run that a signal stops asks Slurm to queue its job again."""
-    after_step = Safekeeping.after_step
+    after_step = Checkpointer.after_step
 
-    def signalled(self: Safekeeping) -> bool:
+    def signalled(self: Checkpointer) -> bool:
         os.kill(os.getpid(), signal.SIGUSR1)
         return after_step(self)
 
     with (
-        mock.patch.object(Safekeeping, "after_step", signalled),
+        mock.patch.object(Checkpointer, "after_step", signalled),
         mock.patch("training.run.requeue") as requeue,
     ):
         assert Lab.run(replace(lab, runs={}), words).code == 0
@@ -161,14 +159,14 @@ def requeues(lab: Lab, words: list[str]) -> int:
 def ends_for_a_hang(lab: Lab, words: list[str]) -> list[int]:
     """The exit codes with which a run would be ended, one of whose steps takes long."""
     codes: list[int] = []
-    after_step = Safekeeping.after_step
+    after_step = Checkpointer.after_step
 
-    def slow(self: Safekeeping) -> bool:
+    def slow(self: Checkpointer) -> bool:
         time.sleep(0.5 if self._trainer.step == 2 else 0)
         return after_step(self)
 
     with (
-        mock.patch.object(Safekeeping, "after_step", slow),
+        mock.patch.object(Checkpointer, "after_step", slow),
         mock.patch("training.distributed.failures.end", codes.append),
     ):
         assert Lab.run(replace(lab, runs={}), words).code == 0

@@ -47,7 +47,9 @@ class Ranks:
     def __init__(self, size: int, joined: bool = True, timeout: float = 120.0) -> None:
         self.size, self.timeout = size, timeout
         context, port = mp.get_context("forkserver"), free_port() if joined else None
-        context.set_forkserver_preload(["drrho_clip.losses"])  # imported once, not by every rank
+        context.set_forkserver_preload(
+            ["drrho_clip.losses.individual", "drrho_clip.losses.baselines"]
+        )  # imported once, not by every rank
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

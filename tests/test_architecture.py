@@ -1,6 +1,14 @@
-"""Imports go one way, and only a few modules may speak to other ranks."""
+"""The house: which room may import which, what starts without torch, and that each name stands for one thing.
+
+docs/architecture.md draws what ``FLOORS`` says.
+"""
+
+from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -11,24 +19,36 @@ MODULES = {
     for package in ("drrho_clip", "training")
     for path in sorted((SRC / package).rglob("*.py"))
 }
+# From the ground up. A room is a folder, or a module of the hall; it imports from lower floors and from itself.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("drrho_clip",),
+    ("training.config", "training.files", "training.rng"),
+    ("training.distributed",),
+    ("training.data", "training.checkpoint"),
+    ("training.models", "training.logger"),
+    ("training.loop", "training.evaluation", "training.cache"),
+    ("training.preflight",),
+    ("training.run", "training.dry_run"),
+    ("training.main", "training.check_data", "training.check_cache"),
+)
+# The same inside the method: modules of one row do not import each other, but for the losses.
+METHOD: tuple[tuple[str, ...], ...] = (
+    ("batch", "collectives", "float32", "normalize", "schedules", "losses.registry"),
+    ("sample_state",),
+    ("losses.interface", "losses.compositional", "losses.baselines", "losses.distillation", "losses.fastclip",
+     "losses.individual"),
+    ("reference", "selection"),
+)  # fmt: skip
+WITHOUT_TORCH = ("training.config", "training.distributed.launcher", "drrho_clip.losses.registry")
 MAY_COMMUNICATE = {
     "drrho_clip.collectives",
+    "training.distributed.collectives",
     "training.distributed.process_group",
     "training.checkpoint.sample_state_io",
 }
 # Outside these, torch.distributed may be named for its types alone.
-MAY_USE_TYPES = {
-    "drrho_clip.sample_state": {"torch.distributed.tensor"},
-    "training.loop.step": {"torch.nn.parallel"},
-}
-# Lower rooms first; a module may import from its own row and from those before it.
-ROOMS = [
-    {"drrho_clip", "drrho_clip.batch", "drrho_clip.collectives", "drrho_clip.float32", "drrho_clip.normalize"},
-    {"drrho_clip.schedules"},
-    {"drrho_clip.sample_state"},
-    {m for m in MODULES if m.startswith("drrho_clip.losses")},
-    {"drrho_clip.reference", "drrho_clip.selection"},
-]
+MAY_USE_TYPES = {"drrho_clip.sample_state": {"torch.distributed.tensor"}}
+MOST_ENTRIES = 14
 
 
 def imports_of(module: str) -> set[str]:
@@ -45,48 +65,136 @@ def imports_of(module: str) -> set[str]:
 
 
 def ours(module: str) -> set[str]:
-    return {name for name in imports_of(module) if name in MODULES and name != module}
+    """The modules of ours that ``module`` imports; a package stands for nothing, as no ``__init__`` holds code."""
+    return {name for name in imports_of(module) if name in MODULES and not is_package(name)} - {module}
+
+
+def is_package(module: str) -> bool:
+    return MODULES[module].name == "__init__.py"
+
+
+def room_of(module: str) -> tuple[int, str]:
+    """Floor and name of the room that ``module`` stands in."""
+    for floor, rooms in enumerate(FLOORS):
+        for room in rooms:
+            if module == room or module.startswith(f"{room}."):
+                return floor, room
+    raise AssertionError(f"{module} has no place in FLOORS: put it into a room, or give it one")
+
+
+def against_the_floors(module: str, imported: str) -> str | None:
+    """What is wrong with that import; None: nothing."""
+    (floor, room), (other_floor, other) = room_of(module), room_of(imported)
+    if room == other or other_floor < floor:
+        return None
+    if other_floor == floor:
+        return (
+            f"{module} imports {imported}: {room} and {other} are on one floor and do not know each other; let "
+            "the hall (training.run) hand over what one needs of the other"
+        )
+    return (
+        f"{module} imports {imported}: {other} stands above {room}, and imports go down only; move what is needed "
+        "to a lower room, or hand it in"
+    )
 
 
 def test_there_is_something_to_check():
-    assert len(MODULES) > 20
-    assert "drrho_clip.sample_state" in ours("drrho_clip.losses.fastclip")
+    assert len([m for m in MODULES if not is_package(m)]) > 60
+    assert "drrho_clip.sample_state" in ours("drrho_clip.losses.interface")
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not is_package(m)])
+def test_imports_go_down(module):
+    faults = [fault for imported in ours(module) if (fault := against_the_floors(module, imported))]
+    assert not faults, "\n".join(faults)
+
+
+def test_an_import_against_the_floors_is_named_with_its_rule():
+    up = against_the_floors("training.data.loader", "training.cache.features")
+    assert up is not None and "training.cache stands above training.data, and imports go down only" in up
+    across = against_the_floors("training.loop.trainer", "training.evaluation.evaluate")
+    assert across is not None and "on one floor and do not know each other" in across
+    assert against_the_floors("training.loop.trainer", "training.data.loader") is None
+
+
+def test_rooms_of_the_method_are_in_order():
+    level = {f"drrho_clip.{name}": i for i, row in enumerate(METHOD) for name in row}
+    for module in MODULES:
+        if module.startswith("drrho_clip") and not is_package(module):
+            assert module in level, f"{module} has no place in METHOD"
+            for imported in runtime_imports(module):
+                assert level[imported] <= level[module], f"{module} imports {imported}, which stands above it"
 
 
 def test_no_cycles():
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, " -> ".join((*path, module))
+        assert module not in path, f"imports in a circle: {' -> '.join((*path, module))}"
         if module not in done:
-            # Importing a package's name runs its __init__, which imports its modules: that is no cycle.
-            for other in ours(module):
-                if not other.startswith(f"{module}.") and not module.startswith(f"{other}."):
-                    visit(other, (*path, module))
+            for other in runtime_imports(module):
+                visit(other, (*path, module))
             done.add(module)
 
     for module in MODULES:
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("drrho_clip")])
-def test_the_method_knows_nothing_of_the_trainer(module):
-    assert not {name for name in imports_of(module) if name.split(".")[0] == "training"}
+def runtime_imports(module: str) -> set[str]:
+    """``ours`` without what is imported for type checkers alone."""
+    tree = ast.parse(MODULES[module].read_text())
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name in MODULES and not is_package(name)} - {module}
 
 
-def test_rooms_of_the_method_are_in_order():
-    level = {module: i for i, room in enumerate(ROOMS) for module in room}
-    for module in MODULES:
-        if module.startswith("drrho_clip"):
-            assert module in level, f"{module} has no place in ROOMS"
-            assert all(level[other] <= level[module] for other in ours(module)), module
+@pytest.mark.parametrize("package", sorted(m for m in MODULES if is_package(m)))
+def test_packages_hold_a_docstring_and_nothing_else(package):
+    """Importing one module of a room costs that module alone."""
+    tree = ast.parse(MODULES[package].read_text())
+    assert ast.get_docstring(tree), f"{package} says nothing of what is in it"
+    assert len(tree.body) == 1, f"{package} holds code: an __init__ is a docstring, and re-exports nothing"
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - MAY_COMMUNICATE))
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES.values()}), ids=lambda f: f.name)
+def test_no_room_is_a_hall(folder):
+    entries = [p.name for p in folder.iterdir() if p.name not in ("__init__.py", "__pycache__", "py.typed")]
+    hall = folder == SRC / "training"
+    assert hall or len(entries) <= MOST_ENTRIES, f"{folder} has {len(entries)} entries: make a room of some"
+
+
+def test_each_class_has_a_name_of_its_own():
+    places = defaultdict(list)
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(module)
+    twice = {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert not twice, f"classes of one name: {twice}"
+
+
+def test_refusals_come_without_torch():
+    """In a new process, as torch cannot be imported away."""
+    modules = [m for m in MODULES if m.startswith(WITHOUT_TORCH)]
+    code = f"import sys, importlib\nfor m in {modules}: importlib.import_module(m)\nprint('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(SRC)}
+    )
+    assert done.stdout == "False\n", f"one of {WITHOUT_TORCH} imports torch at its start: {done.stderr}"
+
+
+@pytest.mark.parametrize("module", sorted(m for m in set(MODULES) - MAY_COMMUNICATE if not is_package(m)))
 def test_collectives_stay_in_their_rooms(module):
     allowed = MAY_USE_TYPES.get(module, set())
     named = {name for name in imports_of(module) if name.startswith("torch.distributed")}
-    assert all(any(name.startswith(a) for a in allowed) for name in named), named
+    assert all(any(name.startswith(a) for a in allowed) for name in named), (
+        f"{module} names {named}: ranks speak through {sorted(MAY_COMMUNICATE)} alone"
+    )
     source = MODULES[module].read_text()
     assert "torch.distributed." not in "\n".join(
         line for line in _code_lines(source) if not line.lstrip().startswith(("from ", "import "))
@@ -102,7 +210,7 @@ def _code_lines(source: str) -> list[str]:
     return ast.unparse(tree).splitlines()
 
 
-def test_only_main_unpacks_the_configuration_for_the_loop():
+def test_only_builders_unpack_the_configuration_for_the_loop():
     """The step, the task and the loop take plain values; they would work under another command line."""
     for module in ("training.loop.step", "training.loop.task", "training.loop.trainer"):
-        assert "training.config.params" not in imports_of(module)
+        assert not {name for name in imports_of(module) if name.startswith("training.config")}

@@ -18,15 +18,16 @@ import shards
 from flag_lab import WORLD, Lab
 from ranks import ranks
 from spoiled import SAMPLES, SHARDS
-from training import check_data
 from training.config.params import parse
+from training.data import audit
 from training.data.bad_samples import Allowance, SkipLog, Skips, Tolerance, TooManyBad, allowance
 from training.data.build import build_train
+from training.data.lanes import Lane
 from training.data.loader import TrainData
-from training.data.order import Lane
 from training.data.sources import webdataset
 from training.data.sources.shards import expand_shards
-from training.distributed.process_group import World, gather_object
+from training.distributed.collectives import gather_object
+from training.distributed.process_group import World
 
 ROWS = 1000
 
@@ -142,7 +143,7 @@ def test_check_data_finds_what_training_leaves_out(tmp_path):
     for i, broken in enumerate(SHARDS.values()):
         broken.make(tmp_path / f"{i:02d}.tar", range(200 + 10 * i, 204 + 10 * i))
     pattern = f"{pattern}::{tmp_path}/{{00..{len(SHARDS) - 1:02d}}}.tar"
-    found = check_data.check(expand_shards(pattern), [ROWS])
+    found = audit.check(expand_shards(pattern), [ROWS])
     rows, counts, _ = epoch(pattern, len(found.good))
     assert sorted(rows) == sorted(found.good[:, 0]) and counts == found.skips.counts
     assert {"unreadable shard", "empty shard", "undecodable image", "image too large"} < set(counts)

@@ -1,6 +1,6 @@
 """The best of each metric."""
 
-from training.checkpoint.best import describe, update
+from training.evaluation.best import describe, update
 
 
 def test_higher_is_better_but_for_losses_and_ranks_and_the_first_of_equals_stays():

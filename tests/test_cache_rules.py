@@ -80,10 +80,10 @@ def test_features_stand_for_a_reference(tmp_path):
 
 
 def test_flags_without_effect_are_named(tmp_path):
-    notes = config(f"{FASTCLIP} --ref_features_offset 5 --cache_rank 0 --num_samples_per_shard 9").notes
+    notes = config(f"{FASTCLIP} --ref_features_offset 5 --cache_rank 0 --num_samples_per_shard 9").remarks
     assert "--ref_features_offset, --num_samples_per_shard: no effect without --cached_ref_features_dir" in notes
     assert "--cache_rank: no effect without a cache to write" in notes
-    assert config(f"{WRITE} --ref_features_offset 5").notes == (
+    assert config(f"{WRITE} --ref_features_offset 5").remarks == (
         "--ref_features_offset: no effect on what is written, rows keep their numbers",
     )
 

@@ -18,7 +18,8 @@ from training.cache.producers import FeatureWork
 from training.cache.row_store import StoreWriter, open_store
 from training.checkpoint.run_folder import choose_folder
 from training.config.params import parse
-from training.data.transforms import decode, eval_transform
+from training.data.decode import decode
+from training.data.transforms import eval_transform
 from training.distributed.process_group import World
 from training.logger import open_run
 from training.main import main

@@ -12,12 +12,12 @@ from open_clip import SimpleTokenizer
 import shards
 import tiny_models
 from flag_lab import WORLD, Lab
-from flag_parts import PIXELS, Pixels
-from training.cache import captions
-from training.cache.captions import open_captions, random_numbers, sample_captions
+from flag_parts import PIXELS, Pixels, train_data
+from training.cache import captioner, captions
+from training.cache.captioner import random_numbers, sample_captions
+from training.cache.captions import open_captions
 from training.cache.row_store import open_store
 from training.config.params import parse
-from training.data.build import build_train
 from training.main import main
 
 WRITE = "--cap_model @coca --cap_model_pretrained @coca_weights --cache_syn_texts --num_syn_texts 3"
@@ -56,8 +56,8 @@ def held(folder) -> dict[int, list[str]]:
 @torch.no_grad()
 def test_the_likeliest_tokens_are_those_of_one_pass_over_the_text(coca, monkeypatch):
     """With the top token alone: what a pass over the whole caption says comes next, at every position."""
-    monkeypatch.setattr(captions, "TOP", 1)
-    monkeypatch.setattr(captions, "_words", lambda ids, _: ids)
+    monkeypatch.setattr(captioner, "TOP", 1)
+    monkeypatch.setattr(captioner, "_words", lambda ids, _: ids)
     pixels = pictures(3)
     written = sample_captions(coca, pixels, torch.zeros(3, 1, 9), WORDS)
     assert all(one[0] == WORDS.sot_token_id and len(one) == 10 for (one,) in written)
@@ -69,7 +69,7 @@ def test_the_likeliest_tokens_are_those_of_one_pass_over_the_text(coca, monkeypa
 @torch.no_grad()
 def test_the_first_token_follows_its_distribution(coca, monkeypatch):
     """For evenly spread numbers, tokens come as often as a softmax over the fifty likeliest says."""
-    monkeypatch.setattr(captions, "_words", lambda ids, _: ids[1])
+    monkeypatch.setattr(captioner, "_words", lambda ids, _: ids[1])
     pixels, n = pictures(1), 150
     uniform = ((torch.arange(n) + 0.5) / n).view(1, n, 1)
     counts = Counter(sample_captions(coca, pixels, uniform, WORDS)[0])
@@ -103,8 +103,8 @@ def test_random_numbers_are_uniform_and_fixed():
 def test_a_caption_ends_where_the_model_ends_it(coca):
     """Nothing of the marks around a text, nor of what came after its end, is part of it."""
     ids = [WORDS.sot_token_id, *WORDS.encode("a red house"), WORDS.eot_token_id, *WORDS.encode("and more")]
-    assert captions._words(ids, WORDS) == "a red house"
-    assert captions._words(ids[: len(WORDS.encode("a red house")) + 1], WORDS) == "a red house"
+    assert captioner._words(ids, WORDS) == "a red house"
+    assert captioner._words(ids[: len(WORDS.encode("a red house")) + 1], WORDS) == "a red house"
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -135,7 +135,7 @@ def test_other_numbers_of_captions_do_not_mix(lab, capsys):
 def drawn(lab: Lab, line: str, epochs: int = 1) -> list[dict[int, torch.Tensor]]:
     """The tokens that each row has, by epoch."""
     words = lab.words(f"--train-num-samples 16 --cached_syn_texts_dir @captions {line}")
-    train = build_train(parse(words), WORLD, PIXELS, None)
+    train = train_data(words)
     batches = ((epoch, batch) for epoch in range(epochs) for batch in train.epoch(epoch))
     found: list[dict[int, torch.Tensor]] = [{} for _ in range(epochs)]
     for epoch, batch in batches:
@@ -192,7 +192,7 @@ def test_the_reference_reads_the_caption_that_was_drawn(lab):
     other.tokenizer = SimpleTokenizer(context_length=24)
     words = lab.words("--train-num-samples 16 --cached_syn_texts_dir @captions")
     store = held(lab.root / "captions")
-    for batch in build_train(parse(words), WORLD, PIXELS, other).epoch(0):
+    for batch in train_data(words, WORLD, other).epoch(0):
         for row, text, ref_text in zip(batch.index.tolist(), batch.text, batch.ref_text, strict=True):
             choices = [shards.caption(row), *store[row]]
             drawn_one = int((PIXELS.tokenizer(choices) == text).all(1).nonzero()[0])

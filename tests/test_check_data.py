@@ -10,7 +10,9 @@ import pytest
 from shards import encode, picture, sample, write_shards, write_tar
 from spoiled import SAMPLES, SHARDS
 from training import check_data
-from training.check_data import check, main
+from training.check_data import main
+from training.data import audit
+from training.data.audit import check
 from training.data.sources.shards import expand_shards
 
 
@@ -18,7 +20,7 @@ def small(i: int, **changes) -> dict:
     return sample(i, (16, 12)) | changes
 
 
-def summary(*patterns: str, sizes=(), **options) -> check_data.Summary:
+def summary(*patterns: str, sizes=(), **options) -> audit.Summary:
     return check(expand_shards("::".join(patterns)), sizes, **options)
 
 

@@ -19,14 +19,18 @@ from torch import Tensor, nn
 
 from drrho_clip.sample_state import SampleState, StateUpdate
 from ranks import ranks
-from training.checkpoint import published, sample_state_io
+from training import files
+from training.checkpoint import pt_file, sample_state_io
 from training.checkpoint import saver as saving
-from training.checkpoint.catalog import find_latest, resume
+from training.checkpoint.catalog import find_latest
+from training.checkpoint.resume import resume
 from training.checkpoint.run_state import RunState
 from training.checkpoint.saver import SaveFailed, Saver
-from training.config.params import OptimConfig, RunConfig
-from training.distributed import process_group
-from training.distributed.process_group import PeerFailed, World
+from training.config.optim import OptimConfig
+from training.config.run import RunConfig
+from training.distributed import collectives, ddp
+from training.distributed.collectives import PeerFailed
+from training.distributed.process_group import World
 from training.loop.optimizer import create_optimizer
 
 CPU = torch.device("cpu")
@@ -113,7 +117,7 @@ class Run:
         model = Model()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         world = World(self.rank, self.rank, self.size, self.size, CPU)
-        self.wrapped = process_group.wrap(model, world, static_graph=False, sync_bn=False)
+        self.wrapped = ddp.wrap(model, world, static_graph=False, sync_bn=False)
         self.state = RunState(
             name="run",
             model=model,
@@ -187,7 +191,7 @@ def interrupted_and_not(folder: str) -> tuple[dict, dict, list[str]]:
     run = Run(0).epochs(1)
     save([Path(folder, "epoch_1.pt")], run.state)
     other = Run(1).resumed(Path(folder, "epoch_1.pt")).epochs(1)
-    names = list(published.read(Path(folder, "epoch_1.pt"))["state_dict"])
+    names = list(pt_file.read(Path(folder, "epoch_1.pt"))["state_dict"])
     return run.epochs(1).everything(), other.everything(), names
 
 
@@ -339,7 +343,7 @@ def test_a_save_that_is_cut_off_leaves_the_last_one_whole(tmp_path, monkeypatch,
         if fails == "rows":
             patch.setattr(dcp.FileSystemWriter, "write_data", cut_off)
         else:
-            patch.setattr(published.os, "replace", cut_off)
+            patch.setattr(files.os, "replace", cut_off)
         with pytest.raises(SaveFailed, match=r"epoch_latest\.pt could not be saved .*No space left"):
             save_by_flags(tmp_path, run.state, flags, final=False)
     assert not list(tmp_path.glob(".*"))
@@ -364,13 +368,13 @@ def test_an_epoch_saved_again_does_not_touch_the_rows_that_a_file_still_names(tm
 
 def fail_to_write(folder: str) -> str:
     run = Run(0)
-    original, published.os.replace = published.os.replace, lambda *a: (_ for _ in ()).throw(OSError("disk full"))
+    original, files.os.replace = files.os.replace, lambda *a: (_ for _ in ()).throw(OSError("disk full"))
     try:
         save([Path(folder, "epoch_0.pt")], run.state)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        published.os.replace = original
+        files.os.replace = original
     return "saved"
 
 
@@ -431,19 +435,19 @@ def damage_and_find(folder: str) -> list[tuple[str, str]]:
     """Flip a bit of the newest checkpoint, in each of its parts in turn: which one is then the latest."""
     found = []
     newest = Path(folder, "epoch_2.pt")
-    weights = published.read(newest)["state_dict"]["tower.0.weight"].numpy().tobytes()
+    weights = pt_file.read(newest)["state_dict"]["tower.0.weight"].numpy().tobytes()
     rank = dist.get_rank() if dist.is_initialized() else 0
-    process_group.barrier()
+    collectives.barrier()
     for file in [newest, *sorted(Path(folder, "epoch_2.state").iterdir())]:
         if rank == 0:
             content = file.read_bytes()
             flip(file, content.index(weights) + 3 if file == newest else len(content) // 2)
-        process_group.barrier()
+        collectives.barrier()
         found.append((file.name, find_latest(Path(folder)).name))
-        process_group.barrier()
+        collectives.barrier()
         if rank == 0:
             file.write_bytes(content)
-        process_group.barrier()
+        collectives.barrier()
     return [*found, ("nothing", find_latest(Path(folder)).name)]
 
 
@@ -476,13 +480,13 @@ def test_newest_is_what_was_saved_last_even_if_an_earlier_save_was_further(tmp_p
 
 def test_what_is_saved_is_the_state_at_the_call_whatever_comes_after(tmp_path, monkeypatch):
     run, may_write = Run(0).epochs(1), threading.Event()
-    at_the_call, write = run.everything(), published.write
+    at_the_call, write = run.everything(), pt_file.write
 
     def late(path, held):
         assert may_write.wait(20)
         write(path, held)
 
-    monkeypatch.setattr(published, "write", late)
+    monkeypatch.setattr(pt_file, "write", late)
     with Saver(tmp_path, RUN) as keeper:
         keeper.save(run.state, ["epoch_1"])
         after = run.epochs(1).everything()
@@ -500,7 +504,7 @@ def test_a_failed_save_does_not_end_the_run_unless_it_is_the_last(tmp_path, monk
     run = Run(0).epochs(1)
     with Saver(tmp_path, RUN) as saver:
         with monkeypatch.context() as patch:
-            patch.setattr(published, "write", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+            patch.setattr(pt_file, "write", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
             saver.save(run.state, ["step_3"])
             saver.wait()
         assert "step_3.pt could not be saved (No space left on device)" in caplog.text
@@ -557,7 +561,7 @@ def test_a_damaged_file_keeps_its_own_rows_and_no_others(tmp_path):
 
 def test_a_state_that_cannot_be_read_is_a_reason_to_take_the_one_before(tmp_path, monkeypatch, caplog):
     save_two(str(tmp_path))
-    checksum = sample_state_io.checksum
+    checksum = files.checksum
 
     def broken(file: Path) -> int:
         if "epoch_2" in str(file):
@@ -818,7 +822,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_a_sentence(saved):
 
 
 def test_parameters_in_another_order_are_noticed_without_their_names(saved):
-    held = dict(published.read(saved / "epoch_1.pt"))
+    held = dict(pt_file.read(saved / "epoch_1.pt"))
     state = held["optimizer"]["state"]
     # index 0 is tower.0.bias, and the last but one a matrix
     state[0], state[len(state) - 2] = state[len(state) - 2], state[0]

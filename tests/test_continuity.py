@@ -14,7 +14,7 @@ import torch
 import tiny_models
 from ranks import run_program
 from shards import write_shards
-from training.checkpoint.published import read
+from training.checkpoint.pt_file import read
 from training.loop.step import Stepper
 
 STEPS_PER_EPOCH, EPOCHS = 4, 3

@@ -20,9 +20,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from shards import caption, encode, picture, sample, write_csv, write_shards, write_tar
 from training.config.params import parse
 from training.data.bad_samples import NothingUsable
-from training.data.build import build_train, build_val, same_tokens, steps_per_epoch
+from training.data.build import build_train, same_tokens, steps_per_epoch
 from training.data.loader import TrainData
 from training.distributed.process_group import World
+from training.evaluation.pairs import build_val
 
 
 class Letters:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from drrho_clip import collectives
 from drrho_clip.losses import compositional
 from drrho_clip.losses.distillation import Distillation
-from drrho_clip.losses.registry import LossInputs
+from drrho_clip.losses.interface import LossInputs
 from ranks import ranks
 
 BATCH, WIDTH, REFERENCE_WIDTH = 12, 10, 7

@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ranks import free_port, ranks
-from training.config.params import DistributedConfig
-from training.distributed import process_group
-from training.distributed.process_group import PeerFailed, World
+from training.config.run import DistributedConfig
+from training.distributed import collectives, ddp, process_group
+from training.distributed.collectives import PeerFailed
+from training.distributed.process_group import World
 
 DEFAULTS = DistributedConfig(
     dist_url="env://",
@@ -209,7 +210,7 @@ def start_in_three_ways(rank: int, port: int, store: str, folder: str) -> None:
             del os.environ[variable]
         os.environ.update(variables)
         world = process_group.start(config)
-        total = process_group.all_reduce_sum(torch.tensor(rank + 1.0))
+        total = collectives.all_reduce_sum(torch.tensor(rank + 1.0))
         process_group.stop()
         assert not dist.is_initialized()
         Path(folder, f"{name}-{rank}").write_text(f"{world.rank} {world.world_size} {total.item()}")
@@ -230,7 +231,7 @@ def start_under_torchrun(port: int, late: int) -> list[int]:
         time.sleep(0.5 * (rank == late))
         process_group.start(DEFAULTS)
         own = process_group.own_group()  # a second group meets at the same store
-        return process_group.gather_object(rank, own)
+        return collectives.gather_object(rank, own)
     finally:
         process_group.stop()
         del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
@@ -244,15 +245,15 @@ def test_ranks_that_torchrun_starts_again_do_not_look_for_those_before():
 
 def exchange() -> list:
     rank = dist.get_rank()
-    process_group.barrier()
+    collectives.barrier()
     own = torch.tensor([rank, 10.0])
-    total = process_group.all_reduce_sum(own)
+    total = collectives.all_reduce_sum(own)
     return [
-        process_group.broadcast_object({"from": rank}, src=1),
-        process_group.gather_object(rank * "x"),
+        collectives.broadcast_object({"from": rank}, src=1),
+        collectives.gather_object(rank * "x"),
         total.tolist(),
         own.tolist(),
-        process_group.on_main(lambda: f"by {rank}"),
+        collectives.on_main(lambda: f"by {rank}"),
     ]
 
 
@@ -262,11 +263,11 @@ def test_objects_and_sums_reach_every_rank():
 
 
 def test_alone_everything_is_the_identity():
-    process_group.barrier()
-    assert process_group.broadcast_object("a") == "a" and process_group.gather_object("a") == ["a"]
-    assert process_group.all_reduce_sum(torch.ones(2)).tolist() == [1.0, 1.0]
-    assert process_group.on_main(lambda: 3) == 3
-    with process_group.node_main_first():
+    collectives.barrier()
+    assert collectives.broadcast_object("a") == "a" and collectives.gather_object("a") == ["a"]
+    assert collectives.all_reduce_sum(torch.ones(2)).tolist() == [1.0, 1.0]
+    assert collectives.on_main(lambda: 3) == 3
+    with collectives.node_main_first():
         pass
     process_group.stop()
 
@@ -283,8 +284,8 @@ def fail_on_main() -> str:
     def disk_full() -> None:
         raise OSError("disk full")
 
-    outcome = raised(lambda: process_group.on_main(disk_full))
-    process_group.barrier()  # the group still works
+    outcome = raised(lambda: collectives.on_main(disk_full))
+    collectives.barrier()  # the group still works
     return outcome
 
 
@@ -296,7 +297,7 @@ def test_what_fails_on_rank_0_ends_all_ranks_with_one_message():
 
 def download(folder: str) -> tuple[bool, bool]:
     file = Path(folder, "weights")
-    with process_group.node_main_first():
+    with collectives.node_main_first():
         found = file.exists()
         if not found:
             time.sleep(0.2)
@@ -313,13 +314,13 @@ def fail_in_node_main_first(failing_rank: int, local_ranks: tuple[int, int]) -> 
     os.environ["LOCAL_RANK"] = str(local_ranks[rank])
 
     def body() -> None:
-        with process_group.node_main_first():
+        with collectives.node_main_first():
             if rank == failing_rank:
                 raise ValueError("no network")
 
     try:
         outcome = raised(body)
-        process_group.barrier()
+        collectives.barrier()
     finally:
         os.environ["LOCAL_RANK"] = own
     return outcome
@@ -341,7 +342,7 @@ def cpu_world() -> World:
 def wrapped_gradient(static_graph: bool) -> tuple[bool, bool, torch.Tensor]:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
-    wrapped = process_group.wrap(model, cpu_world(), static_graph=static_graph, sync_bn=False)
+    wrapped = ddp.wrap(model, cpu_world(), static_graph=static_graph, sync_bn=False)
     data = torch.arange(12.0).reshape(4, 3)[2 * dist.get_rank() :][:2]
     wrapped(data).square().mean().backward()
     is_view = model.weight.grad._is_view()
@@ -364,10 +365,10 @@ def test_wrapped_gradients_are_those_of_the_whole_batch_in_bucket_views(static_g
 
 def wrap_special_cases() -> tuple[bool, str, bool]:
     locked = nn.Linear(2, 2).requires_grad_(False)
-    unchanged = process_group.wrap(locked, cpu_world(), static_graph=False, sync_bn=False) is locked
+    unchanged = ddp.wrap(locked, cpu_world(), static_graph=False, sync_bn=False) is locked
     normed = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    refusal = raised(lambda: process_group.wrap(normed, cpu_world(), static_graph=False, sync_bn=True))
-    static = process_group.wrap(nn.Linear(2, 2), cpu_world(), static_graph=True, sync_bn=False).static_graph
+    refusal = raised(lambda: ddp.wrap(normed, cpu_world(), static_graph=False, sync_bn=True))
+    static = ddp.wrap(nn.Linear(2, 2), cpu_world(), static_graph=True, sync_bn=False).static_graph
     return unchanged, refusal, static
 
 
@@ -379,4 +380,4 @@ def test_locked_models_sync_bn_on_the_cpu_and_static_graph():
 
 def test_a_single_process_is_not_wrapped():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    assert process_group.wrap(model, cpu_world(), static_graph=True, sync_bn=True) is model
+    assert ddp.wrap(model, cpu_world(), static_graph=True, sync_bn=True) is model

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from drrho_clip import collectives
-from drrho_clip.losses import LossInputs, baselines, compositional, fastclip, individual
+from drrho_clip.losses import baselines, compositional, fastclip, individual, registry
 from drrho_clip.losses.compositional import Budget, Kernels
+from drrho_clip.losses.interface import LossInputs
 from drrho_clip.sample_state import SampleState, StateUpdate
 from ranks import ranks
 
@@ -141,7 +142,7 @@ def test_matches_the_oracle(name, reference, duplicates, budget):
             grad[index == sample] = grad[index == sample].mean(0)
         m_hat, v_hat = 0.1 * grad / (1 - 0.9**2), 0.001 * grad**2 / (1 - 0.999**2)
         stepped = (0.03 - 0.0133 * m_hat / (v_hat.sqrt() + 1e-8)).clamp(0.01, 1)
-        taus = torch.stack([result.update.values[c] for c in individual.TAU_COLUMNS], 1)
+        taus = torch.stack([result.update.values[c] for c in registry.TAU], 1)
         assert relative(taus, stepped) < 1e-4
 
 

@@ -11,8 +11,8 @@ import torch
 import shards
 from flag_lab import Lab
 from training.cache.features import PublishedFeatures, open_features, published_files
-from training.cache.row_store import MissingRow
 from training.config.params import parse
+from training.data.bad_samples import WrongRow
 from training.main import main
 
 REFERENCE = "--ref_model @reference --ref_model_pretrained @reference_weights"
@@ -241,13 +241,13 @@ def test_rows_beyond_published_files(tmp_path):
     publish(tmp_path, {row: np.ones((2, 3)) for row in range(4)}, per_shard=4, width=3)
     features = PublishedFeatures(published_files(str(tmp_path)), per_shard=6, offset=100)
     assert features([103, 100], ["", ""], ["a", "b"]).tolist() == np.ones((2, 2, 3)).tolist()
-    with pytest.raises(MissingRow, match=r"sample b \(row 5 of the cache\) lies beyond the end of .*00000000\.pt"):
+    with pytest.raises(WrongRow, match=r"sample b \(row 5 of the cache\) lies beyond the end of .*00000000\.pt"):
         features([103, 105], ["", ""], ["a", "b"])
     with pytest.raises(
-        MissingRow, match=r"sample b \(row 6 of the cache\) would be in .* 00000001\.pt, which is not"
+        WrongRow, match=r"sample b \(row 6 of the cache\) would be in .* 00000001\.pt, which is not"
     ):
         features([103, 106], ["", ""], ["a", "b"])
-    with pytest.raises(MissingRow, match=r"sample a \(row -1 of the cache\)"):
+    with pytest.raises(WrongRow, match=r"sample a \(row -1 of the cache\)"):
         features([99, 100], ["", ""], ["a", "b"])
 
 

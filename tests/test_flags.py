@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from training.config import flags, parser
-from training.config.parser import Refusal, read
+from training.config.given import Refusal
+from training.config.parser import read
 
 PUBLISHED = list(csv.DictReader((Path(__file__).parent / "data/upstream_flags.tsv").open(), delimiter="\t"))
 NEW = {

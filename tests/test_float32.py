@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drrho_clip import float32
-from drrho_clip.losses import LossInputs
 from drrho_clip.losses.distillation import Distillation
+from drrho_clip.losses.interface import LossInputs
 from stepping import make_loss
 
 

@@ -10,13 +10,8 @@ import torch.distributed as dist
 from ranks import ranks
 from test_checkpoint import Run
 from test_checkpoint import save as save_run
-from training.checkpoint.run_folder import (
-    checkpoint_to_resume,
-    choose_folder,
-    create_folder,
-    default_name,
-    launch_identity,
-)
+from training.checkpoint.resume import checkpoint_to_resume
+from training.checkpoint.run_folder import choose_folder, create_folder, default_name, launch_identity
 from training.config.params import parse
 from training.distributed.process_group import World
 

@@ -22,8 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards import encode, picture, write_tar
-from training.data.bad_samples import RawSample, Skips, usable
-from training.data.order import Part
+from training.data.bad_samples import Skips, usable
+from training.data.lanes import Part
+from training.data.samples import RawSample
 from training.data.sources.webdataset import IMAGES, Shard, ShardSource
 
 SAMPLES, BLOCK, ROWS = 5, 512, 64
@@ -189,23 +190,23 @@ def test_mutated_tars_give_what_stands_together_in_them(whole, path, mutations):
     for change, *where in mutations:
         data = change(data, *where)
     raws, skips = read(path, data)
-    assert [(raw.index, raw.text, raw.image) for raw in raws] == triples(data)
+    assert [(raw.row, raw.text, raw.image) for raw in raws] == triples(data)
     assert skips.counts.total() == faults(data)
 
 
 def _is_own(raw: RawSample) -> bool:
-    return raw.text.split()[1] == str(raw.index) and raw.image.endswith(f"image {raw.index}".encode())
+    return raw.text.split()[1] == str(raw.row) and raw.image.endswith(f"image {raw.row}".encode())
 
 
 @fuzz
 @given(st.sampled_from([_cut, _zero, _overwrite]), numbers, numbers, st.integers(1, 60))
 def test_faults_that_move_nothing_mix_nothing(whole, path, change, start, stop, to):
     raws, _ = read(path, change(whole, start, stop, to))
-    assert len({raw.index for raw in raws}) == len(raws)
+    assert len({raw.row for raw in raws}) == len(raws)
     # The fault may lie in a text or an image, whose number is then gone; no other sample's is in its place.
     for raw in raws:
         told = re.findall(r"text (\d) ", raw.text[:8]) + re.findall(rb"image (\d)$", raw.image)
-        assert {int(n) for n in told} <= {raw.index}
+        assert {int(n) for n in told} <= {raw.row}
 
 
 @fuzz
@@ -218,7 +219,7 @@ def test_members_in_any_order(path, order, missing):
     )
     data = path.read_bytes()
     raws, _ = read(path, data)
-    assert [(raw.index, raw.text, raw.image) for raw in raws] == triples(data)
+    assert [(raw.row, raw.text, raw.image) for raw in raws] == triples(data)
     assert all(_is_own(raw) for raw in raws)
 
 
@@ -231,9 +232,9 @@ def test_any_json_and_any_text(path, meta, text):
     parts = original()[1] | {"json": meta, "txt": text}
     write_tar(path, [parts, original()[2]])
     raws, skips = read(path, path.read_bytes())
-    assert raws[-1].index == 2 and len(raws) + skips.counts.total() == 2
+    assert raws[-1].row == 2 and len(raws) + skips.counts.total() == 2
     if len(raws) == 2:
-        assert 0 <= raws[0].index < ROWS and int(meta["key"]) == raws[0].index
+        assert 0 <= raws[0].row < ROWS and int(meta["key"]) == raws[0].row
         assert not isinstance(meta["key"], (bool, float)) and raws[0].text.encode() == text
 
 
@@ -249,5 +250,5 @@ def test_anything_named_tar(path, data):
 def test_any_member_name(path, name):
     write_tar(path, [original()[0] | {"__key__": f"a{name}"}, original()[1]])
     raws, _ = read(path, path.read_bytes())
-    assert [(raw.index, raw.text, raw.image) for raw in raws] == triples(path.read_bytes())
-    assert all(_is_own(raw) for raw in raws) and raws[-1].index == 1
+    assert [(raw.row, raw.text, raw.image) for raw in raws] == triples(path.read_bytes())
+    assert all(_is_own(raw) for raw in raws) and raws[-1].row == 1

@@ -9,8 +9,8 @@ from PIL import Image
 
 from shards import encode, picture
 from spoiled import jpeg_header, png_header
-from training.data.bad_samples import Unusable
 from training.data.decode import MAX_PIXELS, check_size, image_size
+from training.data.samples import Unusable
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

@@ -18,18 +18,9 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
 from shards import encode, picture
-from training.data import transforms
-from training.data.transforms import (
-    Box,
-    TrainView,
-    decode,
-    decode_pixels,
-    eval_transform,
-    isolated_rng,
-    random_box,
-    resized_crop,
-    seed_all,
-)
+from training.data.decode import decode, decode_pixels, jpeg_decoder
+from training.data.transforms import Box, TrainView, eval_transform, random_box, resized_crop
+from training.rng import isolated_rng, seed_all
 
 CROP = {"scale": (0.3, 0.8)}
 COLOR = {"color_jitter": (0.4, 0.4, 0.4, 0.1), "color_jitter_prob": 0.8, "gray_scale_prob": 0.3}
@@ -305,9 +296,9 @@ def test_without_torchvisions_decoder_pillow_gives_the_same_pixels(missing, monk
         monkeypatch.setattr("torchvision.io.image._has_image_ops", lambda: False)
     else:
         monkeypatch.delattr(torchvision.io, missing)
-    transforms._jpeg_decoder.cache_clear()
+    jpeg_decoder.cache_clear()
     try:
-        assert transforms._jpeg_decoder() is None
+        assert jpeg_decoder() is None
         for file, pixels in zip(files, expected, strict=True):
             assert torch.equal(decode_pixels(file), pixels) and decode_pixels(file).stride() == pixels.stride()
         TrainView(PreprocessCfg(size=32), aug_cfg={"use_timm": True})
@@ -316,7 +307,7 @@ def test_without_torchvisions_decoder_pillow_gives_the_same_pixels(missing, monk
         (told,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert "Pillow does" in told
     finally:
-        transforms._jpeg_decoder.cache_clear()
+        jpeg_decoder.cache_clear()
 
 
 def test_decoding_paths_pictures_and_what_is_no_image(tmp_path):

@@ -17,15 +17,8 @@ import torch.distributed as dist
 
 from ranks import ranks
 from training.distributed import signals
-from training.distributed.signals import (
-    SIGNALS,
-    Agreement,
-    end_with_trainer,
-    how_to_continue,
-    leave_to_trainer,
-    listen,
-    requeue,
-)
+from training.distributed.signals import SIGNALS, Agreement, end_with_trainer, leave_to_trainer, listen, requeue
+from training.loop.checkpointer import how_to_resume
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -271,7 +264,7 @@ def test_outside_slurm_nothing_is_asked(slurm):
 
 
 def test_how_to_continue():
-    line = how_to_continue("SIGUSR1", 120, "mine", Path("logs/mine/checkpoints/step_120.pt"))
+    line = how_to_resume("SIGUSR1", 120, "mine", Path("logs/mine/checkpoints/step_120.pt"))
     assert "SIGUSR1 after 120 steps" in line and "logs/mine/checkpoints/step_120.pt" in line
     assert line.endswith("--name mine --resume latest")
-    assert "nothing was saved" in how_to_continue("", 0, "mine", None)
+    assert "nothing was saved" in how_to_resume("", 0, "mine", None)

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from commands import DATA, config, refusal
-from training.config import limits
 from training.config.flags import ALL
 
 
-@pytest.mark.parametrize("key", limits.REFUSED)
+@pytest.mark.parametrize("key", [key for key, flag in ALL.items() if flag.refused])
 def test_published_flags_without_an_effect_are_refused_unless_at_their_default(key, capsys):
     flag = ALL[key]
     if flag.kind == "switch":
@@ -21,7 +20,7 @@ def test_published_flags_without_an_effect_are_refused_unless_at_their_default(k
         if flag.default is not None:
             assert config(f"{DATA} {flag.name} '{flag.default}'").trains
     sentence = refusal(f"{DATA} {other}", capsys)
-    assert sentence == f"{other}: {limits.REFUSED[key]}"
+    assert sentence == f"{other}: {flag.refused}"
 
 
 # For every interval one value just outside, one on the edge that belongs to it.
@@ -43,9 +42,10 @@ COMPANY = {
 }
 
 
-@pytest.mark.parametrize("key, interval", limits.INTERVALS.items(), ids=limits.INTERVALS)
-def test_intervals(key, interval, capsys):
-    flag, (outside, inside) = ALL[key], EDGES[interval]
+@pytest.mark.parametrize("key", [key for key, flag in ALL.items() if flag.within])
+def test_intervals(key, capsys):
+    flag, interval = ALL[key], ALL[key].within
+    outside, inside = EDGES[interval]
     inside = "1" if flag.kind == "int" and inside == "0.5" else inside
     line = COMPANY.get(key, DATA)
     for value in outside:

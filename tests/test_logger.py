@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training.checkpoint.run_folder import RunFolder, choose_folder
 from training.config.params import parse
 from training.distributed.process_group import World
-from training.logger import EarlyRecords, Meter, TrainStatus, open_run, read, train_line
+from training.logger import EarlyRecords, open_run
+from training.loop.metrics import Meter, TrainStatus, read, report, train_line
 
 MAIN = World(0, 0, 1, 1, torch.device("cpu"))
 STATUS = TrainStatus(
@@ -108,7 +109,7 @@ def test_train_line_is_the_published_one():
 def test_log_file_and_scalars_go_nowhere_else(tmp_path):
     before = list(logging.getLogger().handlers)
     with start(tmp_path) as log:
-        log.train(STATUS)
+        report(log, STATUS)
         logging.getLogger("open_clip").info("from a library")
         logging.getLogger(__name__).debug("for the developer")
         log.done()
@@ -129,7 +130,7 @@ def test_other_ranks_write_nothing_but_warn_on_the_console(tmp_path, capfd):
     with start(tmp_path, "--report-to", "tensorboard", world=World(1, 1, 2, 2, torch.device("cpu"))) as log:
         log.info("a line")
         log.warning("a worry")
-        log.train(STATUS)
+        report(log, STATUS)
         log.eval_result({"epoch": 1, "x": 0.5})
         log.done()
         with log.progress(3, "work", every=0.0) as progress:
@@ -229,7 +230,7 @@ def test_tensorboard_events_are_read_back(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with start(tmp_path, "--report-to", "tensorboard") as log:
-        log.train(STATUS)
+        report(log, STATUS)
         log.eval_result({"epoch": 4, "num_samples": 3, "imagenet-zeroshot-val-top1": 0.25})
     events = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
     found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -269,7 +270,7 @@ def test_wandb_offline_run_is_read_back(tmp_path, monkeypatch):
         with start(tmp_path, *flags, "--log-every-n-steps", "1") as log:
             log.watch(model)
             model(torch.ones(1, 2)).sum().backward()
-            log.train(STATUS)
+            report(log, STATUS)
             log.eval_result({"epoch": 4, "clip_val_loss": 0.75})
     finally:
         wandb.teardown()

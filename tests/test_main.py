@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 import shards
 import tiny_models
 from training import main as program
-from training.checkpoint.published import load_weights
+from training.checkpoint.pt_file import load_weights
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = 24

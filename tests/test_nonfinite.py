@@ -16,7 +16,7 @@ from drrho_clip.sample_state import StateUpdate
 from ranks import ranks
 from stepping import CPU, build, make_batch, make_loss, make_task
 from test_optimizer import OPTIM
-from training.distributed import process_group
+from training.distributed import ddp
 from training.distributed.process_group import World
 from training.loop.nonfinite import NotFinite, SkippedSteps, backward_seed
 from training.loop.optimizer import create_optimizer
@@ -64,7 +64,7 @@ def make_stepper(name, model, optimizer, **settings):
     k, r = collectives.world_size(), collectives.rank()
     loss = make_loss(name)
     loss.set_epoch(1)
-    wrapped = process_group.wrap(model, World(r, r, k, k, CPU), static_graph=False, sync_bn=False)
+    wrapped = ddp.wrap(model, World(r, r, k, k, CPU), static_graph=False, sync_bn=False)
     extra = {"distillation": Distillation(0.5, 60.0, multiply_tau=True)} if settings.pop("distills", False) else {}
     task = make_task(model, loss, name, wrapped=wrapped, **extra)
     config = replace(OPTIM, optimizer=optimizer)

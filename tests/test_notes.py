@@ -8,7 +8,7 @@ from commands import DATA, FASTCLIP, config
 
 
 @pytest.mark.parametrize(
-    "line, note",
+    "line, remark",
     [
         (f"{DATA} --temperature 0.05", "--temperature: no effect without --fastclip"),
         (f"{DATA} --rho 8 --gamma 0.5", "--gamma, --rho: no effect without --fastclip"),
@@ -33,10 +33,10 @@ from commands import DATA, FASTCLIP, config
         ),
     ],
 )
-def test_flags_without_effect_are_named(line, note):
-    assert config(line).notes == (note,)
+def test_flags_without_effect_are_named(line, remark):
+    assert config(line).remarks == (remark,)
 
 
 def test_published_defaults_are_no_flags_without_effect():
-    assert config(DATA).notes == ()
-    assert config(FASTCLIP).notes == ()
+    assert config(DATA).remarks == ()
+    assert config(FASTCLIP).remarks == ()

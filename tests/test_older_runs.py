@@ -16,7 +16,7 @@ import torch
 from drrho_clip.sample_state import SampleState
 from ranks import run_program
 from test_continuity import record, tensors
-from training.checkpoint import published, sample_state_io
+from training.checkpoint import pt_file, sample_state_io
 
 ARCHIVE = Path(__file__).parent / "assets" / "run_0.1.tar.xz"
 COMMAND = """--model @/tiny-vit.json --pretrained @/start.pt --train-data @/{00000..00004}.tar --data_size 30
@@ -51,7 +51,7 @@ def rounds_alike(folder) -> bool:
     then, now = (
         tensors({key: held[key] for key in ("state_dict", "optimizer")})
         for held in (
-            published.read(folder / "logs" / name / "checkpoints/step_6.pt") for name in ("stopped", "again")
+            pt_file.read(folder / "logs" / name / "checkpoints/step_6.pt") for name in ("stopped", "again")
         )
     )
     assert then.keys() == now.keys()
@@ -67,7 +67,7 @@ def test_a_run_of_version_0_1_goes_on_with_the_same_samples_to_the_same_weights(
     checkpoint = folder / "logs/stopped/checkpoints/epoch_3.pt"
     state = SampleState(30, ("log_u_image", "log_u_text"))
     sample_state_io.read(checkpoint.with_suffix(".state"), state)
-    found = {**published.load_weights(checkpoint), **state.local()}
+    found = {**pt_file.load_weights(checkpoint), **state.local()}
     wanted = {**expected["state_dict"], **expected["u"]}
     assert found.keys() == wanted.keys()
     for name in wanted:

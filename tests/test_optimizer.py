@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from training.config.params import OptimConfig, ScheduleConfig
-from training.loop.optimizer import LearningRates, create_optimizer
+from training.config.optim import OptimConfig, ScheduleConfig
+from training.loop.learning_rates import LearningRates
+from training.loop.optimizer import create_optimizer
 
 CPU = torch.device("cpu")
 OPTIM = OptimConfig(

@@ -3,7 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.data.order import Lane, Piece, deal, deal_exactly, draws, permutation, seed_of
+from training.data.lanes import Lane
+from training.data.order import Piece, deal, deal_exactly
+from training.rng import draws, permutation, seed_of
 
 
 def test_the_published_order_does_not_drift():

@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 from training import dry_run
 from training.config.params import Config, parse
+from training.models import pretrained
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,7 @@ def test_memory_of_the_sample_state_per_rank(flags, columns, tmp_path):
 def test_parameters_are_those_of_the_built_model(model, tmp_path):
     built = sum(parameter.numel() for parameter in tiny_models.build(model).parameters())
     path = tiny_models.path(model, tmp_path / "models")
-    assert dry_run.count_parameters(path, "--model") == built
+    assert pretrained.count_parameters(path, "--model") == built
     assert f"{built:,} parameters, random weights" in line_of(
         dry_run.describe(config("", tmp_path, model)), "target"
     )
@@ -126,4 +127,4 @@ def test_a_folder_that_holds_another_run_is_refused_as_by_the_run_itself(tmp_pat
 
 
 def test_notes_are_shown(tmp_path):
-    assert dry_run.describe(config("--rho 3", tmp_path)).endswith("  note: --rho: no effect without --fastclip")
+    assert dry_run.describe(config("--rho 3", tmp_path)).endswith("  remark: --rho: no effect without --fastclip")

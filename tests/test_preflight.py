@@ -15,7 +15,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def check(line: str, ranks: int = 1, device: torch.device = CPU) -> list[str]:
-    return preflight.check(config(line), World(0, 0, ranks, ranks, device))
+    """The remarks on a run that is not refused."""
+    return list(preflight.check(config(line), World(0, 0, ranks, ranks, device)).remarks)
 
 
 def test_a_batch_without_negatives():

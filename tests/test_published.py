@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tiny_models
-from training.checkpoint import published
+from training.checkpoint import pt_file, published
 
 NAN = float("nan")
 
@@ -36,7 +36,7 @@ def test_a_malicious_file_is_refused_and_nothing_of_it_runs(tmp_path, zipped):
     trace, file = tmp_path / "trace", tmp_path / "evil.pt"
     torch.save({"state_dict": WEIGHTS, "epoch": Malice(trace)}, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=r"evil\.pt.*posix\.mkdir.*nothing of it was run"):
-        published.read(file)
+        pt_file.read(file)
     assert not trace.exists()
     torch.load(file, weights_only=False)  # the trap is a real one
     assert trace.exists()
@@ -46,7 +46,7 @@ def test_a_malicious_plain_pickle_is_refused(tmp_path):
     trace, file = tmp_path / "trace", tmp_path / "evil.pt"
     file.write_bytes(pickle.dumps({"state_dict": Malice(trace)}))
     with pytest.raises(ValueError, match="cannot be read"):
-        published.read(file)
+        pt_file.read(file)
     assert not trace.exists()
 
 
@@ -57,7 +57,7 @@ def test_numpy_scalars_are_read(tmp_path, zipped):
     torch.save({"epoch": 1, "state_dict": WEIGHTS, **scalars}, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(file, weights_only=True)
-    held = published.read(file)
+    held = pt_file.read(file)
     assert {name: held[name].item() for name in scalars} == {"lr": 1e-3, "step": 7, "x": 0.5, "flag": True}
     assert torch.equal(held["state_dict"]["a.weight"], WEIGHTS["a.weight"])
 
@@ -68,14 +68,14 @@ def test_numpy_scalars_as_numpy_1_named_them_are_read(tmp_path):
     renamed = file.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     assert renamed.count(b"numpy.core.multiarray")
     file.write_bytes(renamed)
-    assert published.read(file)["lr"] == 1e-3
+    assert pt_file.read(file)["lr"] == 1e-3
 
 
 def test_other_objects_are_refused_by_name(tmp_path):
     file = tmp_path / "epoch_1.pt"
     torch.save({"state_dict": WEIGHTS, "args": Namespace(lr=1)}, file)
     with pytest.raises(ValueError, match=r"argparse\.Namespace"):
-        published.read(file)
+        pt_file.read(file)
 
 
 def test_torn_and_missing_files_are_a_sentence(tmp_path):
@@ -85,12 +85,12 @@ def test_torn_and_missing_files_are_a_sentence(tmp_path):
     for length in (0, 1, 40, len(content) // 2, len(content) - 1):
         torn.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"torn\.pt: cannot be read"):
-            published.read(torn)
+            pt_file.read(torn)
     torn.write_bytes(np.random.default_rng(0).bytes(500))
     with pytest.raises(ValueError, match=r"torn\.pt: cannot be read"):
-        published.read(torn)
+        pt_file.read(torn)
     with pytest.raises(ValueError, match="no such file"):
-        published.read(tmp_path / "none.pt")
+        pt_file.read(tmp_path / "none.pt")
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
@@ -99,28 +99,28 @@ def test_weights_come_back_without_prefixes(tmp_path, prefix, bare):
     file = tmp_path / "weights.pt"
     weights = {prefix + name: value for name, value in WEIGHTS.items()}
     torch.save(weights if bare else {"epoch": 3, "state_dict": weights}, file)
-    loaded = published.load_weights(file)
+    loaded = pt_file.load_weights(file)
     assert loaded.keys() == WEIGHTS.keys()
     assert all(torch.equal(loaded[name], WEIGHTS[name]) for name in WEIGHTS)
 
 
 def test_a_compiled_part_and_a_part_named_module_keep_their_names():
     names = {"visual._orig_mod.conv.weight": "visual.conv.weight", "module.head": "module.head"}
-    assert list(published.plain_names(dict.fromkeys(names, torch.ones(1)))) == list(names.values())
+    assert list(pt_file.plain_names(dict.fromkeys(names, torch.ones(1)))) == list(names.values())
 
 
 def test_files_without_weights_are_refused(tmp_path):
     for content, sentence in (([1, 2], "not a dict"), ({"epoch": 3}, "neither"), ({}, "neither")):
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(ValueError, match=sentence):
-            published.load_weights(tmp_path / "x.pt")
+            pt_file.load_weights(tmp_path / "x.pt")
 
 
 def test_safetensors(tmp_path):
     from safetensors.torch import save_file
 
     save_file(WEIGHTS, tmp_path / "weights.safetensors")
-    assert torch.equal(published.load_weights(tmp_path / "weights.safetensors")["a.weight"], WEIGHTS["a.weight"])
+    assert torch.equal(pt_file.load_weights(tmp_path / "weights.safetensors")["a.weight"], WEIGHTS["a.weight"])
 
 
 def test_written_files_are_small_plain_and_load_in_open_clip(tmp_path):
@@ -129,7 +129,7 @@ def test_written_files_are_small_plain_and_load_in_open_clip(tmp_path):
     torch.manual_seed(0)
     model = tiny_models.build("tiny-vit")
     file = tmp_path / "epoch_2.pt"
-    published.write(file, {"epoch": 2, "name": "run", "state_dict": model.state_dict(), "pair": (1, "a", None)})
+    pt_file.write(file, {"epoch": 2, "name": "run", "state_dict": model.state_dict(), "pair": (1, "a", None)})
     held = torch.load(file, weights_only=True)
     assert (held["epoch"], held["name"], held["pair"]) == (2, "run", [1, "a", None])
     loaded, _, _ = open_clip.create_model_and_transforms(Path(path).stem, pretrained=str(file))
@@ -138,13 +138,13 @@ def test_written_files_are_small_plain_and_load_in_open_clip(tmp_path):
 
 
 def test_a_view_is_saved_without_the_storage_behind_it(tmp_path):
-    published.write(tmp_path / "x.pt", {"row": torch.zeros(1000, 1000)[3]})
+    pt_file.write(tmp_path / "x.pt", {"row": torch.zeros(1000, 1000)[3]})
     assert (tmp_path / "x.pt").stat().st_size < 10_000
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "epoch_1.pt"
-    published.write(file, {"epoch": 1})
+    pt_file.write(file, {"epoch": 1})
 
     def disk_full(held, handle) -> None:
         handle.write(b"half a file")
@@ -152,8 +152,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(OSError, match="No space"):
-        published.write(file, {"epoch": 2})
-    assert published.read(file) == {"epoch": 1}
+        pt_file.write(file, {"epoch": 2})
+    assert pt_file.read(file) == {"epoch": 1}
 
 
 # --- the sample state in published files ------------------------------------------------------------------

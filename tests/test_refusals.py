@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 from ranks import free_port, ranks
 from training import main
-from training.distributed import failures, process_group
+from training.distributed import collectives, failures, process_group
 
 ROOT = Path(__file__).parents[1]
 DATA = ["--dataset-type", "synthetic", "--train-num-samples", "8", "--batch-size", "2", "--workers", "0"]
@@ -115,6 +115,6 @@ def test_an_interruption_is_one_line(monkeypatch, capfd, tmp_path):
     ],
 )
 def test_errors_of_a_lost_rank_are_told_from_others(monkeypatch, message, lost):
-    assert not process_group.lost_peer(RuntimeError(message))  # alone there is none to lose
+    assert not collectives.lost_peer(RuntimeError(message))  # alone there is none to lose
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    assert process_group.lost_peer(RuntimeError(message)) == lost
+    assert collectives.lost_peer(RuntimeError(message)) == lost

@@ -13,7 +13,7 @@ import torch
 
 import tiny_models
 from test_checkpoint import RUN, Run, assert_same, flip, save
-from training.checkpoint import published
+from training.checkpoint import pt_file
 from training.checkpoint.catalog import FETCHED, find_latest
 from training.checkpoint.remote_sync import RemoteSync, fetch, fetch_newest, remote_sync
 from training.main import main
@@ -236,5 +236,5 @@ def test_the_program_resumes_from_a_copy(tmp_path):
         assert main([*words.split(), "--logs", f"{tmp_path}/{logs}", "--resume", "latest"]) == 0
         log = (tmp_path / logs / "run/out.log").read_text()
         assert "step_4.pt: 1 epochs, 4 steps" in log and "trained 6 steps" in log
-    one, other = (published.read(tmp_path / logs / "run/checkpoints/epoch_2.pt") for logs in ("one", "other"))
+    one, other = (pt_file.read(tmp_path / logs / "run/checkpoints/epoch_2.pt") for logs in ("one", "other"))
     assert all(torch.equal(one["state_dict"][name], other["state_dict"][name]) for name in one["state_dict"])

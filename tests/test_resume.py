@@ -13,11 +13,12 @@ import tiny_models
 from ranks import ranks
 from shards import sample, write_csv, write_shards
 from test_data import config, flat, model, world
-from training.checkpoint.published import load_weights, read
+from training.checkpoint.pt_file import load_weights, read
+from training.data import bad_samples
 from training.data import worker as stream_module
 from training.data.build import build_train
-from training.data.lanes import pack
 from training.data.loader import TrainData
+from training.data.progress import pack
 from training.data.sources import webdataset
 from training.data.sources.shards import count_samples
 from training.main import main
@@ -217,7 +218,7 @@ def test_a_key_in_two_shards_is_an_error_that_names_both(tmp_path):
     pattern = write_shards(tmp_path, samples, 3)
     for workers in (0, 1):
         stream = build_train(config(pattern, samples=9, batch=9, workers=workers), world(), model(8), None)
-        with pytest.raises(webdataset.SharedKey, match=r"key 2 is in .*0000[02]\.tar and in .*0000[02]\.tar"):
+        with pytest.raises(bad_samples.WrongRow, match=r"key 2 is in .*0000[02]\.tar and in .*0000[02]\.tar"):
             list(stream.epoch(0))
     list(
         build_train(config(f"{pattern}", "--sample_index", "position", samples=9), world(), model(8), None).epoch(

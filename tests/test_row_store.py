@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from training.cache.row_store import MissingRow, StoreWriter, caption_checksum, open_store
+from training.cache.row_store import StoreWriter, caption_checksum, open_store
 from training.check_cache import main as check_cache
+from training.data.bad_samples import WrongRow
 
 MADE = {"model": "m", "weights": "w"}
 
@@ -55,14 +56,14 @@ def test_rows_come_back_in_any_order_from_any_part(tmp_path):
 @pytest.mark.parametrize("row", [-1, 0, 6, 1001, 10**9])
 def test_a_row_that_is_not_there_is_named(tmp_path, row):
     write(tmp_path, {0: [3, 1000], 1: [5]})
-    with pytest.raises(MissingRow, match=f"^sample {row} is not in "):
+    with pytest.raises(WrongRow, match=f"^sample {row} is not in "):
         read(open_store(tmp_path, "things", "--flag"), [3, row, 5])
 
 
 def test_a_row_with_another_caption_is_refused(tmp_path):
     write(tmp_path, {0: [3, 5]})
     wrong = checksums(np.array([3, 4]))
-    with pytest.raises(MissingRow, match=r"^sample 1 has another caption than it had in "):
+    with pytest.raises(WrongRow, match=r"^sample 1 has another caption than it had in "):
         open_store(tmp_path, "things", "--flag").find(np.array([3, 5]), wrong, lambda i: f"sample {i}")
 
 

@@ -10,7 +10,7 @@ import torch
 import shards
 import tiny_models
 from training import main as program
-from training.checkpoint.published import load_weights, read
+from training.checkpoint.pt_file import load_weights, read
 from training.evaluation.evaluate import Evaluation
 from training.loop.trainer import Trainer
 

@@ -13,7 +13,7 @@ from test_checkpoint import RUN
 from training.distributed.signals import Agreement, Interrupts
 from training.distributed.watchdog import Watchdog
 from training.loop import checkpointer
-from training.loop.checkpointer import Safekeeping
+from training.loop.checkpointer import Checkpointer
 
 
 class Clock:
@@ -38,7 +38,7 @@ def kept(rank: int, steps: int, *, signal_at: int | None = None, **flags) -> tup
     try:
         with Agreement() as agreement:
             watchdog = Watchdog(trainer.world, 0)
-            keeping = Safekeeping(config, trainer, state, saver, interrupts, agreement, watchdog)
+            keeping = Checkpointer(config, trainer, state, saver, interrupts, agreement, watchdog)
             for step in range(1, steps + 1):
                 trainer.step, clock.now = step, 60.0 * step
                 trainer.finished = step == steps

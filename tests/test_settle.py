@@ -11,7 +11,7 @@ from drrho_clip.batch import Batch
 from ranks import ranks
 from stepping import CPU, make_batch, make_loss, make_task
 from test_optimizer import OPTIM
-from training.distributed import process_group
+from training.distributed import ddp
 from training.distributed.process_group import World
 from training.loop.optimizer import create_optimizer
 from training.loop.step import Stepper
@@ -32,7 +32,7 @@ class Process:
         self.model = tiny_models.build(kind, text_cfg={"vocab_size": 8192})  # 2 MB: more than DDP's first bucket
         self.loss = make_loss("drrho")
         self.loss.set_epoch(1)
-        wrapped = process_group.wrap(self.model, World(r, r, k, k, CPU), static_graph=static_graph, sync_bn=False)
+        wrapped = ddp.wrap(self.model, World(r, r, k, k, CPU), static_graph=static_graph, sync_bn=False)
         optimizer = create_optimizer(self.model, OPTIM, CPU)
         if saved is not None:
             self.model.load_state_dict(saved[0])

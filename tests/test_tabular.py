@@ -7,7 +7,7 @@ import pytest
 
 from shards import caption, write_csv
 from training.config.params import parse
-from training.data.order import Lane
+from training.data.lanes import Lane
 from training.data.sources.tables import CsvSource, SyntheticSource, Table, open_csv
 
 
@@ -49,7 +49,7 @@ def table(kind: str, rows: int, **options) -> Table:
 @pytest.mark.parametrize(("ranks", "workers", "share"), [(1, 1, 1), (2, 1, 3), (1, 3, 2), (2, 2, 1)])
 def test_lanes_deliver_the_rows_step_by_step(kind, ranks, workers, share):
     source = table(kind, 7)
-    whole = [(raw.index, raw.turn) for raw in samples(source, n=28)]
+    whole = [(raw.row, raw.turn) for raw in samples(source, n=28)]
     assert sorted(whole) == [(row, turn) for row in range(7) for turn in range(4)]
     assert [row for row, _ in whole[:7]] != [row for row, _ in whole[7:14]] != list(range(7))
     lanes = [[Lane(p, ranks, q, workers, share) for p in range(ranks)] for q in range(workers)]
@@ -57,7 +57,7 @@ def test_lanes_deliver_the_rows_step_by_step(kind, ranks, workers, share):
     for step in range(28 // (ranks * share)):
         got = [raw for lane in lanes[step % workers] for raw in islice(streams[lane], share)]
         first = step * ranks * share
-        assert [(raw.index, raw.turn) for raw in got] == whole[first : first + ranks * share]
+        assert [(raw.row, raw.turn) for raw in got] == whole[first : first + ranks * share]
 
 
 def test_a_stream_goes_on_from_any_place():
@@ -74,24 +74,24 @@ def test_a_stream_goes_on_from_any_place():
 @pytest.mark.parametrize("kind", ["csv", "synthetic"])
 def test_resampling_draws_with_replacement(kind):
     drawn = samples(table(kind, 50, resampled=True), n=50)
-    rows = [raw.index for raw in drawn]
+    rows = [raw.row for raw in drawn]
     assert 20 < len(set(rows)) < 42  # 50 (1 - 1/e) = 32 are expected
-    assert len({(raw.index, raw.turn) for raw in drawn}) == 50  # and each draw has a view of its own
-    assert rows != [raw.index for raw in samples(table(kind, 50, resampled=True), epoch=1, n=50)]
+    assert len({(raw.row, raw.turn) for raw in drawn}) == 50  # and each draw has a view of its own
+    assert rows != [raw.row for raw in samples(table(kind, 50, resampled=True), epoch=1, n=50)]
 
 
 def test_csv_order_depends_on_seed_and_epoch():
     images = [f"{i}.jpg" for i in range(20)]
 
     def order(seed, epoch):
-        return [raw.index for raw in samples(CsvSource(images, images, seed), epoch=epoch, n=20)]
+        return [raw.row for raw in samples(CsvSource(images, images, seed), epoch=epoch, n=20)]
 
     assert order(0, 0) == order(0, 0) and len({tuple(order(*key)) for key in ((0, 0), (0, 1), (1, 0))}) == 3
 
 
 def test_synthetic_samples_are_fixed_and_of_the_right_shape():
     source = SyntheticSource(5, (6, 8), 1)
-    first, again = (sorted(samples(source, epoch=e, n=5), key=lambda raw: raw.index) for e in (0, 1))
+    first, again = (sorted(samples(source, epoch=e, n=5), key=lambda raw: raw.row) for e in (0, 1))
     pixels = [np.asarray(raw.image) for raw in first]
     assert all(p.shape == (6, 8, 3) for p in pixels)
     assert all(np.array_equal(p, np.asarray(raw.image)) for p, raw in zip(pixels, again))

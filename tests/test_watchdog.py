@@ -17,8 +17,8 @@ import torch
 import torch.multiprocessing as mp
 
 from ranks import free_port
-from training.config.params import DistributedConfig
-from training.distributed import failures, process_group, watchdog
+from training.config.run import DistributedConfig
+from training.distributed import board, collectives, failures, process_group, watchdog
 from training.distributed.process_group import World
 from training.distributed.watchdog import HUNG, Status, Watchdog, describe
 
@@ -35,7 +35,7 @@ def enter(rank: int, size: int, port: int, folder: str, body, argument) -> None:
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank)
     )
     torch.set_num_threads(1)
-    failures.PATIENCE, failures._A_MOMENT = 1.5, 0.5
+    board.PATIENCE, failures._A_MOMENT = 1.5, 0.5
     watchdog._POLL, watchdog._GRACE = 0.1, 1.0
     world = process_group.start(CONFIG)
     Path(folder, f"pid-{rank}").write_text(str(os.getpid()))
@@ -55,7 +55,7 @@ class Group:
 
     def __init__(self, folder: Path, size: int, body, argument=None) -> None:
         context, port = mp.get_context("forkserver"), free_port()
-        context.set_forkserver_preload(["drrho_clip.losses"])
+        context.set_forkserver_preload(["drrho_clip.losses.individual", "drrho_clip.losses.baselines"])
         self.folder = folder
         self.processes = [
             context.Process(target=enter, args=(r, size, port, str(folder), body, argument)) for r in range(size)
@@ -107,7 +107,7 @@ def step_by_step(world: World, hang) -> None:
             dog.beat(step)
             if step == 3 and world.rank == world.world_size - 1:
                 hang()
-            process_group.all_reduce_sum(torch.ones(1))
+            collectives.all_reduce_sum(torch.ones(1))
 
 
 def test_a_rank_that_hangs_is_named_with_the_line_that_it_hangs_in(tmp_path):
@@ -131,7 +131,7 @@ def steps_until_stopped(world: World, folder: str) -> None:
     with Watchdog(world, TIMEOUT) as dog:
         for step in range(10**6):
             dog.beat(step)
-            process_group.all_reduce_sum(torch.ones(1))
+            collectives.all_reduce_sum(torch.ones(1))
             time.sleep(0.01)
             if step == 10:
                 Path(folder, f"at-work-{world.rank}").write_text("yes")
@@ -169,12 +169,12 @@ def one_raises(world: World, how: str) -> None:
     """Rank 1 of 3 raises; 0 is in a collective then, 2 in something that nothing but its watchdog ends."""
     with Watchdog(world, 0) as dog:
         dog.beat(0)
-        process_group.barrier()
+        collectives.barrier()
         if world.rank == 1 or how == "all":
             raise Boom("tensor 7 is odd")
         if world.rank == 2:
             sleeps_for_ever()
-        process_group.barrier()
+        collectives.barrier()
 
 
 def words(group: Group) -> str:

@@ -21,7 +21,7 @@ from webdataset.tariterators import base_plus_ext
 from shards import caption, encode, picture, sample, write_shards, write_tar
 from training.config.params import parse
 from training.data.bad_samples import NothingUsable, Skips, usable
-from training.data.order import Lane, Part
+from training.data.lanes import Lane, Part
 from training.data.sources.shards import Shard, count_samples, expand_shards, look_for_shards, read_shard
 from training.data.sources.webdataset import ShardSource, open_shards
 from training.distributed.process_group import World
@@ -50,7 +50,7 @@ def turn(stream, skips: Skips | None = None) -> list[int]:
         (skips or Skips()).extend(item.faults)
         if item.sample is None:
             return found
-        found.append(item.sample.index)
+        found.append(item.sample.row)
 
 
 def endless(stream) -> list:
@@ -110,7 +110,7 @@ def test_unequal_shards_leave_no_lane_dry(tmp_path):
     seen = Counter()
     for number in range(4):
         stream = endless(dealt.stream(0, lane(number, 4)))
-        share = [raw.index for raw in islice(stream, 10)]
+        share = [raw.row for raw in islice(stream, 10)]
         assert len(share) == 10
         seen.update(share)
     several = {row for epoch in range(8) for row in turn(dealt.stream(epoch, lane(0, 4)))}
@@ -140,7 +140,7 @@ def test_drawing_follows_the_weights(tmp_path):
     shards = source(write_shards(tmp_path, [small(i) for i in range(3)], 1), weights=(1, 2, 5))
     for number in range(2):
         stream = endless(shards.stream(0, lane(number, 2)))
-        seen = Counter(raw.index for raw in islice(stream, 1000))
+        seen = Counter(raw.row for raw in islice(stream, 1000))
         assert [seen[i] / 1000 for i in range(3)] == pytest.approx([0.125, 0.25, 0.625], abs=0.045)  # 3 deviations
 
 
@@ -148,7 +148,7 @@ def test_visits_of_one_epoch_are_told_apart(tmp_path):
     pattern = write_shards(tmp_path, [small(i) for i in range(2)], 2)
     for options in ({}, {"by_sample": True}, {"weights": (1,)}):
         stream = source(pattern, **options).stream(0, lane(0, 1))
-        visits = [(raw.index, raw.turn) for raw in islice(endless(stream), 6)]
+        visits = [(raw.row, raw.turn) for raw in islice(endless(stream), 6)]
         assert len(set(visits)) == len(visits) == 6
 
 
@@ -163,7 +163,7 @@ def test_images_of_every_kind_and_files_beside_them(tmp_path):
     skips = Skips()
     shards = source(str(write_tar(tmp_path / "0.tar", members)))
     raws = list(usable(shards.in_order(ALONE), skips))
-    assert [(raw.index, raw.text) for raw in raws][1:] == [(1, "png"), (2, "webp"), (3, "jpeg")]
+    assert [(raw.row, raw.text) for raw in raws][1:] == [(1, "png"), (2, "webp"), (3, "jpeg")]
     assert all(isinstance(raw.image, bytes) and len(raw.image) > 50 for raw in raws) and not skips.counts
 
 
@@ -238,7 +238,7 @@ def test_broken_shards_give_what_is_whole_in_them(tmp_path):
     ):
         skips = Skips()
         shards = source(str(tmp_path / name))
-        assert [raw.index for raw in usable(shards.in_order(ALONE), skips)] == rows, name
+        assert [raw.row for raw in usable(shards.in_order(ALONE), skips)] == rows, name
         assert skips.counts == reasons, name
         assert all(name in example for example in skips.examples.values())
 
@@ -305,14 +305,14 @@ def test_samples_never_mix_across_shards(tmp_path):
     write_tar(tmp_path / "1.tar", [second])
     skips = Skips()
     (raw,) = usable(source(f"{tmp_path}/{{0..1}}.tar").in_order(ALONE), skips)
-    assert (raw.index, raw.text, raw.image) == (5, "other", second["jpg"]) and skips.counts == {"missing text": 1}
+    assert (raw.row, raw.text, raw.image) == (5, "other", second["jpg"]) and skips.counts == {"missing text": 1}
 
 
 def test_duplicate_members_are_counted_and_the_first_one_stays(tmp_path):
     twice = [small(0), small(0, txt="again", json={"key": 9}), small(1)]
     skips = Skips()
     raws = usable(source(str(write_tar(tmp_path / "0.tar", twice))).in_order(ALONE), skips)
-    assert [(raw.index, raw.text) for raw in raws] == [(0, caption(0)), (1, caption(1))]
+    assert [(raw.row, raw.text) for raw in raws] == [(0, caption(0)), (1, caption(1))]
     assert skips.counts == {"duplicate member": 3}
 
 
@@ -326,11 +326,11 @@ def test_commands_and_compression(tmp_path):
     packed = (f"{path}.gz", f"{path}.bz2", f"{path}.lzma", f"pipe:cat {path}.gz", f"pipe:cat {path}.bz2")
     for url in (*packed, f"pipe:cat {path}", f"pipe:gzip -dc {path}.gz", f"file:{path}"):
         skips = Skips()
-        assert [raw.index for raw in usable(source(url).in_order(ALONE), skips)] == [0, 1, 2] and not skips.counts
+        assert [raw.row for raw in usable(source(url).in_order(ALONE), skips)] == [0, 1, 2] and not skips.counts
         assert count_samples(url) == 3
     for url, rows in ((f"pipe:cat {path}; exit 3", [0, 1, 2]), ("pipe:exit 4", []), ("gopher://x/0.tar", [])):
         skips = Skips()
-        assert [raw.index for raw in usable(source(url).in_order(ALONE), skips)] == rows
+        assert [raw.row for raw in usable(source(url).in_order(ALONE), skips)] == rows
         assert skips.counts == {"unreadable shard": 1}, url
 
 
@@ -376,7 +376,7 @@ def test_rows_by_position_survive_bad_samples_and_need_whole_shards(tmp_path):
     flags = ["--train-data", pattern, "--train-num-samples", "9", "--sample_index", "position", "--data_size", "9"]
     config = parse([*flags, "--model", "RN50"]).data
     alone = World(0, 0, 1, 1, torch.device("cpu"))
-    raws = {raw.index: raw.text for raw in usable(open_shards(config, 0, alone, 1).in_order(ALONE), Skips())}
+    raws = {raw.row: raw.text for raw in usable(open_shards(config, 0, alone, 1).in_order(ALONE), Skips())}
     assert raws == {i: caption(i) for i in range(9) if i != 2}
     shutil.copy(tmp_path / "00000.tar", tmp_path / "saved")
     (tmp_path / "00000.tar").write_bytes(b"x" * 1000)

@@ -7,28 +7,24 @@ where       the run's folder and what appears in it
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import open_clip
 import torch
 
 from drrho_clip.schedules import Horizon
 from training import preflight
 from training.cache.captions import open_captions
-from training.cache.features import Features, open_features
-from training.checkpoint import run_folder
+from training.cache.features import open_features
+from training.checkpoint import resume, run_folder
 from training.config.params import Config
 from training.data.build import samples_per_epoch, steps_per_epoch
+from training.data.samples import FeatureSource
 from training.distributed.process_group import World
-from training.loop.build import state_columns
-from training.loop.optimizer import horizon
-from training.models import pretrained
+from training.loop.learning_rates import horizon
+from training.models.pretrained import count_parameters
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
     what = "Training" if config.trains else "Caching" if config.cache.writes else "Evaluation"
     title = f"{what} on {_count(ranks, 'rank')} (dry run: nothing is done)"
     lines = [f"  {name:<{width}}{text}" for name, text in sections]
-    return "\n".join([title, *lines, *(f"  note: {note}" for note in config.notes)])
+    return "\n".join([title, *lines, *(f"  remark: {remark}" for remark in config.remarks)])
 
 
 def launched_ranks(config: Config, env: Mapping[str, str]) -> int:
@@ -74,32 +70,19 @@ def launched_ranks(config: Config, env: Mapping[str, str]) -> int:
 
 def state_size(config: Config, world_size: int) -> StateSize:
     """How large the sample state is; no columns where the loss keeps none."""
-    columns = len(state_columns(config))
+    columns = len(config.loss.state_columns)
     return StateSize(config.data.data_size if columns else 0, columns, world_size)
 
 
-def count_parameters(model: str, flag: str, **forced: Any) -> int | None:
-    """Parameters of ``model``, a name or a config's path, built without memory for them.
-
-    ``forced``: further arguments of ``open_clip.create_model``. None where its config has to be downloaded first.
-    """
-    name = pretrained.open_clip_name(model, flag)
-    try:
-        with _quiet_meta_device():
-            module = open_clip.create_model(name, load_weights=False, device="meta", **forced)
-    except (OSError, RuntimeError):
-        return None
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def _loss(config: Config) -> str:
-    extra = {"distill": "a distillation term", "select": "batches selected by the reference"}
-    used = [text for word, text in extra.items() if word in config.reference.usage and config.loss.name != word]
-    margins = "reference margins" if "ref" in config.reference.usage else ""
+    usage = config.reference.usage
+    used = ["a distillation term"] if "distill" in usage and not config.loss.spec.distills else []
+    used += ["batches selected by the reference"] if "select" in usage else []
+    margins = "reference margins" if "ref" in usage else ""
     return ", ".join(filter(None, [f"{config.loss.name} ({config.loss.decided_by})", margins, *used]))
 
 
-def _models(config: Config, features: Features | None) -> Iterator[tuple[str, str]]:
+def _models(config: Config, features: FeatureSource | None) -> Iterator[tuple[str, str]]:
     c, r = config.model, config.reference
     forced = {"force_image_size": c.force_image_size, "force_custom_text": c.force_custom_text}
     if config.cache.writes == "captions":
@@ -182,22 +165,10 @@ def _files(config: Config) -> Iterator[tuple[str, str]]:
     if "tensorboard" in config.run.report_to:
         names.append("tensorboard/")
     yield "files", ", ".join(names)
-    resumes = run_folder.checkpoint_to_resume(config, chosen, fetch=False)
+    resumes = resume.checkpoint_to_resume(config, chosen, fetch=False)
     if resumes:
         yield "resumes", str(resumes)
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-@contextlib.contextmanager
-def _quiet_meta_device() -> Iterator[None]:
-    """Tensors without memory, and nothing of open_clip's warning that weights are missing."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        logging.disable(disabled)

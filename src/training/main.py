@@ -13,16 +13,21 @@ if __package__ in (None, ""):
     # Run as a script, Python searches this file's folder first, where `data`, `logger`, ... would shadow packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from training.config.given import Refusal
 from training.config.params import parse
 from training.distributed import launcher
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what ``argv`` (default: the command line) asks for; the exit code."""
-    config = parse(argv)
+    try:
+        config = parse(argv)
+    except Refusal as refusal:
+        launcher.say_once(f"error: {refusal}")
+        return 2
     # Imported when the flags are known to be sound: --help and refusals do not wait for torch.
     from training import dry_run, run
-    from training.distributed import failures, process_group
+    from training.distributed import collectives, failures, process_group
 
     code = 1
     try:
@@ -35,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         failures.tell(error)
         code = 2
-    except process_group.PeerFailed:
+    except collectives.PeerFailed:
         failures.notice()
     except KeyboardInterrupt:
         if launcher.rank() == 0:

@@ -1,38 +1,57 @@
 """What a run is refused for once its ranks are known, before anything is built or written.
 
-The parser has said what the flags alone tell; here they meet the number of ranks, the device and the files.
+The parser has said what the flags alone tell; here they meet the number of ranks, the device and the files. What
+costs something to open is opened here, once, and handed on.
 """
 
 from __future__ import annotations
 
-from drrho_clip import losses
+from dataclasses import dataclass
+
 from training.cache.captions import open_captions
-from training.cache.features import Features, open_features
+from training.cache.features import open_features
 from training.config.params import Config
+from training.data.samples import CaptionSource, FeatureSource
 from training.data.sources.shards import look_for_shards
-from training.distributed import process_group
+from training.distributed import ddp
 from training.distributed.process_group import World
+from training.evaluation.evaluate import open_sets
+from training.evaluation.zero_shot import ClassificationSet
 from training.models import pretrained
 
 
-def check(config: Config, world: World) -> list[str]:
-    """Sentences for the log. ValueError: the first thing that is wrong."""
+@dataclass(frozen=True)
+class Opened:
+    """What a run reads besides its data, and sentences on it for the log.
+
+    ``features``: the reference's embeddings, ``captions``: synthetic ones; None where the run reads none.
+    ``sets``: result prefix -> what zero-shot accuracy is measured on.
+    """
+
+    features: FeatureSource | None
+    captions: CaptionSource | None
+    sets: dict[str, ClassificationSet]
+    remarks: tuple[str, ...] = ()
+
+
+def check(config: Config, world: World) -> Opened:
+    """What the run is to be made of. ValueError: the first thing that is wrong."""
     remarks = []
     check_models(config)
+    features = open_features(config)
+    captions = open_captions(config)
     if config.trains:
         check_batch(config, world.world_size)
-        features = open_features(config)
         check_teachers(config, features)
         if features is not None:
             remarks.append(
                 f"the reference's features come from disk: {features.describe()}. They are of one fixed view of "
                 "each image, whatever augmentation the target sees"
             )
-        captions = open_captions(config)
         if captions is not None:
             remarks.append(f"captions are the samples' own or synthetic ones: {captions.describe()}")
         if config.model.use_bn_sync:
-            process_group.check_sync_bn(world)
+            ddp.check_sync_bn(world)
             if not world.distributed:
                 remarks.append(
                     "--use-bn-sync: no effect in a single process, whose BatchNorm sees the whole batch"
@@ -41,7 +60,7 @@ def check(config: Config, world: World) -> list[str]:
         remarks += look_for_shards(config.data.train_data, "--train-data", config.data.max_bad_fraction)
     if config.evaluation.val_dataset_type == "webdataset":
         remarks += look_for_shards(config.evaluation.val_data, "--val-data")
-    return remarks
+    return Opened(features, captions, {} if config.cache.writes else open_sets(config), tuple(remarks))
 
 
 def check_models(config: Config) -> None:
@@ -53,7 +72,7 @@ def check_models(config: Config) -> None:
 
 def check_batch(config: Config, ranks: int) -> None:
     """ValueError: a global batch in which a compositional loss has no negatives."""
-    spec = losses.get(config.loss.name)
+    spec = config.loss.spec
     if spec.sample_state and config.run.batch_size * ranks < 2:
         raise ValueError(
             f"--batch-size {config.run.batch_size} on {ranks} rank: {spec.name} compares a sample with the others "
@@ -61,13 +80,13 @@ def check_batch(config: Config, ranks: int) -> None:
         )
 
 
-def check_teachers(config: Config, features: Features | None) -> None:
+def check_teachers(config: Config, features: FeatureSource | None) -> None:
     """ValueError: the teachers' widths do not add up to the reference's, whose ``features`` may be on disk.
 
     A reference whose config would have to be downloaded first is left to the loss.
     """
     reference, widths = config.reference, config.loss.distill_teacher_dimension
-    if "distill" not in reference.usage or config.loss.name == "distill" or widths == (-1,):
+    if "distill" not in reference.usage or config.loss.spec.distills or widths == (-1,):
         return
     if features is not None:
         width, source = features.width, "--cached_ref_features_dir"

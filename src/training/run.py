@@ -8,48 +8,50 @@ from typing import Any
 
 import torch
 
-from drrho_clip.reference import CachedReference, Reference
 from training import preflight
 from training.cache import precompute
-from training.checkpoint import best, catalog
+from training.checkpoint import resume
 from training.checkpoint.remote_sync import HURRY, remote_sync
-from training.checkpoint.run_folder import RunFolder, checkpoint_to_resume, choose_folder
+from training.checkpoint.resume import checkpoint_to_resume
+from training.checkpoint.run_folder import RunFolder, choose_folder
 from training.checkpoint.run_state import RunState
 from training.checkpoint.saver import Saver
 from training.config.params import Config
 from training.data.bad_samples import Skips
-from training.data.build import TrainData, build_train
-from training.distributed import process_group
+from training.data.build import build_train
+from training.data.loader import TrainData
+from training.distributed import collectives, process_group
 from training.distributed.process_group import World
 from training.distributed.signals import Agreement, listen, requeue
 from training.distributed.watchdog import SAVE, Watchdog
-from training.evaluation.evaluate import Evaluation, open_evaluation, open_sets
-from training.evaluation.zero_shot import ClassificationSet
-from training.logger import EarlyRecords, RunLog, held_meters, open_run
-from training.loop.build import build_distillation, build_loss, build_selection, constant_scale
-from training.loop.checkpointer import Safekeeping
-from training.loop.optimizer import LearningRates, create_optimizer, horizon
-from training.loop.profiler import open_profiler
-from training.loop.speed_monitor import DataWait
-from training.loop.step import Stepper
-from training.loop.task import Task
+from training.evaluation import best
+from training.evaluation.evaluate import Evaluation, open_evaluation
+from training.logger import EarlyRecords, RunLog, open_run
+from training.loop.build import build_task, build_trainer, describe
+from training.loop.checkpointer import Checkpointer
+from training.loop.metrics import held_meters
 from training.loop.trainer import Trainer
-from training.models import precision
-from training.models.build import BuiltModel, build_reference, build_target, start_temperature
+from training.models.build import build_reference, build_target, start_temperature
+from training.preflight import Opened
 
 
 @dataclass(frozen=True)
 class Start:
     """What a run begins with, checked before anything is built or written.
 
-    ``sets``: what zero-shot accuracy is measured on. ``checkpoint``: where it goes on; None at its beginning.
+    ``checkpoint``: what it resumes; None where it starts at the beginning.
     """
 
     config: Config
     world: World
+    opened: Opened
     folder: RunFolder
-    sets: dict[str, ClassificationSet]
     checkpoint: Path | None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the log should say before anything else."""
+        return (*self.config.remarks, *self.opened.remarks)
 
 
 @dataclass(frozen=True)
@@ -65,25 +67,24 @@ def launch(config: Config) -> None:
     with EarlyRecords() as early:
         world = process_group.start(config.distributed)
         config = config.on_ranks(world.world_size)
-        remarks = preflight.check(config, world)
+        opened = preflight.check(config, world)
         folder = choose_folder(config, world)
-        if config.cache.writes:
-            write_cache(config, world, folder, remarks)
-            return
-        start = Start(config, world, folder, open_sets(config), checkpoint_to_resume(config, folder))
+        checkpoint = None if config.cache.writes else checkpoint_to_resume(config, folder)
+        start = Start(config, world, opened, folder, checkpoint)
         with open_run(config, world, folder) as log:
             early.hand_over()
-            _run(start, log, remarks)
+            if config.cache.writes:
+                write_cache(start, log)
+            else:
+                _run(start, log)
 
 
-def _run(start: Start, log: RunLog, remarks: list[str]) -> None:
+def _run(start: Start, log: RunLog) -> None:
     config, world = start.config, start.world
     with remote_sync(config.run, start.folder.path) as copying:
         if start.folder.restarted and start.checkpoint is None:
             log.info("restarted before the first checkpoint: starts at the beginning")
-        for remark in (*config.notes, *remarks):
-            log.info(remark)
-        _set_numerics(config, world, log)
+        _begin(start, log)
         with Watchdog(world, config.run.step_timeout) as watchdog:
             ended = train(start, log, watchdog) if config.trains else evaluate(start, log)
         if ended.complete:
@@ -94,23 +95,26 @@ def _run(start: Start, log: RunLog, remarks: list[str]) -> None:
         requeue()
 
 
-def write_cache(config: Config, world: World, folder: RunFolder, remarks: list[str]) -> None:
+def _begin(start: Start, log: RunLog) -> None:
+    for remark in start.remarks:
+        log.info(remark)
+    _set_numerics(start.config, start.world, log)
+
+
+def write_cache(start: Start, log: RunLog) -> None:
     """Go through the training data once and keep what the flags ask for."""
-    with open_run(config, world, folder) as log:
-        for remark in (*config.notes, *remarks):
-            log.info(remark)
-        _set_numerics(config, world, log)
-        precompute.write(config, world, log)
-        log.done()
+    _begin(start, log)
+    precompute.write(start.config, start.world, log)
+    log.done()
 
 
 def evaluate(start: Start, log: RunLog) -> Ended:
     """Evaluate the model, as built or as ``--resume`` has it, without training."""
     target = build_target(start.config, start.world)
-    evaluation = open_evaluation(target, start.config, start.world, log, start.sets)
+    evaluation = open_evaluation(target, start.config, start.world, log, start.opened.sets)
     state = RunState(name=start.folder.name, model=target.module)
     if start.checkpoint is not None:
-        catalog.resume(start.checkpoint, state, steps_per_epoch=0, global_batch=0)
+        resume.resume(start.checkpoint, state, steps_per_epoch=0, global_batch=0)
     evaluation(target.module, state.epoch, state.step, final=True)
     return Ended()
 
@@ -120,10 +124,10 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
     config, world, folder = start.config, start.world, start.folder
     target = build_target(config, world)
     reference = build_reference(config, world)
-    evaluation = open_evaluation(target, config, world, log, start.sets)
-    train_data = build_train(config, world, target, reference)
-    task = _build_task(config, world, target, reference)
-    trainer = _build_trainer(config, world, folder, log, task, train_data)
+    evaluation = open_evaluation(target, config, world, log, start.opened.sets)
+    train_data = build_train(config, world, target, reference, start.opened.features, start.opened.captions)
+    task = build_task(config, world, target, reference)
+    trainer = build_trainer(config, world, folder, log, task, train_data)
     state = RunState(
         name=folder.name,
         model=task.bare,
@@ -133,18 +137,18 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
         flags={name: str(value) for name, value in config.flags.items()},
         data_sizes=config.data.data_sizes,
     )
-    log.info(_describe(config, world))
+    log.info(describe(config, world))
     if start.checkpoint is not None:
         _resume(start, log, state, trainer)
     if config.run.debug:
         log.watch(task.bare)
     with (
         trainer.profiler,
-        Saver(folder.checkpoints, config.run, initial_tau=config.loss.temperature or 0.07) as saver,
+        Saver(folder.checkpoints, config.run, initial_tau=config.loss.initial_tau) as saver,
         listen() as interrupts,
         Agreement() as agreement,
     ):
-        keeping = Safekeeping(config.run, trainer, state, saver, interrupts, agreement, watchdog)
+        keeping = Checkpointer(config.run, trainer, state, saver, interrupts, agreement, watchdog)
         if start.checkpoint is not None and _evaluation_is_missing(start, state, trainer):
             _evaluate(log, trainer, state, evaluation)
         _train_epochs(log, trainer, state, keeping, evaluation, watchdog)
@@ -152,17 +156,6 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
             requeue_wanted = keeping.stopped and keeping.leave(log, folder.checkpoints)
             saver.close()
     return Ended(complete=not keeping.stopped, requeue=requeue_wanted)
-
-
-def _describe(config: Config, world: World) -> str:
-    """What is trained on what, in one line."""
-    margins = " with reference margins" if "ref" in config.reference.usage else ""
-    micro = f" in {config.run.accum_freq} micro-batches" if config.run.accum_freq > 1 else ""
-    return (
-        f"loss {config.loss.name} ({config.loss.decided_by}){margins}; {world.world_size} x {world.device.type}, "
-        f"{config.run.precision}, {config.run.batch_size} samples per rank and step{micro}; "
-        f"{config.optim.optimizer}"
-    )
 
 
 def _set_numerics(config: Config, world: World, log: RunLog) -> None:
@@ -175,77 +168,12 @@ def _set_numerics(config: Config, world: World, log: RunLog) -> None:
     torch.manual_seed(config.run.seed + world.rank)
 
 
-def _build_task(config: Config, world: World, target: BuiltModel, reference: BuiltModel | None) -> Task:
-    run_precision = precision.resolve(config.run.precision, world.device)
-    model = process_group.wrap(
-        target.module,
-        world,
-        static_graph=config.distributed.ddp_static_graph,
-        sync_bn=config.model.use_bn_sync,
-    )
-    frozen = CachedReference() if config.cache.cached_ref_features_dir else None
-    if reference is not None:
-        pixels = reference.preprocess
-        frozen = Reference(reference.module, pixels.mean, pixels.std, run_precision.autocast_dtype)
-    if config.model.torchcompile:
-        model = torch.compile(model)
-        frozen = frozen and frozen.compile()
-    return Task(
-        model=model,
-        bare=target.module,
-        mean=target.preprocess.mean,
-        std=target.preprocess.std,
-        precision=run_precision,
-        loss=build_loss(config, world.device),
-        loss_weight=config.loss.loss_weight,
-        reference=frozen,
-        margins="ref" in config.reference.usage or config.loss.name == "distill",
-        constant_scale=constant_scale(config),
-        distillation=build_distillation(config),
-        selection=build_selection(config),
-        seed=config.run.seed,
-    )
-
-
-def _build_trainer(
-    config: Config, world: World, folder: RunFolder, log: RunLog, task: Task, train_data: TrainData
-) -> Trainer:
-    length = horizon(config.schedule, train_data.steps_per_epoch)
-    schedule = config.schedule
-    if not schedule.skip_scheduler and schedule.warmup >= length.total_steps and world.is_main:
-        log.warning(
-            f"--warmup {schedule.warmup}: the run has {length.total_steps} steps, so the full learning rate is "
-            "never reached; give fewer steps of warm-up"
-        )
-    optimizer = create_optimizer(task.bare, config.optim, world.device)
-    stepper = Stepper(
-        task,
-        optimizer,
-        accum=config.run.accum_freq,
-        scaler=task.precision.scaler(),
-        grad_clip_norm=config.optim.grad_clip_norm,
-        logit_scale_bound=config.loss.logit_scale_bound,
-        max_skipped_steps=config.optim.max_skipped_steps,
-    )
-    return Trainer(
-        stepper,
-        LearningRates(optimizer, config.optim, config.schedule, length.total_steps, length.cooldown_steps),
-        train_data,
-        length,
-        world,
-        log,
-        open_profiler(config.run.profile, folder.path, world),
-        DataWait(config.data.workers, world.local_world_size),
-        log_every=config.run.log_every_n_steps,
-    )
-
-
 def _resume(start: Start, log: RunLog, state: RunState, trainer: Trainer) -> None:
     config, per_epoch = start.config, trainer.data.steps_per_epoch
     if config.model.pretrained:
         log.info(f"--resume comes before --pretrained {config.model.pretrained}: weights are the checkpoint's")
     global_batch = config.run.batch_size * trainer.world.world_size
-    resumed = catalog.resume(
+    resumed = resume.resume(
         start.checkpoint,
         state,
         steps_per_epoch=per_epoch,
@@ -275,7 +203,7 @@ def _evaluation_is_missing(start: Start, state: RunState, trainer: Trainer) -> b
 def _own_evaluations(start: Start) -> list[dict[str, Any]] | None:
     """What this run has measured so far; None where the checkpoint is not its own. Collective."""
     own = start.checkpoint.resolve().parent == start.folder.checkpoints.resolve()
-    return process_group.on_main(start.folder.evaluations) if own else None
+    return collectives.on_main(start.folder.evaluations) if own else None
 
 
 def _evaluate(log: RunLog, trainer: Trainer, state: RunState, evaluation: Evaluation) -> None:
@@ -289,7 +217,7 @@ def _train_epochs(
     log: RunLog,
     trainer: Trainer,
     state: RunState,
-    keeping: Safekeeping,
+    keeping: Checkpointer,
     evaluation: Evaluation,
     watchdog: Watchdog,
 ) -> None:
@@ -315,7 +243,7 @@ def _train_epochs(
 def _report_skips(log: RunLog, train_data: TrainData, epoch: int) -> None:
     """What all ranks have left out since the last call, after ``epoch`` epochs. All ranks call it together."""
     total = Skips()
-    for skips in process_group.gather_object(train_data.skips.take_epoch()):
+    for skips in collectives.gather_object(train_data.skips.take_epoch()):
         total.merge(skips)
     by_reason = {f"data/skipped/{reason.replace(' ', '_')}": float(n) for reason, n in total.counts.items()}
     log.info(f"samples left out since the last epoch: {total}")

@@ -17,7 +17,7 @@ from cluster import Cluster, missing
 import shards
 import tiny_models
 from ranks import free_port
-from training.checkpoint.published import load_weights, read
+from training.checkpoint.pt_file import load_weights, read
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "slurm" / "drrho_clip_dfn192m.sh"

@@ -12,7 +12,7 @@ from open_clip.loss import SigLipLoss
 from torch import Tensor
 
 from drrho_clip import collectives, float32
-from drrho_clip.losses.registry import Loss, LossInputs, LossOutput, LossSpec, register
+from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
 
 
 class _ClipBased(Loss):
@@ -103,7 +103,21 @@ class Distill(_ClipBased):
         )
 
 
-register(LossSpec("clip", Clip))
-register(LossSpec("siglip", SigLip))
-register(LossSpec("coca", CoCa))
-register(LossSpec("distill", Distill, reference="required"))
+def build_clip(environment: LossEnvironment, **settings: bool) -> Clip:
+    """For the registry. ``settings``: ``Clip``'s."""
+    return Clip(**settings)
+
+
+def build_siglip(environment: LossEnvironment) -> SigLip:
+    """For the registry."""
+    return SigLip()
+
+
+def build_coca(environment: LossEnvironment, **settings: float) -> CoCa:
+    """For the registry. ``settings``: ``CoCa``'s."""
+    return CoCa(**settings)
+
+
+def build_distill(environment: LossEnvironment, **settings: float) -> Distill:
+    """For the registry. ``settings``: ``Distill``'s."""
+    return Distill(**settings)

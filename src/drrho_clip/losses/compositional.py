@@ -22,13 +22,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from drrho_clip import collectives
-from drrho_clip.losses.registry import LossInputs
+from drrho_clip import collectives, schedules
+from drrho_clip.losses.interface import LossEnvironment, LossInputs
 
 # Stands for the log of zero. A finite number, since 0 * -inf would turn weighted sums into NaN.
 _EXCLUDED = -1e30
@@ -224,6 +226,28 @@ class Kernels:
         """
         passes = [torch.compile(f, fullgraph=True, backend=backend) for f in (pair_statistics, pair_gradient)]
         return cls(*passes, budget)
+
+
+def estimator(
+    environment: LossEnvironment,
+    *,
+    gamma: float,
+    gamma_schedule: str,
+    gamma_decay_epochs: int,
+    eps: float,
+    rho: float,
+) -> dict[str, Any]:
+    """The keywords that all losses of this kind have in common, from a run's settings.
+
+    ``gamma``, ``gamma_schedule``, ``gamma_decay_epochs``: ``schedules.gamma``'s; ``eps`` and ``rho`` as they are.
+    """
+    return {
+        "state": environment.state,
+        "gamma": partial(schedules.gamma, final=gamma, schedule=gamma_schedule, decay_epochs=gamma_decay_epochs),
+        "eps": eps,
+        "rho": rho,
+        "kernels": Kernels.compiled() if environment.compiled else Kernels(),
+    }
 
 
 @dataclass(frozen=True)

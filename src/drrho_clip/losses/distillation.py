@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from drrho_clip import collectives
 from drrho_clip.float32 import exact_float32
 from drrho_clip.losses.compositional import AttachGradient, Budget
-from drrho_clip.losses.registry import LossInputs
+from drrho_clip.losses.interface import LossInputs
 
 
 class Distillation(nn.Module):

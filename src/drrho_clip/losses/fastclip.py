@@ -11,6 +11,7 @@ v0 and v3 learn tau, v1 keeps it: whether it is learned is whether the model's `
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from torch import Tensor
 from drrho_clip import collectives
 from drrho_clip.float32 import exact_float32
 from drrho_clip.losses import compositional
-from drrho_clip.losses.registry import Loss, LossInputs, LossOutput, LossSpec, register
+from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
+from drrho_clip.losses.registry import LOG_U
 from drrho_clip.sample_state import SampleState, StateUpdate
 
-COLUMNS = ("log_u_image", "log_u_text")
+COLUMNS = LOG_U
 
 
 class FastCLIP(Loss):
@@ -99,4 +101,7 @@ class FastCLIP(Loss):
         return -(tau**2) * (k * (log_u - pair) + self.rho)
 
 
-register(LossSpec("fastclip", FastCLIP, sample_state=True, reference="optional"))
+def build(environment: LossEnvironment, *, multiply_tau: bool, tau_gradient: str, **estimator: Any) -> FastCLIP:
+    """For the registry. ``estimator``: settings of ``compositional.estimator``; the others are ``FastCLIP``'s."""
+    common = compositional.estimator(environment, **estimator)
+    return FastCLIP(**common, multiply_tau=multiply_tau, tau_gradient=tau_gradient)

@@ -14,6 +14,7 @@ tau_i as it was. Copies of a sample in a batch take one step with the mean of th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +22,13 @@ from torch import Tensor
 from drrho_clip import collectives
 from drrho_clip.float32 import exact_float32
 from drrho_clip.losses import compositional
-from drrho_clip.losses.fastclip import COLUMNS as U_COLUMNS
-from drrho_clip.losses.registry import Loss, LossInputs, LossOutput, LossSpec, register
+from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
+from drrho_clip.losses.registry import LOG_U, TAU, TAU_M, TAU_V
 from drrho_clip.sample_state import SampleState, StateUpdate
 
-TAU_COLUMNS = ("tau_image", "tau_text")
-M_COLUMNS = ("tau_m_image", "tau_m_text")
-V_COLUMNS = ("tau_v_image", "tau_v_text")
 # What is kept where gamma is 1 in every epoch and u is never read.
-TEMPERATURE_COLUMNS = TAU_COLUMNS + M_COLUMNS + V_COLUMNS
-COLUMNS = U_COLUMNS + TEMPERATURE_COLUMNS
+TEMPERATURE_COLUMNS = TAU + TAU_M + TAU_V
+COLUMNS = LOG_U + TEMPERATURE_COLUMNS
 
 GRAD_BOUND = 5.0
 TAU_MIN, TAU_MAX = 0.01, 1.0
@@ -63,7 +61,7 @@ class IndividualFastCLIP(Loss):
         self._gamma_of = gamma
         self.eps, self.rho, self.temperature = eps, rho, temperature
         self.betas, self.adam_eps, self.lr_tau = betas, adam_eps, lr_tau
-        self._keeps_u = set(U_COLUMNS) <= set(state.columns)
+        self._keeps_u = set(LOG_U) <= set(state.columns)
         self._kernels = kernels or compositional.Kernels()
         self.set_epoch(0)
 
@@ -83,12 +81,12 @@ class IndividualFastCLIP(Loss):
             def pair(names: tuple[str, str]) -> Tensor:
                 return torch.stack([columns[name] for name in names], 1)
 
-            tau = pair(TAU_COLUMNS)
+            tau = pair(TAU)
             tau = torch.where(tau.isnan(), self.temperature, tau)
             solution = compositional.solve(
                 inputs,
                 index,
-                pair(U_COLUMNS) if self._keeps_u else None,
+                pair(LOG_U) if self._keeps_u else None,
                 1 / tau,
                 weight_by_inverse_tau=True,
                 gamma=torch.full((), self.gamma, device=device),
@@ -98,10 +96,10 @@ class IndividualFastCLIP(Loss):
             )
             value = (tau * (solution.log_u + self.rho)).mean()
             gradients = solution.grad_image, solution.grad_text
-            stepped = self._step_temperatures(index, tau, pair(M_COLUMNS), pair(V_COLUMNS), solution)
+            stepped = self._step_temperatures(index, tau, pair(TAU_M), pair(TAU_V), solution)
         loss = compositional.AttachGradient.apply(value, inputs.image, inputs.text, *gradients)
         if self._keeps_u:
-            stepped[U_COLUMNS] = solution.log_u
+            stepped[LOG_U] = solution.log_u
         update = {name: pairs[:, i] for names, pairs in stepped.items() for i, name in enumerate(names)}
         return LossOutput({"contrastive_loss": loss}, StateUpdate(index, update), {"mean_tau": tau.mean()})
 
@@ -119,7 +117,7 @@ class IndividualFastCLIP(Loss):
         m_hat = m / (1 - beta1 ** (self.epoch + 1))
         v_hat = v / (1 - beta2 ** (self.epoch + 1))
         tau = (tau - self.lr_tau * m_hat / (v_hat.sqrt() + self.adam_eps)).clamp(TAU_MIN, TAU_MAX)
-        return {TAU_COLUMNS: tau, M_COLUMNS: m, V_COLUMNS: v}
+        return {TAU: tau, TAU_M: m, TAU_V: v}
 
 
 def _mean_of_copies(values: Tensor, index: Tensor) -> Tensor:
@@ -129,12 +127,21 @@ def _mean_of_copies(values: Tensor, index: Tensor) -> Tensor:
     return total / torch.zeros_like(values).scatter_add(0, at, torch.ones_like(values)).gather(0, at)
 
 
-register(
-    LossSpec(
-        "fastclip_individual",
-        IndividualFastCLIP,
-        sample_state=True,
-        reference="optional",
-        temperature="individual",
+def build(
+    environment: LossEnvironment,
+    *,
+    temperature: float,
+    beta1: float,
+    beta2: float,
+    adam_eps: float,
+    lr_tau: float,
+    **estimator: Any,
+) -> IndividualFastCLIP:
+    """For the registry. ``estimator``: settings of ``compositional.estimator``; the others are the class's."""
+    return IndividualFastCLIP(
+        **compositional.estimator(environment, **estimator),
+        temperature=temperature,
+        betas=(beta1, beta2),
+        adam_eps=adam_eps,
+        lr_tau=lr_tau,
     )
-)

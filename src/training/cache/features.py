@@ -20,36 +20,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training.cache.row_store import MissingRow, RowStore, caption_checksum, open_store
+from training.cache.row_store import RowStore, caption_checksum, open_store
 from training.config.model import brings_weights
-from training.config.params import Config, ReferenceConfig
+from training.config.params import Config
+from training.config.reference import ReferenceConfig
+from training.data.bad_samples import WrongRow
+from training.data.samples import FeatureSource
 from training.data.sources.shards import expand_shards
 from training.models import pretrained
 
 KIND = "reference features"
 FLAG = "--cached_ref_features_dir"
 _OPEN = 4096  # published files that a process has mapped at a time; the system allows some 65,000 in all
-
-
-class Features(Protocol):
-    """Embeddings of samples. Picklable: loader processes get a copy."""
-
-    width: int
-
-    def __call__(self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str]) -> Tensor:
-        """[n, 2, d], image and text, of these rows of the run, whose captions are ``texts``.
-
-        MissingRow: the first sample, called as in ``names``, whose embeddings are not there.
-        """
-
-    def describe(self) -> str:
-        """One line for the log."""
 
 
 class StoredFeatures:
@@ -60,7 +47,7 @@ class StoredFeatures:
         self.dtype, (_, self.width) = store.shape("features")
 
     def __call__(self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str]) -> Tensor:
-        """See ``Features``."""
+        """See ``FeatureSource``."""
         places = np.asarray(rows, dtype=np.int64) - self.offset
         checksums = np.fromiter(map(caption_checksum, texts), np.uint32, len(places))
         say = _sayer(places, names)
@@ -69,7 +56,7 @@ class StoredFeatures:
         return torch.from_numpy(found)
 
     def describe(self) -> str:
-        """See ``Features``."""
+        """See ``FeatureSource``."""
         made = self.store.identity
         return (
             f"{len(self.store):,} rows of 2 x {self.width} {self.dtype} in {self.store.folder}, "
@@ -90,7 +77,7 @@ class PublishedFeatures:
         return self.__dict__ | {"_opened": {}}  # another process maps for itself
 
     def __call__(self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str]) -> Tensor:
-        """See ``Features``."""
+        """See ``FeatureSource``."""
         places = np.asarray(rows, dtype=np.int64) - self.offset
         say = _sayer(places, names)
         shards, entries = np.divmod(places, self.per_shard)
@@ -98,17 +85,17 @@ class PublishedFeatures:
         for shard in np.unique(shards).tolist():
             wanted = np.flatnonzero(shards == shard)
             if shard not in self.files:
-                raise MissingRow(f"{say(int(wanted[0]))} would be in {FLAG} as {shard:08d}.pt, which is not there")
+                raise WrongRow(f"{say(int(wanted[0]))} would be in {FLAG} as {shard:08d}.pt, which is not there")
             held = self._open(shard)
             beyond = entries[wanted] >= len(held)
             if beyond.any():
-                raise MissingRow(f"{say(int(wanted[beyond.argmax()]))} lies beyond the end of {self.files[shard]}")
+                raise WrongRow(f"{say(int(wanted[beyond.argmax()]))} lies beyond the end of {self.files[shard]}")
             found[wanted] = held[entries[wanted]]
         _check_values(found, say, lambda i: self.files[int(shards[i])])
         return torch.from_numpy(found)
 
     def describe(self) -> str:
-        """See ``Features``."""
+        """See ``FeatureSource``."""
         return (
             f"{len(self.files):,} files of 2 x {self.width} {self.dtype} in the published layout, "
             f"{self.per_shard} rows each, {self.files[min(self.files)]} first"
@@ -140,7 +127,7 @@ class PublishedFeatures:
         return self._opened[shard]
 
 
-def open_features(config: Config) -> Features | None:
+def open_features(config: Config) -> FeatureSource | None:
     """What ``--cached_ref_features_dir`` names, for a run that trains on it; None where the run has no cache.
 
     ValueError: there is nothing to read, or ``--ref_model`` and its weights are not those that it came from.
@@ -205,10 +192,10 @@ def _sayer(places: np.ndarray, names: Sequence[str]) -> Callable[[int], str]:
 
 
 def _check_values(found: np.ndarray, say: Callable[[int], str], where: str | Callable[[int], str]) -> None:
-    """MissingRow: a vector of zeros, or one that is not finite."""
+    """WrongRow: a vector of zeros, or one that is not finite."""
     squares = np.einsum("nid,nid->ni", found, found, dtype=np.float32)
     good = ((squares > 0) & np.isfinite(squares)).all(axis=1)
     if not good.all():
         i = int(good.argmin())
         what = "was never cached: it is zero" if not found[i].any(axis=1).all() else "is not finite"
-        raise MissingRow(f"{say(i)} {what} in {where if isinstance(where, str) else where(i)}")
+        raise WrongRow(f"{say(i)} {what} in {where if isinstance(where, str) else where(i)}")

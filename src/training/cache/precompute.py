@@ -9,7 +9,6 @@ in rounds, and a rank's loader processes take shards in turn. Ranks write parts 
 from __future__ import annotations
 
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,25 +18,25 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from training.cache import producers
 from training.cache.producers import Work
 from training.cache.row_store import StoreWriter, caption_checksum
 from training.config.params import Config
-from training.data.bad_samples import RawSample, Skips
-from training.data.batch_memory import PREFETCH
-from training.data.fixed_view import FixedView
-from training.data.order import Part
+from training.data.bad_samples import Skips
+from training.data.lanes import Part
+from training.data.loader import open_loader
+from training.data.samples import RawSample
 from training.data.sources.shards import Shard
 from training.data.sources.tables import CsvSource, open_csv
 from training.data.sources.webdataset import ShardSource, open_shards
 from training.data.tokenizer import Tokenizer
+from training.data.transforms import FixedView
 from training.data.worker import LONGEST_TEXT, decode_or_skip, this_worker
-from training.distributed import process_group
+from training.distributed import collectives
 from training.distributed.process_group import World
-from training.distributed.signals import leave_to_trainer
-from training.logger import Progress, RunLog
+from training.logger import ProgressBar, RunLog
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ def write(config: Config, world: World, run_log: RunLog) -> None:
     asked, cache = producers.job(config, world), config.cache
     units = _stretch(_units(config, world), cache.cache_rank, cache.cache_group_size)
     writer = StoreWriter(Path(asked.folder), asked.kind, asked.identity)
-    missing = process_group.on_main(lambda: _missing(units, writer))
+    missing = collectives.on_main(lambda: _missing(units, writer))
     run_log.info(f"{writer.kind} of {len(missing)} of {len(units)} shards are to be written to {writer.folder}")
     failed: list[str] = []
     if missing:
@@ -85,9 +84,9 @@ def write(config: Config, world: World, run_log: RunLog) -> None:
             for begin in range(0, len(missing), ROUND * world.world_size):
                 dealt = missing[begin : begin + ROUND * world.world_size]
                 mine = _stretch(dealt, world.rank, world.world_size)
-                for names in process_group.gather_object(_write_units(mine, work, writer, config, world, bar)):
+                for names in collectives.gather_object(_write_units(mine, work, writer, config, world, bar)):
                     failed += names
-    rows = process_group.on_main(lambda: _index(writer, {unit.number for unit in missing}, failed))
+    rows = collectives.on_main(lambda: _index(writer, {unit.number for unit in missing}, failed))
     run_log.info(f"{writer.folder} holds {writer.kind} of {rows:,} samples")
     if failed:
         raise ValueError(
@@ -141,18 +140,12 @@ def _stretch(units: Sequence[Unit], number: int, count: int) -> Sequence[Unit]:
 
 
 def _write_units(
-    units: Sequence[Unit], work: Work, writer: StoreWriter, config: Config, world: World, bar: Progress
+    units: Sequence[Unit], work: Work, writer: StoreWriter, config: Config, world: World, bar: ProgressBar
 ) -> list[str]:
     """Go through ``units`` and write parts; the names of those that cannot be read."""
     workers = min(config.data.workers, len(units))
-    loader = DataLoader(
-        CacheStream(units, work.view, work.tokenizer, config.run.batch_size),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=world.device.type == "cuda",
-        prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_start_worker,
-    )
+    stream = CacheStream(units, work.view, work.tokenizer, config.run.batch_size)
+    loader = open_loader(stream, workers, world.device)
     pending, skips = _Pending(writer, {unit.number: unit.name for unit in units}), Skips()
     for chunk in loader:
         values = {}
@@ -168,16 +161,11 @@ def _write_units(
     return [pending.names[number] for number in sorted(pending.failed)]
 
 
-def _start_worker(_: int) -> None:
-    leave_to_trainer()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
-
-
 # ---------------------------------------------------------------------------------------------------- samples
 
 
 @dataclass(frozen=True)
-class Chunk:
+class CacheBatch:
     """Samples from one loader process. ``units``, ``rows``, ``checksums``: [n]; ``images`` None where n is 0.
 
     The units ``ended`` have no more samples, those ``failed`` could not be read to their end.
@@ -192,7 +180,7 @@ class Chunk:
     failed: list[int]
     skips: Skips
 
-    def pin_memory(self) -> Chunk:
+    def pin_memory(self) -> CacheBatch:
         """A copy in page-locked memory; ``DataLoader`` calls this by its name."""
         pinned = {name: getattr(self, name) for name in ("images", "texts")}
         return replace(self, **{name: t.pin_memory() for name, t in pinned.items() if t is not None})
@@ -206,7 +194,7 @@ class CacheStream(IterableDataset):
     ) -> None:
         self.units, self.view, self.tokenizer, self.batch_size = units, view, tokenizer, batch_size
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[CacheBatch]:
         worker, workers = this_worker()
         samples: list[tuple[int, RawSample, Tensor]] = []
         ended: list[int] = []
@@ -228,13 +216,13 @@ class CacheStream(IterableDataset):
 
     def _chunk(
         self, samples: list[tuple[int, RawSample, Tensor]], ended: list[int], failed: list[int], skips: Skips
-    ) -> Chunk:
+    ) -> CacheBatch:
         texts = [raw.text[:LONGEST_TEXT] for _, raw, _ in samples]
-        return Chunk(
+        return CacheBatch(
             torch.stack([image for *_, image in samples]) if samples else None,
             self.tokenizer(texts) if samples and self.tokenizer else None,
             np.array([unit for unit, *_ in samples], np.int64),
-            np.array([raw.index for _, raw, _ in samples], np.int64),
+            np.array([raw.row for _, raw, _ in samples], np.int64),
             np.array([caption_checksum(text) for text in texts], np.uint32),
             ended,
             failed,
@@ -252,7 +240,7 @@ class _Pending:
         self._held: dict[int, list[dict[str, np.ndarray]]] = defaultdict(list)
         self._bytes = 0
 
-    def add(self, chunk: Chunk, values: dict[str, np.ndarray]) -> None:
+    def add(self, chunk: CacheBatch, values: dict[str, np.ndarray]) -> None:
         """Take over a chunk's values, and write a part if there is enough for one."""
         columns = {"rows": chunk.rows, "checksums": chunk.checksums, **values}
         for unit in np.unique(chunk.units).tolist():

@@ -14,10 +14,10 @@ from torch import Tensor
 from drrho_clip.batch import Batch
 from drrho_clip.normalize import normalize
 from drrho_clip.reference import Reference
-from training.cache import captions, features
+from training.cache import captioner, captions, features
 from training.config.params import Config
-from training.data.fixed_view import FixedView
 from training.data.tokenizer import Tokenizer
+from training.data.transforms import FixedView
 from training.distributed.process_group import World
 from training.models import precision, pretrained
 from training.models.build import build_captioner, build_reference
@@ -95,12 +95,12 @@ class CaptionWork:
         self.mean, self.std = built.preprocess.mean, built.preprocess.std
         self.precision = precision.resolve(config.run.precision, world.device)
         self.count, self.seed = config.cache.num_syn_texts, config.run.seed
-        self.tokens = min(captions.LONGEST, built.context_length) - 1
+        self.tokens = min(captioner.LONGEST, built.context_length) - 1
 
     def __call__(self, images: Tensor, texts: Tensor | None, rows: np.ndarray) -> dict[str, np.ndarray]:
         """See ``Work``."""
         pixels = normalize(images, self.mean, self.std, self.precision.pixel_dtype)
-        uniform = captions.random_numbers(rows, self.count, self.tokens, self.seed).to(images.device)
+        uniform = captioner.random_numbers(rows, self.count, self.tokens, self.seed).to(images.device)
         with self.precision.autocast():
-            written = captions.sample_captions(self.model, pixels, uniform, self.words)
-        return {"captions": captions.packed(written)}
+            written = captioner.sample_captions(self.model, pixels, uniform, self.words)
+        return {"captions": captioner.packed(written)}

@@ -26,24 +26,22 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from training.data.bad_samples import WrongRow
+from training.files import digest, replacing
+
 FORMAT = 1
 _PAGE = 4096
-_BLOCK = 2**24  # bytes that are written, or read for a checksum, at a time
+_BLOCK = 2**24  # bytes that are written at a time
 
 
-class MissingRow(ValueError):
-    """A sample without a value in the store, or with the value of another one."""
-
-
-class Part(NamedTuple):
+class StoredPart(NamedTuple):
     """One part as its json has it. ``shards``: [number, name] of each training shard that is in it, all of it."""
 
     name: str
@@ -123,7 +121,7 @@ class StoreWriter:
         _check_format(self.folder, held, self.kind)
         return held["table"]["name"]
 
-    def _write_table(self, parts: list[Part]) -> dict[str, Any]:
+    def _write_table(self, parts: list[StoredPart]) -> dict[str, Any]:
         listed = [_open_array(self.folder / f"parts/{part.name}.rows.npy") for part in parts]
         height = max((int(rows[-1, 0]) + 1 for rows in listed if len(rows)), default=0)
         if sum(map(len, listed)) >= 2**32:
@@ -147,14 +145,14 @@ class StoreWriter:
         return {"name": name, **_write_array(self.folder / name, table)}
 
 
-def _parts(folder: Path, kind: str) -> list[Part]:
+def _parts(folder: Path, kind: str) -> list[StoredPart]:
     """The finished parts in ``folder``, by name."""
     parts = []
     for file in sorted((folder / "parts").glob("*.json")):
         held = json.loads(file.read_text())
         _check_format(folder, held, kind)
         shards = [tuple(shard) for shard in held["shards"]]
-        parts.append(Part(file.stem, held["rows"], shards, held["files"], held["identity"]))
+        parts.append(StoredPart(file.stem, held["rows"], shards, held["files"], held["identity"]))
     return parts
 
 
@@ -174,33 +172,18 @@ def _write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
     header = repr(described).encode().ljust(_PAGE - len(magic) - 3) + b"\n"
     data = memoryview(array).cast("B") if array.size else memoryview(b"")
     blocks = (data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK))
-    digest = hashlib.blake2b(digest_size=16)
-
-    def written() -> Iterable[bytes | memoryview]:
+    written = hashlib.blake2b(digest_size=16)
+    with replacing(path) as file:
         for block in (magic + len(header).to_bytes(2, "little") + header, *blocks):
-            digest.update(block)
-            yield block
-
-    _replace(path, written())
-    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+            written.update(block)
+            file.write(block)
+    return {"bytes": path.stat().st_size, "blake2b": written.hexdigest()}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, [json.dumps(content, indent=1).encode()])
-
-
-def _replace(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            for block in blocks:
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -228,20 +211,20 @@ class RowStore:
     def find(self, rows: np.ndarray, checksums: np.ndarray, say: Callable[[int], str]) -> np.ndarray:
         """The positions of ``rows`` (int64 [n]) with these captions, for ``gather``.
 
-        MissingRow: the first one that is not there or has another caption; ``say(i)`` names the i-th sample.
+        WrongRow: the first one that is not there or has another caption; ``say(i)`` names the i-th sample.
         """
         table = self._map(self._table)
         within = (rows >= 0) & (rows < len(table.array))
         if not within.all():
-            raise MissingRow(f"{say(int(within.argmin()))} is not in {self.folder}")
+            raise WrongRow(f"{say(int(within.argmin()))} is not in {self.folder}")
         table.expect(rows)
         entries = table.array[rows]
         good = entries[:, 0] > 0
         if not good.all():
-            raise MissingRow(f"{say(int(good.argmin()))} is not in {self.folder}")
+            raise WrongRow(f"{say(int(good.argmin()))} is not in {self.folder}")
         good = entries[:, 1] == checksums
         if not good.all():
-            raise MissingRow(
+            raise WrongRow(
                 f"{say(int(good.argmin()))} has another caption than it had in {self.folder}: that store is of "
                 "other data, or of data whose rows or captions were changed"
             )
@@ -311,15 +294,7 @@ def open_store(folder: str | Path, kind: str, flag: str) -> RowStore:
 
 def damaged(store: RowStore) -> list[str]:
     """The files whose contents are not what was written. Reads all of them."""
-    names = []
-    for name, file in store.files.items():
-        digest = hashlib.blake2b(digest_size=16)
-        with (store.folder / name).open("rb") as opened:
-            while block := opened.read(_BLOCK):
-                digest.update(block)
-        if digest.hexdigest() != file["blake2b"]:
-            names.append(name)
-    return names
+    return [name for name, file in store.files.items() if digest(store.folder / name) != file["blake2b"]]
 
 
 def _check_format(folder: Path, held: Any, kind: str) -> None:

@@ -1,11 +1,11 @@
-"""Checkpoints on disk: what they consist of, which are complete, resuming from one.
+"""Checkpoints on disk: what they consist of, which are complete, which may go.
 
 In the run's folder ``checkpoints/``,
 
     epoch_N.pt        weights, optimizer, counters, ... after N epochs, in the published format (``run_state``)
     step_S.pt         the same inside an epoch: saved every so often, or where the run was stopped
     epoch_latest.pt   with --save-most-recent, the newest again
-    epoch_N.state/    the sample state (``rows``). Several files share it where they were saved together.
+    epoch_N.state/    the sample state (``sample_state_io``); files that were saved together share it
 
 The .pt is the marker: it is put in place last and in one piece, and names its folder with size and checksum of
 every file in it; its own content torch protects by a checksum per tensor. So whenever it is there, the whole
@@ -26,13 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
-from drrho_clip.sample_state import SampleState
-from training.checkpoint import published, sample_state_io
-from training.checkpoint.run_state import RunState
-from training.distributed.process_group import gather_object, on_main, rank_in
+from training.checkpoint import pt_file, published, sample_state_io
+from training.distributed.collectives import gather_object, on_main, rank_in
 
 _log = logging.getLogger(__name__)
 
@@ -56,24 +51,6 @@ class Found:
     def order(self) -> tuple[float, tuple[int, int, int]]:
         """Later means newer. Published files, which do not say when they were saved, come first."""
         return self.saved_at, self.progress
-
-
-def resume(
-    path: Path, state: RunState, *, steps_per_epoch: int, global_batch: int, u_format: str | None = None
-) -> bool:
-    """Fill ``state`` from ``path``, a checkpoint of ours or a published one; False: bare weights, the model alone.
-
-    Collective. ``steps_per_epoch``, ``global_batch``: see ``RunState.fill``; ``u_format``: see
-    ``published.from_published``. The file has been checked (``problem``).
-    ValueError: it cannot be read, or does not fit the model, the optimizer or the sample state.
-    """
-    held = published.read(path)
-    if not state.fill(held, path, steps_per_epoch=steps_per_epoch, global_batch=global_batch):
-        return False
-    if state.sample_state is not None:
-        _check_parts(path, held.get("data_sizes"), state.data_sizes)
-        _load_rows(path, held, state.sample_state, u_format)
-    return True
 
 
 def find_latest(folder: Path, since: float = 0.0) -> Path | None:
@@ -108,7 +85,7 @@ def contents(folder: Path) -> tuple[list[Found], list[Path]]:
     found, unreadable = [], []
     for path in sorted(folder.glob("*.pt")):
         try:
-            held = published.read(path)
+            held = pt_file.read(path)
         except ValueError:
             unreadable.append(path)
             continue
@@ -175,7 +152,7 @@ def _newest_first(folder: Path, since: float) -> list[Path]:
 
 def _found(path: Path) -> Found:
     """ValueError where ``path`` is no readable checkpoint of a run."""
-    held = published.read(path)
+    held = pt_file.read(path)
     if "epoch" not in held:
         raise ValueError(f"checkpoint {path}: bare weights, not a checkpoint of a run")
     return _describe(path, held)
@@ -193,7 +170,7 @@ def _describe(path: Path, held: Mapping[str, Any]) -> Found:
 def _look(path: Path) -> Found | str:
     """What rank 0 finds out: the file's own content, and whether the sample state is there. Else what is wrong."""
     try:
-        held = published.read(path)
+        held = pt_file.read(path)
         found = _describe(path, held)
         damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
     except (ValueError, OSError, zipfile.BadZipFile) as error:
@@ -204,41 +181,3 @@ def _look(path: Path) -> Found | str:
     if missing and not published.has_columns(held):
         return f"checkpoint {path}: its sample state lacks {missing}; copy that folder beside the file"
     return Found(path, found.saved_at, found.progress) if missing else found
-
-
-def _load_rows(path: Path, held: Mapping[str, Any], state: SampleState, u_format: str | None) -> None:
-    saved = held.get("sample_state")
-    folder = path.parent / Path(saved["folder"]).name if saved else None
-    missing = sample_state_io.missing(folder, saved["files"]) if folder else None
-    if folder and not missing:
-        sample_state_io.read(folder, state)
-        return
-    columns = published.from_published(held, u_format)
-    if not columns and missing:
-        raise ValueError(f"checkpoint {path}: its sample state lacks {missing}; copy that folder beside the file")
-    if not columns:
-        if rank_in() == 0:
-            _log.warning("%s holds no sample state: every sample counts as never seen", path)
-        return
-    length = max(len(column) for column in columns.values())
-    if length > state.num_samples:
-        raise ValueError(
-            f"--data_size {state.num_samples}: checkpoint {path} has {length} rows, and none may be lost; give at "
-            "least as many"
-        )
-    if missing and rank_in() == 0:
-        _log.warning(
-            "checkpoint %s: its sample state lacks %s; the columns in the file stand in for it", path, missing
-        )
-    unseen = {name: F.pad(c, (0, state.num_samples - len(c)), value=torch.nan) for name, c in columns.items()}
-    state.load_state_dict(unseen)
-
-
-def _check_parts(path: Path, then: list[int] | None, now: tuple[int, ...]) -> None:
-    """With a --data_size per source only the last one may grow: otherwise rows would change their samples."""
-    if then and (len(then) > 1 or len(now) > 1) and list(now[: len(then) - 1]) != list(then[:-1]):
-        raise ValueError(
-            f"--data_size {'::'.join(map(str, now))}: checkpoint {path} has {'::'.join(map(str, then))}, and with "
-            "other sizes before the last its rows would be those of other samples; append sources, or let only "
-            "the last one grow"
-        )

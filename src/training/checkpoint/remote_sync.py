@@ -23,10 +23,10 @@ from typing import TypeVar
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from training.checkpoint import published
+from training.checkpoint import pt_file
 from training.checkpoint.catalog import contents, problem
-from training.config.params import RunConfig
-from training.distributed.process_group import on_main, rank_in
+from training.config.run import RunConfig
+from training.distributed.collectives import on_main, rank_in
 
 T = TypeVar("T")
 
@@ -151,7 +151,7 @@ def _fetch(files: AbstractFileSystem, remote: str, folder: Path) -> Path:
     _log.info("fetching %s", remote)
     try:
         files.get_file(remote, str(path))
-        state = published.read(path).get("sample_state")
+        state = pt_file.read(path).get("sample_state")
         if state:
             place = folder / PurePosixPath(state["folder"]).name
             place.mkdir()

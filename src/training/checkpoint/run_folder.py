@@ -1,4 +1,4 @@
-"""A run's folder, ``LOGS/NAME/``: which one this run uses, what it goes on from, what is put there at its start.
+"""A run's folder, ``LOGS/NAME/``: which one this run uses, and what is put there at its start.
 
     out.log              the log (``--log-local``: ``out-RANK.log``, one per node)
     params.txt           every flag, ``name: value``, sorted
@@ -30,10 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import remote_sync
-from training.checkpoint.catalog import FETCHED, find_latest, newest_time, problem
+from training.checkpoint.catalog import FETCHED, newest_time
 from training.config.params import Config
-from training.distributed.process_group import World, broadcast_object, gather_object, node_main_first
+from training.distributed.collectives import broadcast_object, gather_object, node_main_first
+from training.distributed.process_group import World
+from training.files import replacing
 
 _RUN_ID = "TORCHELASTIC_RUN_ID"
 _COUNTERS = {"slurm": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
@@ -63,6 +64,11 @@ class RunFolder:
     @property
     def results(self) -> Path:
         return self.path / "eval_results.jsonl"
+
+    @property
+    def found_newest(self) -> float:
+        """When the newest checkpoint was saved that this job found here at its first start; 0 without any."""
+        return _read_launch(self.path / "launch.json").get("newest", 0.0)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of ``eval_results.jsonl``; one that was cut off counts for nothing."""
@@ -104,50 +110,6 @@ def create_folder(folder: RunFolder, config: Config, world: World) -> None:
                 folder.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--logs {config.run.logs}: the run's folder cannot be written ({error})") from error
-
-
-def checkpoint_to_resume(config: Config, folder: RunFolder, *, fetch: bool = True) -> Path | str | None:
-    """What the run goes on from; None: it starts at its beginning. Collective.
-
-    After a restart the newest checkpoint that this job itself has saved, whatever ``--resume`` said at first. Else
-    ``--resume FILE``, ``--resume URL``, or with ``latest`` the newest one in the run's folder, then the newest
-    that ``--remote-sync`` has copied. What lies elsewhere is fetched; without ``fetch`` it is only named.
-    ValueError: the user asks for what is not there, or is damaged. (A job may be restarted before its first.)
-    """
-    wanted = config.run.resume
-    if folder.restarted:
-        since = 0.0 if wanted in (None, "latest") else _read_launch(folder.path / "launch.json").get("newest", 0.0)
-        own = find_latest(folder.checkpoints, since)
-        if own is not None or wanted is None:
-            return own
-    if wanted is None:
-        return None
-    if wanted == "latest":
-        return _newest(config, folder, fetch)
-    if "://" in wanted:
-        return remote_sync.fetch(wanted, folder.fetched) if fetch else wanted
-    if not Path(wanted).is_file():
-        raise ValueError(f"--resume {wanted}: there is no such file, check the path")
-    fault = problem(Path(wanted))
-    if fault:
-        raise ValueError(f"--resume {wanted}: {fault}; give another one, or --resume latest with --name")
-    return Path(wanted)
-
-
-def _newest(config: Config, folder: RunFolder, fetch: bool) -> Path | str:
-    latest = find_latest(folder.checkpoints)
-    if latest is None and config.run.remote_sync is not None:
-        latest = _fetch_newest(config, folder) if fetch else config.run.remote_sync
-    if latest is None:
-        raise ValueError(
-            f"--resume latest: no complete checkpoint in {folder.checkpoints}; check --logs and --name, give a "
-            "file, or leave the flag out to start at the beginning"
-        )
-    return latest
-
-
-def _fetch_newest(config: Config, folder: RunFolder) -> Path | None:
-    return remote_sync.fetch_newest(config.run, folder.name, folder.path, folder.fetched)
 
 
 def _fill(folder: RunFolder, config: Config) -> None:
@@ -208,9 +170,8 @@ def _write_launch(folder: RunFolder, identity: Mapping[str, str]) -> None:
     """``launch.json``, in one piece. ``newest``: when the newest checkpoint was saved that the job found there."""
     file = folder.path / "launch.json"
     newest = _read_launch(file).get("newest", 0.0) if folder.restarted else newest_time(folder.checkpoints)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps({**identity, "newest": newest}) + "\n")
-    os.replace(temporary, file)
+    with replacing(file) as writing:
+        writing.write(json.dumps({**identity, "newest": newest}).encode() + b"\n")
 
 
 def _read_launch(file: Path) -> dict[str, Any]:

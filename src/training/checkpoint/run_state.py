@@ -1,14 +1,14 @@
 """All that a run is, and how it becomes the contents of a checkpoint and comes back.
 
 Weights, optimizer, scaler and counters are the same on all ranks and go into the checkpoint's file; the sample
-state is sharded and goes beside it (``rows``). Random numbers need no place: each step seeds its own from (seed,
-step, rank), and the stream of samples from its position.
+state is sharded and goes beside it (``sample_state_io``). Random numbers need no place: each step seeds its own
+from (seed, step, rank), and the stream of samples from its position.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from drrho_clip.sample_state import SampleState
-from training.checkpoint import published
-from training.checkpoint.best import Best
+from training.checkpoint import pt_file
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +37,9 @@ class RunState:
     ``epoch_step``    steps taken of the epoch after those; 0 at an epoch's boundary.
     ``step``          optimizer steps in all. ``samples_seen``: samples of all ranks in these steps.
     ``stream``        where the training data stands, and what its order follows from: plain values of all ranks
-                      (``loader.TrainData.state_dict``).
-    ``meters``        sums of the epoch's log lines (``logger.hold``). ``skipped``: the count of steps left out.
+                      (``data.loader.TrainData.state_dict``).
+    ``meters``        sums of the epoch's log lines (``loop.metrics.hold``). ``skipped``: the count of steps left
+                      out.
     ``best``          metric -> [best value, after which epoch].
     ``flags``         every flag's value, as text: what the run was told. ``data_sizes``: rows per source.
     """
@@ -56,7 +56,7 @@ class RunState:
     stream: Mapping[str, Any] | None = None
     meters: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, Any] = field(default_factory=dict)
-    best: Best = field(default_factory=dict)
+    best: Mapping[str, Sequence[float]] = field(default_factory=dict)
     flags: Mapping[str, str] = field(default_factory=dict)
     data_sizes: tuple[int, ...] = ()
 
@@ -79,7 +79,7 @@ class RunState:
             "best": dict(self.best),
             "flags": dict(self.flags),
             "data_sizes": list(self.data_sizes),
-            "state_dict": published.plain_names(self.model.state_dict()),
+            "state_dict": pt_file.plain_names(self.model.state_dict()),
         }
         if self.optimizer is not None:
             held["optimizer"] = self.optimizer.state_dict()
@@ -96,7 +96,7 @@ class RunState:
         What a published file does not say follows from its completed epochs: ``steps_per_epoch`` steps of
         ``global_batch`` samples each. ValueError: it is of another model or optimizer.
         """
-        _load_model(self.model, published.weights_of(held, path), path)
+        _load_model(self.model, pt_file.weights_of(held, path), path)
         if "epoch" not in held:
             _log.info("%s holds weights alone: the run starts at its beginning", path)
             return False

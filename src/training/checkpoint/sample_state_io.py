@@ -8,7 +8,6 @@ cut short or has a flipped bit is noticed before anything of it is used.
 from __future__ import annotations
 
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +22,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 
 from drrho_clip.sample_state import SampleState
-from training.checkpoint.published import sync_folder
-from training.distributed.process_group import Group, PeerFailed, gather_object, on_main, rank_in
+from training.distributed.collectives import Group, PeerFailed, gather_object, on_main, rank_in
+from training.files import checksum, sync_folder
 
 Files = Mapping[str, Sequence[int]]
 
-_BLOCK = 1 << 20
 
 # Raised by torch.distributed.checkpoint in a run of one process, where nothing is amiss. Process-wide, since
 # Python cannot silence a warning in one thread.
@@ -129,15 +127,6 @@ def _written(folder: Path, rank: int) -> Files | OSError:
         return {f.name: [f.stat().st_size, checksum(f)] for f in files}
     except OSError as error:
         return error
-
-
-def checksum(file: Path) -> int:
-    """CRC-32 of the content."""
-    crc = 0
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 class _Planner(dcp.DefaultLoadPlanner):

@@ -10,7 +10,6 @@ A save that fails, for want of space say, leaves what is complete as it was; the
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 import time
@@ -23,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.checkpoint import catalog, published, sample_state_io
+from training.checkpoint import catalog, pt_file, published, sample_state_io
 from training.checkpoint.run_state import RunState
 from training.checkpoint.staging import Staging
-from training.config.params import RunConfig
-from training.distributed.process_group import Group, PeerFailed, lost_peer, on_main, own_group, rank_in
+from training.config.run import RunConfig
+from training.distributed.collectives import Group, PeerFailed, lost_peer, on_main, rank_in
+from training.distributed.process_group import own_group
+from training.files import link
 
 _log = logging.getLogger(__name__)
 
@@ -184,13 +185,6 @@ def _make_folder(folder: Path, stem: str) -> Path:
 
 def _write_files(paths: Sequence[Path], held: dict[str, Any]) -> None:
     """The first file, and the others as further names of it where the file system has such."""
-    published.write(paths[0], held)
+    pt_file.write(paths[0], held)
     for path in paths[1:]:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(paths[0], temporary)
-        except OSError:
-            shutil.copyfile(paths[0], temporary)
-        os.replace(temporary, path)
-    published.sync_folder(paths[0].parent)
+        link(paths[0], path)

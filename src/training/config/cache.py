@@ -1,7 +1,4 @@
-"""What the flags of cached features and captions mean together: refusals, and what a run does with a cache.
-
-Every rule takes what was ``Given`` and either answers or raises ``Refusal``, as in ``rules``.
-"""
+"""Cached reference features and synthetic captions: what a run writes, or reads, and where."""
 
 from __future__ import annotations
 
@@ -9,10 +6,11 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from training.config.flags import ALL
+from training.config.given import Given, Refusal
 from training.config.model import brings_weights, check_model, is_coca
-from training.config.parser import Given, Refusal
+from training.config.remarks import Idle, Pitfall
 
 FEATURES, CAPTIONS = "features", "captions"
 _WRITES = {"cache_ref_model_features": FEATURES, "cache_syn_texts": CAPTIONS}
@@ -40,6 +38,35 @@ class CacheConfig:
     cache_rank: int
 
 
+IDLE = (
+    Idle(
+        ("ref_features_offset", "num_samples_per_shard"),
+        lambda s: not s.given.cached_ref_features_dir,
+        "without --cached_ref_features_dir",
+    ),
+    Idle(
+        ("syn_texts_offset", "num_syn_texts"),
+        lambda s: not s.given.cached_syn_texts_dir,
+        "without captions to draw",
+    ),
+    Idle(("cap_model_pretrained",), lambda s: True, "without --cache_syn_texts"),
+    Idle(("cache_group_size", "cache_rank"), lambda s: True, "without a cache to write"),
+)
+PITFALLS = (
+    Pitfall(
+        lambda s: not s.trains and not s.writes_cache and s.given.epochs > 0,
+        "no --train-data: this run only evaluates",
+    ),
+    *(
+        Pitfall(
+            lambda s, key=key: s.writes_cache and bool(s.given.values[key]),
+            f"{ALL[key].name}: no effect on what is written, rows keep their numbers",
+        )
+        for key in ("ref_features_offset", "syn_texts_offset")
+    ),
+)
+
+
 def writes(given: Given) -> str:
     """'features' or 'captions' where the run writes a cache and ends; else ''."""
     asked = [key for key in _WRITES if given.values[key]]
@@ -51,8 +78,8 @@ def writes(given: Given) -> str:
     return _WRITES[asked[0]] if asked else ""
 
 
-def resolve(given: Given, dataset_type: str, trains: bool) -> dict[str, Any]:
-    """``writes``, and the folders of the caches, '' where the run has no use for one."""
+def resolve_cache(given: Given, dataset_type: str, trains: bool) -> CacheConfig:
+    """The group. Folders are '' where the run has no use for one."""
     written = writes(given)
     folders = {key: given.values[key] for key, _ in _FOLDERS.values()}
     if written:
@@ -62,7 +89,7 @@ def resolve(given: Given, dataset_type: str, trains: bool) -> dict[str, Any]:
     elif trains:
         _check_reading(given, dataset_type)
     count = given.num_syn_texts if written or given.chose("num_syn_texts") else None
-    return {"writes": written, "num_syn_texts": count, **folders}
+    return given.group(CacheConfig, writes=written, num_syn_texts=count, **folders)
 
 
 def _check_writing(given: Given, written: str, dataset_type: str) -> None:

@@ -1,4 +1,4 @@
-"""What a model's name says without building it: whether open_clip knows it, its config, CLIP's defaults for it.
+"""The target model: its flags, and what a model's name says without building it.
 
 open_clip's configs are read from its package folder; importing open_clip takes seconds and a refusal should not.
 """
@@ -7,14 +7,69 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from training.config.parser import Given, Refusal
+from training.config.data import check_file
+from training.config.given import Given, Refusal
+from training.config.remarks import Idle
 
 _SCHEMES = ("hf-hub:", "local-dir:")  # models that open_clip fetches, or reads from a folder
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The target model. ``model`` is an open_clip name or the path of a model config JSON."""
+
+    model: str
+    pretrained: str
+    pretrained_image: bool
+    lock_image: bool
+    lock_image_unlocked_groups: int
+    lock_image_freeze_bn_stats: bool
+    lock_text: bool
+    lock_text_unlocked_layers: int
+    lock_text_freeze_layer_norm: bool
+    image_mean: tuple[float, ...] | None
+    image_std: tuple[float, ...] | None
+    force_image_size: int | tuple[int, int] | None
+    force_quick_gelu: bool
+    force_patch_dropout: float | None
+    force_custom_text: bool
+    grad_checkpointing: bool
+    torchcompile: bool
+    use_bn_sync: bool
+
+
+IDLE = (
+    Idle(
+        ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats"),
+        lambda s: not s.given.lock_image,
+        "without --lock-image",
+    ),
+    Idle(
+        ("lock_text_unlocked_layers", "lock_text_freeze_layer_norm"),
+        lambda s: not s.given.lock_text,
+        "without --lock-text",
+    ),
+)
+
+
+def resolve_model(given: Given) -> ModelConfig:
+    """The group. Refusal: there is no such model, no such file, or a size or mean of the wrong length."""
+    check_model(given, "model")
+    check_weights(given, "pretrained")
+    mean, std = (_per_channel(given, key) for key in ("image_mean", "image_std"))
+    size = given.force_image_size
+    if size is not None:
+        if len(size) > 2:
+            raise Refusal(f"{given.say('force_image_size')}: give one size, or height and width")
+        size = size[0] if len(size) == 1 else tuple(size)
+    return given.group(ModelConfig, image_mean=mean, image_std=std, force_image_size=size)
 
 
 def brings_weights(name: str) -> bool:
@@ -37,7 +92,7 @@ def model_config(model: str) -> dict[str, Any] | None:
 
 
 def check_model(given: Given, key: str) -> None:
-    """``--model``, ``--ref_model`` or ``--distill-model`` names something that can be built."""
+    """Refusal: the flag ``key`` names no model that can be built."""
     model = given.values[key]
     try:
         config = model_config(model)
@@ -52,15 +107,29 @@ def check_model(given: Given, key: str) -> None:
         raise Refusal(f"{given.say(key)}: the model config lacks {', '.join(missing)}")
 
 
+def check_weights(given: Given, key: str) -> None:
+    """Refusal: the value of ``key`` is called like a file of weights, and there is none. Other words are tags."""
+    if re.search(r"\.(pt|pth|bin|ckpt|safetensors)$", given.values[key] or ""):
+        check_file(given, key)
+
+
 def is_coca(model: str) -> bool:
     """Whether the model has a caption decoder, by its name or its config."""
     return "coca" in _name(model).lower() or "multimodal_cfg" in (model_config(model) or {})
 
 
-def optimizer_defaults(model: str) -> dict[str, float]:
-    """Learning rate, betas and epsilon by model name, as in CLIP's paper; a JSON path counts by its stem."""
-    vit = "vit" in _name(model).lower()
-    return {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98 if vit else 0.999, "eps": 1e-6 if vit else 1e-8}
+def is_vit(model: str) -> bool:
+    """Whether the model is a vision transformer by its name; a JSON path counts by its stem."""
+    return "vit" in _name(model).lower()
+
+
+def _per_channel(given: Given, key: str) -> tuple[float, ...] | None:
+    values = given.values[key]
+    if values is None:
+        return None
+    if len(values) not in (1, 3):
+        raise Refusal(f"{given.say(key)}: give one number per channel (3), or one for all")
+    return tuple(values) * (3 // len(values))
 
 
 def _is_file(model: str) -> bool:

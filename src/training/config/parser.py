@@ -1,4 +1,4 @@
-"""Reading the command line and ``--config_file``, as ``flags.py`` declares them, into plain values.
+"""Reading the command line and ``--config_file``, as ``flags`` declares them, into plain values.
 
 Each flag has two spellings, ``--batch-size`` and ``--batch_size``; abbreviations are not accepted.
 """
@@ -9,48 +9,12 @@ import argparse
 import ast
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from training.config.flags import ALL, GROUPS, Flag
-
-
-class Refusal(ValueError):
-    """Bad input from the user; the message is one sentence that names the flag."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """The flags' values, and which of them the user chose rather than left alone."""
-
-    values: Mapping[str, Any]
-    explicit: frozenset[str] = field(default_factory=frozenset)
-
-    def __getattr__(self, key: str) -> Any:
-        if key.startswith("__"):  # copy and pickle ask for these before the fields exist
-            raise AttributeError(key)
-        return self.values[key]
-
-    def chose(self, *keys: str) -> bool:
-        """Whether any of ``keys`` was given, on the command line or in the file."""
-        return any(key in self.explicit for key in keys)
-
-    def pick(self, *keys: str) -> dict[str, Any]:
-        """The values of ``keys`` alone."""
-        return {key: self.values[key] for key in keys}
-
-    def say(self, key: str) -> str:
-        """The flag as a user would type it, ``--batch-size 64``."""
-        flag, value = ALL[key], self.values[key]
-        if flag.kind == "switch":
-            return flag.name
-        if isinstance(value, Mapping):
-            value = " ".join(f"{k}={v}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = ("::" if flag.kind == "sizes" else " ").join(map(str, value))
-        return f"{flag.name} {value if value != '' else repr('')}"
+from training.config.given import Given, Refusal
 
 
 def read(argv: Sequence[str]) -> Given:
@@ -97,6 +61,25 @@ def read_file(path: str) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             raise Refusal(f"{where}: {name}: {error}") from None
     return values
+
+
+def check_values(given: Given) -> None:
+    """Refusal: a flag that by itself has a value which it cannot have, or that is not supported."""
+    for key, flag in ALL.items():
+        value = given.values[key]
+        if flag.refused and value != flag.default:
+            raise Refusal(f"{given.say(key)}: {flag.refused}")
+        for number in value if isinstance(value, list) else [value]:
+            if flag.within and number is not None and not _inside(number, flag.within):
+                raise Refusal(f"{given.say(key)}: the value must lie in {flag.within}")
+        if flag.words and value not in flag.words:
+            raise Refusal(f"{given.say(key)}: unknown, choose one of {', '.join(flag.words)}")
+
+
+def _inside(number: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(", "))
+    above = number >= low if interval[0] == "[" else number > low
+    return above and (number <= high if interval[-1] == "]" else number < high)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""What the sources of samples (shards, csv, synthetic) hand to the loader, and what they report as unusable.
+"""Samples that cannot be used: counted, named, and how many of them end a run.
 
 Bad samples are left out, counted by reason and named. Each is counted when the order comes to it, together with
 the good one beside it: what has been read ahead, or is read once more after a resume, changes no count. Too many
@@ -10,56 +10,16 @@ a window of samples (``Tolerance``).
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from PIL import Image
-
-from training.data.order import BEGIN, Lane, Place
+from training.data.samples import Fault, Item, RawSample
 
 log = logging.getLogger(__name__)
 
 WINDOW = range(1_000, 100_000)  # shortest and longest window of samples that bad ones are a share of
-
-
-class RawSample(NamedTuple):
-    """One sample before decoding.
-
-    ``image`` is an encoded image, the path of one, or the picture itself; ``index`` its row of the sample state
-    (negative where the run keeps no state: then only a name of the sample); ``turn`` tells the visits of one epoch
-    apart; ``name`` is for messages.
-    """
-
-    image: bytes | str | Image.Image
-    text: str
-    index: int
-    turn: int
-    name: str
-
-
-class Fault(NamedTuple):
-    """Something that is left out, a sample, a shard or a part of one: the ``reason`` it counts under, its name."""
-
-    reason: str
-    name: str
-
-
-class Item(NamedTuple):
-    """What a stream of samples consists of: a ``sample``, the faults that count with it, and the place behind.
-
-    ``sample`` None: a turn is over, and ``faults`` are those of a turn without any usable sample.
-    """
-
-    sample: RawSample | None
-    place: Place = BEGIN
-    faults: Sequence[Fault] = ()
-
-
-class Unusable(Exception):
-    """A sample that cannot be used; the message is the reason under which it is counted."""
 
 
 class NothingUsable(ValueError):
@@ -68,6 +28,13 @@ class NothingUsable(ValueError):
 
 class TooManyBad(ValueError):
     """More of the data is bad than ``--max_bad_fraction`` allows."""
+
+
+class WrongRow(ValueError):
+    """A sample and its row do not belong together.
+
+    Two samples share the row, or what is stored under it is missing or another sample's.
+    """
 
 
 class Allowance(NamedTuple):
@@ -200,20 +167,3 @@ def usable(items: Iterable[Item], skips: Skips) -> Iterator[RawSample]:
         skips.extend(item.faults)
         if item.sample is not None:
             yield item.sample
-
-
-class Source(Protocol):
-    """Training data as a stream of samples in a fixed order. Picklable: loader processes get a copy."""
-
-    def stream(self, epoch: int, lane: Lane, place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Item]:
-        """The lane's samples of an epoch from ``place`` on, turn after turn without an end.
-
-        Of a turn every fault comes with exactly one sample of one lane; another stream may go on at any place.
-        NothingUsable: more than ``limit`` faults were read in a row.
-        """
-
-    def describe(self, lanes: int) -> str:
-        """One line for the log: what there is and how it is dealt to ``lanes`` lanes."""
-
-    def identity(self) -> list[str | int]:
-        """What the order follows from besides seed, lanes, steps and batch size: a place is one of this order."""

@@ -1,4 +1,4 @@
-"""Which data a run trains and validates on, as the flags say: shards, a csv file, or synthetic samples."""
+"""Which data a run trains on, as the flags say: shards, a csv file, or synthetic samples."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from typing import Protocol
 import torch
 from open_clip.transform import PreprocessCfg
 
-from training.cache.captions import open_captions
-from training.cache.features import open_features
 from training.config.params import Config
-from training.data.bad_samples import Source, allowance
+from training.data.bad_samples import allowance
 from training.data.lanes import Layout, default_layout
-from training.data.loader import TrainData, ValData, ValStream, prefetch
+from training.data.loader import TrainData
+from training.data.samples import CaptionSource, FeatureSource, Source
 from training.data.sources.tables import SyntheticSource, open_csv
-from training.data.sources.webdataset import open_shards, open_val_shards
+from training.data.sources.webdataset import open_shards
 from training.data.tokenizer import Tokenizer
-from training.data.transforms import TrainView, eval_transform
+from training.data.transforms import TrainView
 from training.data.worker import TrainStream
 from training.distributed.process_group import World
-
-__all__ = ["TrainData", "ValData", "build_train", "build_val", "prefetch", "same_tokens", "steps_per_epoch"]
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +33,18 @@ class Model(Protocol):
     tokenizer: Tokenizer
 
 
-def build_train(config: Config, world: World, target: Model, reference: Model | None) -> TrainData:
-    """The training data of this rank. All ranks call it together. ValueError names the flag that is wrong."""
+def build_train(
+    config: Config,
+    world: World,
+    target: Model,
+    reference: Model | None,
+    features: FeatureSource | None = None,
+    captions: CaptionSource | None = None,
+) -> TrainData:
+    """The training data of this rank. All ranks call it together. ValueError names the flag that is wrong.
+
+    ``features``, ``captions``: the reference's embeddings and further captions, where they come with the data.
+    """
     data, run = config.data, config.run
     samples = samples_per_epoch(config)
     steps = _steps(samples, config, world.world_size)
@@ -54,8 +61,8 @@ def build_train(config: Config, world: World, target: Model, reference: Model | 
         ),
         target.tokenizer,
         reference.tokenizer if needs_ref_text else None,
-        open_features(config),
-        open_captions(config),
+        features,
+        captions,
         seed=run.seed,
         batch_size=run.batch_size,
         steps=steps,
@@ -84,27 +91,6 @@ def build_train(config: Config, world: World, target: Model, reference: Model | 
         _remainder(train.samples_per_epoch - samples),
     )
     return train
-
-
-def build_val(config: Config, world: World, target: Model) -> ValData | None:
-    """The pairs of ``--val-data`` for this rank, None without them. ValueError names the flag that is wrong."""
-    val = config.evaluation
-    if val.val_data is None:
-        return None
-    if val.val_dataset_type == "csv":
-        source = open_csv(val.val_data, config.data, config.run.seed)
-    else:
-        source = open_val_shards(val.val_data)
-    stream = ValStream(
-        source,
-        eval_transform(target.preprocess),
-        target.tokenizer,
-        batch_size=config.run.batch_size // config.run.accum_freq,
-        limit=val.val_num_samples,
-        rank=world.rank,
-        ranks=world.world_size,
-    )
-    return ValData(stream, workers=config.data.workers, device=world.device)
 
 
 def samples_per_epoch(config: Config) -> int:

@@ -1,20 +1,33 @@
-"""How large an encoded image is, from its header: a picture of a gigapixel is refused before anything is decoded.
+"""From an encoded image to RGB pixels, and how large it is before anything is decoded.
 
-JPEG headers are read here (a few microseconds, as every training sample goes through it), other formats are opened
-by Pillow, which reads no pixels until they are asked for.
+A picture of a gigapixel is refused by its header. JPEG headers are read here (a few microseconds, as every
+training sample goes through it), other formats are opened by Pillow, which reads no pixels until they are asked
+for.
+
+``decode`` gives a Pillow image, ``decode_pixels`` a tensor; the pixels are the same. Both use libjpeg-turbo, which
+writes rows of RGB bytes: tensors are [3, H, W] by their shape and H, W, 3 in memory (channels last).
 """
 
 from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
+import numpy as np
+import torch
+import torchvision.io
 from PIL import Image
+from torch import Tensor
 
-from training.data.bad_samples import Unusable
+from training.data.samples import Unusable
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # where Pillow begins to warn: a quarter of a gigabyte as RGB
 
+_JPEG = b"\xff\xd8\xff"
 _LENGTHLESS = frozenset([0x01, *range(0xD0, 0xD9)])  # TEM, RST0 to RST7, SOI
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 without DHT, JPG, DAC
 
@@ -57,3 +70,47 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None
+
+
+def decode(image: bytes | str | Image.Image) -> Image.Image:
+    """An RGB image from its encoded bytes or its path. Grey, CMYK and palette are converted, alpha is dropped.
+
+    Whatever is wrong with the file, Pillow's own error comes out; its decoders raise many kinds.
+    """
+    if not isinstance(image, Image.Image):
+        image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB Pillow would warn
+    return image.convert("RGB")
+
+
+def decode_pixels(image: bytes | str | Image.Image) -> Tensor:
+    """The same as a tensor, uint8 [3, H, W], channels last; JPEGs without Pillow."""
+    if isinstance(image, str):
+        image = Path(image).read_bytes()
+    if isinstance(image, bytes) and image.startswith(_JPEG) and (decode_jpeg := jpeg_decoder()) is not None:
+        with suppress(RuntimeError):  # Pillow reads some more, and says better what is wrong with the rest
+            return decode_jpeg(image)
+    return torch.from_numpy(np.array(decode(image))).permute(2, 0, 1)
+
+
+@cache
+def jpeg_decoder() -> Callable[[bytes], Tensor] | None:
+    """torchvision's: bytes to uint8 [3, H, W]; None where there is none.
+
+    It is deprecated since torchvision 0.29, to be removed, and it has always been missing from builds without
+    libjpeg.
+    """
+
+    def decode_jpeg(image: bytes) -> Tensor:
+        # A copy, since torch takes no memory that it may not write to.
+        return torchvision.io.decode_jpeg(torch.frombuffer(bytearray(image), dtype=torch.uint8), mode=mode)
+
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "jpeg")
+    try:
+        mode = torchvision.io.ImageReadMode.RGB
+        decode_jpeg(file.getvalue())
+    except (AttributeError, RuntimeError):
+        return None
+    return decode_jpeg

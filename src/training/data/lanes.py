@@ -1,6 +1,11 @@
-"""Who works for which lanes, and where the lanes stand: the part of a run's state that is about data.
+"""Lanes: the streams that a run's samples flow through, and who works for which of them.
 
-The lanes of a run (``order``) are fixed at its first launch, P = its ranks and Q = its workers per rank, unless
+Virtual rank p of P times virtual worker q of Q make P x Q lanes. Step t of an epoch takes its global batch from
+the lanes (0, q) ... (P-1, q) with q = t mod Q, the same number of samples from each, one after the other. Who
+works for a lane is another matter: wherever K ranks divide P and W workers divide Q, every rank and worker has
+whole lanes, and the global batches, in the order in which ranks gather them, are the same for all such K and W.
+
+The lanes of a run are fixed at its first launch, P = its ranks and Q = its workers per rank, unless
 ``--lanes P,Q`` says otherwise, and kept in its checkpoints. K ranks and W workers can take them over where K
 divides P and W divides Q: rank r has P/K virtual ranks in a row, and each of its workers the virtual workers of
 those steps that it prepares, every W-th.
@@ -8,13 +13,7 @@ those steps that it prepares, every W-th.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-from training.data.order import Place
-
-VERSION = 1
+from typing import NamedTuple
 
 
 class Layout(NamedTuple):
@@ -42,60 +41,55 @@ def default_layout(ranks: int, workers: int) -> Layout:
     return Layout(ranks, max(workers, 1))
 
 
-@dataclass
-class Progress:
-    """Where a stream stands: ``step`` steps into ``epoch``, with the ``places`` of the lanes that have begun it.
+class Part(NamedTuple):
+    """Part ``number`` of ``count``, for sets that are read once and in order: every ``count``-th sample."""
 
-    Lanes are named by (virtual rank, virtual worker).
+    number: int
+    count: int
+
+    def owns(self, position: int) -> bool:
+        """Whether the sample at ``position`` of the list is in this part."""
+        return position % self.count == self.number
+
+
+class Lane(NamedTuple):
+    """Virtual rank ``rank`` of ``ranks`` and virtual worker ``worker`` of ``workers``.
+
+    Of an epoch's steps it serves ``worker``, ``worker + workers``, …, with ``share`` samples each.
     """
 
-    epoch: int = 0
-    step: int = 0
-    places: dict[tuple[int, int], Place] = field(default_factory=dict)
+    rank: int = 0
+    ranks: int = 1
+    worker: int = 0
+    workers: int = 1
+    share: int = 1
 
+    @property
+    def number(self) -> int:
+        return self.worker * self.ranks + self.rank
 
-@dataclass(frozen=True)
-class Identity:
-    """What an order depends on: places are those of another order where any of it differs."""
+    @property
+    def count(self) -> int:
+        return self.ranks * self.workers
 
-    layout: Layout
-    seed: int
-    steps_per_epoch: int
-    global_batch: int
-    source: Sequence[str | int]
+    @property
+    def batch(self) -> int:
+        """Samples of a step, of all ranks."""
+        return self.ranks * self.share
 
-    def difference(self, state: Mapping[str, Any]) -> str | None:
-        """What makes ``state``, of ``pack``, that of another order; None: it is of this one."""
-        theirs, ours = self._fields(state), self._fields(self.held())
-        names = [f"{name} ({theirs[name]} then, {ours[name]} now)" for name in ours if theirs[name] != ours[name]]
-        return ", ".join(names) or None
+    def owns(self, position: int) -> bool:
+        """Whether this lane delivers the sample at ``position`` of one list that is dealt to all by sample.
 
-    def held(self) -> dict[str, Any]:
-        return {
-            "version": VERSION,
-            "lanes": list(self.layout),
-            "seed": self.seed,
-            "steps_per_epoch": self.steps_per_epoch,
-            "global_batch": self.global_batch,
-            "source": list(self.source),
-        }
+        Step t has the positions t·B … (t+1)·B - 1, in order, whatever the lanes.
+        """
+        step, place = divmod(position, self.batch)
+        return step % self.workers == self.worker and place // self.share == self.rank
 
-    def _fields(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        return {name.replace("_", " "): state.get(name) for name in self.held()}
+    def position(self, i: int) -> int:
+        """The ``i``-th position that it owns."""
+        turn, place = divmod(i, self.share)
+        return (self.worker + turn * self.workers) * self.batch + self.rank * self.share + place
 
-
-def pack(identity: Identity, parts: Sequence[Progress]) -> dict[str, Any]:
-    """The state of a stream from the ``parts`` of all ranks: plain values, for a checkpoint."""
-    places = {name: place for part in parts for name, place in part.places.items()}
-    return {
-        **identity.held(),
-        "epoch": parts[0].epoch,
-        "step": parts[0].step,
-        "places": [{"lane": list(name), **place._asdict()} for name, place in sorted(places.items())],
-    }
-
-
-def unpack(state: Mapping[str, Any]) -> Progress:
-    """The inverse of ``pack``."""
-    places = {tuple(held["lane"]): Place(*(held[name] for name in Place._fields)) for held in state["places"]}
-    return Progress(state["epoch"], state["step"], places)
+    def samples(self, steps: int) -> int:
+        """How many samples it delivers in an epoch of ``steps``."""
+        return len(range(self.worker, steps, self.workers)) * self.share

@@ -13,28 +13,21 @@ import atexit
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
-from itertools import islice
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from drrho_clip.batch import Batch
-from training.data.bad_samples import SkipLog, Skips, usable
+from training.data.bad_samples import SkipLog
 from training.data.batch_memory import PREFETCH, ReceivedMemory
-from training.data.lanes import Identity, Layout, Progress, pack, unpack
-from training.data.order import Part
-from training.data.sources.tables import CsvSource
-from training.data.sources.webdataset import ShardSource
-from training.data.tokenizer import Tokenizer
-from training.data.transforms import decode
-from training.data.worker import Chunk, TrainStream, decode_or_skip, this_worker
-from training.distributed.process_group import gather_object
+from training.data.lanes import Layout
+from training.data.progress import Identity, Progress, pack, unpack
+from training.data.worker import LoadedBatch, TrainStream
+from training.distributed.collectives import gather_object
 from training.distributed.signals import end_with_trainer, leave_to_trainer
 
 log = logging.getLogger(__name__)
@@ -55,9 +48,9 @@ class TrainData:
         self.skips = SkipLog(stream.allowed)
         self._stream, self._device, self._fixed = stream, device, fixed
         self._world_size, self._workers = world_size, workers
-        self._loader = _loader(stream, workers, device, stream.seed)
+        self._loader = open_loader(stream, workers, device, stream.seed)
         self._must_copy = workers > 0 and device.type != "cuda"  # there page-locked memory is a copy
-        self._chunks: Iterator[Chunk] | None = None
+        self._chunks: Iterator[LoadedBatch] | None = None
         self._fetched = (0, 0)  # the epoch and step that the next chunk is for
         self._progress = Progress()  # behind the last batch handed out
 
@@ -66,7 +59,7 @@ class TrainData:
 
         From where the last batch or ``resume`` left off they go on. Anywhere else they begin the epoch's order
         anew, and ``step`` only says how many are left.
-        NothingUsable: the data holds no usable sample, or far too many bad ones in a row; TooManyBad, SharedKey.
+        NothingUsable: the data holds no usable sample, or far too many bad ones in a row; TooManyBad, WrongRow.
         """
         if (self._progress.epoch, self._progress.step) != (epoch, step):
             self._progress = Progress(epoch, step)
@@ -75,7 +68,7 @@ class TrainData:
             self._stream.start = replace(self._progress, places=dict(self._progress.places))
             self._fetched = (epoch, step)
             self._chunks = self._start()
-        arrived: deque[Chunk] = deque()
+        arrived: deque[LoadedBatch] = deque()
         for batch in prefetch(self._fetch(arrived), self._device):
             chunk = arrived.popleft()
             self.skips.update(chunk.skips, len(batch))
@@ -89,7 +82,7 @@ class TrainData:
         """End the loader processes."""
         self._chunks = None  # nobody else holds it
 
-    def _start(self) -> Iterator[Chunk]:
+    def _start(self) -> Iterator[LoadedBatch]:
         _loading.add(self)
         chunks = iter(self._loader)
         return _copies(chunks, self._workers) if self._must_copy else chunks
@@ -145,7 +138,7 @@ class TrainData:
         s = self._stream
         return Identity(s.layout, s.seed, s.steps, s.batch_size * self._world_size, s.source.identity())
 
-    def _fetch(self, arrived: deque[Chunk]) -> Iterator[Batch]:
+    def _fetch(self, arrived: deque[LoadedBatch]) -> Iterator[Batch]:
         epoch, start = self._fetched
         for step in range(start, self.steps_per_epoch):
             chunk = next(self._chunks)
@@ -155,76 +148,6 @@ class TrainData:
             self._fetched = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             arrived.append(replace(chunk, batch=None))
             yield chunk.batch
-
-
-class ValData:
-    """Pairs for evaluation: every sample of the set on exactly one rank, in batches (image, text).
-
-    image: float [n, 3, H, W], normalized; text: int64 [n, L]; n ≤ batch size. Ranks may have different numbers of
-    samples, and none. Iterate as often as you like.
-    """
-
-    def __init__(self, stream: ValStream, *, workers: int, device: torch.device) -> None:
-        self.skips = SkipLog()
-        self._stream, self._workers = stream, max(workers, 1)
-        self._loader = _loader(stream, workers, device, 0)
-
-    def __len__(self) -> int:
-        """This rank's batches; skipped samples may make them fewer. Reads the headers of the shards."""
-        return sum(self._stream.batches(worker, self._workers) for worker in range(self._workers))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for image, text, skips in self._loader:
-            self.skips.update(skips)
-            if len(image):
-                yield image, text
-
-
-class ValStream(IterableDataset):
-    """One loader process's share of the validation samples."""
-
-    def __init__(
-        self,
-        source: ShardSource | CsvSource,
-        transform: Callable[[Image.Image], Tensor],
-        tokenizer: Tokenizer,
-        *,
-        batch_size: int,
-        limit: int | None = None,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        self.source, self.transform, self.tokenizer = source, transform, tokenizer
-        self.batch_size, self.limit = batch_size, limit
-        self.rank, self.ranks = rank, ranks
-
-    def batches(self, worker: int, workers: int) -> int:
-        """How many batches that process makes of a sound set."""
-        part = self._part(worker, workers)
-        samples = self.source.count() if self.limit is None else min(self.source.count(), self.limit)
-        return -(-len(range(part.number, samples, part.count)) // self.batch_size)
-
-    def _part(self, worker: int, workers: int) -> Part:
-        return Part(worker * self.ranks + self.rank, workers * self.ranks)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Skips]]:
-        part = self._part(*this_worker())
-        skips = Skips()
-        samples = usable(self.source.in_order(part), skips)
-        if self.limit is not None:  # of positions 0, 1, ..., limit - 1 this part has those = number mod count
-            samples = islice(samples, len(range(part.number, self.limit, part.count)))
-        more = True
-        while more:
-            raws = list(islice(samples, self.batch_size))
-            more = len(raws) == self.batch_size
-            pairs = [
-                (image, raw.text) for raw in raws if (image := decode_or_skip(raw, skips, decode)) is not None
-            ]
-            if not pairs:
-                yield torch.empty(0), torch.empty(0), skips.take()
-                continue
-            images, texts = zip(*pairs)
-            yield torch.stack([self.transform(i) for i in images]), self.tokenizer(list(texts)), skips.take()
 
 
 def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -258,7 +181,11 @@ def _hand_over(batch: Batch, copies: torch.cuda.Stream, device: torch.device) ->
     return batch
 
 
-def _loader(stream: IterableDataset, workers: int, device: torch.device, seed: int) -> DataLoader:
+def open_loader(stream: IterableDataset, workers: int, device: torch.device, seed: int = 0) -> DataLoader:
+    """What ``stream`` yields in ``workers`` processes, in page-locked memory on the way to a GPU.
+
+    The processes end with this one, and leave to it what a launcher's signals ask for.
+    """
     return DataLoader(
         stream,
         batch_size=None,
@@ -270,9 +197,9 @@ def _loader(stream: IterableDataset, workers: int, device: torch.device, seed: i
     )
 
 
-def _copies(chunks: Iterator[Chunk], workers: int) -> Iterator[Chunk]:
+def _copies(chunks: Iterator[LoadedBatch], workers: int) -> Iterator[LoadedBatch]:
     """Chunks in memory of this process. The received ones are held on to, so that their blocks stay mapped."""
-    held: deque[Chunk] = deque(maxlen=workers * (PREFETCH + 1))
+    held: deque[LoadedBatch] = deque(maxlen=workers * (PREFETCH + 1))
     memory, ref_memory = ReceivedMemory(), ReceivedMemory()
     for chunk in chunks:
         held.append(chunk)

@@ -21,7 +21,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
-from training.data.transforms import isolated_rng, seed_all
+from training.rng import isolated_rng, seed_all
 
 Tokenizer = Callable[[list[str]], Tensor]
 

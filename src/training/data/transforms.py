@@ -1,10 +1,10 @@
-"""From an encoded image to the views that the target and the reference see.
+"""From a decoded image to the views that the target and the reference see.
 
 The target's train transform is open_clip's for its preprocess config and ``--aug-cfg``: a random resized crop,
 then perhaps changes of color, then "to tensor, normalize". The last two are left to the device: a view is uint8.
-Decoding, crop and resize stay in uint8 tensors from the first byte on: libjpeg-turbo writes rows of RGB pixels,
-and torch's antialiased resize takes and gives them in that order. Images and views are [3, H, W] by their shape
-and H, W, 3 in memory (channels last); nothing is transposed on the way to the device.
+Crop and resize stay in uint8 tensors, as decoding does (``decode``), and torch's antialiased resize takes and
+gives rows of RGB bytes: images and views are [3, H, W] by their shape and H, W, 3 in memory (channels last), and
+nothing is transposed on the way to the device.
 
 Pixels are those of open_clip's transform of the same crop, up to rounding: both decoders are libjpeg-turbo, both
 resizes are Pillow's filter in fixed-point arithmetic. What tensors cannot express, open_clip's own transforms do
@@ -17,33 +17,36 @@ and interpolation.
 Random numbers belong to the sample and follow from its ``seed``. The crop is drawn from a generator of its own.
 Transforms that run as they are draw from the global generators, the same numbers whatever the size of the view:
 these are seeded for the target, again for the reference, and then restored.
+
+A model that looks at each image once, so that what it computes can be kept, has one fixed view of it
+(``FixedView``): the largest centred part with the shape of the model's input, resized to it. That is open_clip's
+evaluation transform on decoded pixels, so a square image gives the very pixels that training with ``--aug-cfg
+scale=(1.0,1.0)`` gives the reference. Where the model's config does not crop (``resize_mode`` squash or longest),
+open_clip's own transform is used.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.io
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
+from training.data.decode import decode, decode_pixels, jpeg_decoder
+from training.rng import isolated_rng, seed_all
+
 log = logging.getLogger(__name__)
 
-_JPEG = b"\xff\xd8\xff"
 _TRIES = 10  # crops drawn before a fixed one is taken, as in torchvision
 
 
@@ -89,7 +92,7 @@ class TrainView:
             log.info("--aug-cfg asks for timm's transforms: images are normalized in the loader, as float")
         elif slow := ", ".join(self._target.color_steps):
             log.info("augmentation by %s goes through Pillow images, after the crop", slow)
-        if not self._in_timm and _jpeg_decoder() is None:
+        if not self._in_timm and jpeg_decoder() is None:
             log.warning("this torchvision decodes no JPEGs: Pillow does, to the same pixels, in more time")
         if reference is not None and not _same_pixels(target, reference, on_device=not self._in_timm):
             steps = _steps(reference, augmentation, rand_augment)
@@ -104,53 +107,37 @@ class TrainView:
         return Views(self._target(image, seed), None if self._reference is None else self._reference(image, seed))
 
 
+class FixedView:
+    """The view of a model with ``preprocess``: uint8 [3, h, w], or float and normalized where it does not crop."""
+
+    def __init__(self, preprocess: PreprocessCfg) -> None:
+        self.size, self.mode = _size(preprocess), _interpolation(preprocess)
+        self._whole = None if preprocess.resize_mode == "shortest" else eval_transform(preprocess)
+
+    def decode(self, image: bytes | str | Image.Image) -> Tensor | Image.Image:
+        """What ``__call__`` takes."""
+        return decode_pixels(image) if self._whole is None else decode(image)
+
+    def __call__(self, image: Tensor | Image.Image) -> Tensor:
+        """The view of what ``decode`` gave."""
+        if self._whole is not None:
+            return self._whole(image)
+        return resized_crop(image, centred(*image.shape[1:], self.size), self.size, self.mode)
+
+    def __str__(self) -> str:
+        return f"centre, {self.size[0]} x {self.size[1]}, {self.mode}" if self._whole is None else "whole"
+
+
+def centred(height: int, width: int, shape: tuple[int, int]) -> Box:
+    """The largest box with the sides' ratio of ``shape`` = (h, w) in the middle of an image."""
+    h, w = min(height, round(width * shape[0] / shape[1])), min(width, round(height * shape[1] / shape[0]))
+    h, w = max(h, 1), max(w, 1)
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
 def eval_transform(preprocess: PreprocessCfg) -> Callable[[Image.Image], Tensor]:
     """open_clip's transform for evaluation: a PIL image to float [3, H, W], normalized."""
     return image_transform_v2(preprocess, is_train=False)
-
-
-def decode(image: bytes | str | Image.Image) -> Image.Image:
-    """An RGB image from its encoded bytes or its path. Grey, CMYK and palette are converted, alpha is dropped.
-
-    Whatever is wrong with the file, Pillow's own error comes out; its decoders raise many kinds.
-    """
-    if not isinstance(image, Image.Image):
-        image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB Pillow would warn
-    return image.convert("RGB")
-
-
-def decode_pixels(image: bytes | str | Image.Image) -> Tensor:
-    """The same as a tensor, uint8 [3, H, W], channels last; JPEGs without Pillow."""
-    if isinstance(image, str):
-        image = Path(image).read_bytes()
-    if isinstance(image, bytes) and image.startswith(_JPEG) and (decode_jpeg := _jpeg_decoder()) is not None:
-        with suppress(RuntimeError):  # Pillow reads some more, and says better what is wrong with the rest
-            return decode_jpeg(image)
-    return torch.from_numpy(np.array(decode(image))).permute(2, 0, 1)
-
-
-@cache
-def _jpeg_decoder() -> Callable[[bytes], Tensor] | None:
-    """torchvision's: bytes to uint8 [3, H, W]; None where there is none.
-
-    It is deprecated since torchvision 0.29, to be removed, and it has always been missing from builds without
-    libjpeg.
-    """
-
-    def decode_jpeg(image: bytes) -> Tensor:
-        # A copy, since torch takes no memory that it may not write to.
-        return torchvision.io.decode_jpeg(torch.frombuffer(bytearray(image), dtype=torch.uint8), mode=mode)
-
-    file = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(file, "jpeg")
-    try:
-        mode = torchvision.io.ImageReadMode.RGB
-        decode_jpeg(file.getvalue())
-    except (AttributeError, RuntimeError):
-        return None
-    return decode_jpeg
 
 
 def random_box(height: int, width: int, scale: Sequence[float], ratio: Sequence[float], rng: random.Random) -> Box:
@@ -182,25 +169,6 @@ def resized_crop(image: Tensor, box: Box, size: tuple[int, int], mode: str) -> T
     # torch's fast path for RGB bytes wants them packed, with strides that say so; whole rows are already.
     part = rows.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     return F.interpolate(part, size, mode=mode, antialias=True).squeeze(0)
-
-
-@contextmanager
-def isolated_rng() -> Iterator[None]:
-    """Leave Python's, numpy's and torch's (CPU) random state as it was before the body."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 see seed_all
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
-
-
-def seed_all(seed: int) -> None:
-    """Seed Python's, numpy's and torch's CPU generators; ``torch.manual_seed`` would seed the devices too."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 timm draws from numpy's global generator
-    torch.default_generator.manual_seed(seed)
 
 
 class _View:

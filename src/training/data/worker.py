@@ -16,17 +16,15 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from drrho_clip.batch import Batch
-from training.cache.captions import Captions
-from training.cache.features import Features
-from training.cache.row_store import MissingRow
-from training.data.bad_samples import Allowance, NothingUsable, RawSample, Skips, Source, Unusable
+from training.data.bad_samples import Allowance, NothingUsable, Skips, WrongRow
 from training.data.batch_memory import BatchMemory, ReceivedMemory
 from training.data.decode import check_size
-from training.data.lanes import Layout, Progress
-from training.data.order import BEGIN, Lane, Place, seed_of
-from training.data.sources.webdataset import SharedKey
+from training.data.lanes import Lane, Layout
+from training.data.progress import BEGIN, Place, Progress
+from training.data.samples import CaptionSource, FeatureSource, RawSample, Source, Unusable
 from training.data.tokenizer import Tokenizer, Tokens
 from training.data.transforms import TrainView, Views
+from training.rng import sample_seed
 
 T = TypeVar("T")
 
@@ -40,13 +38,13 @@ class Sample(NamedTuple):
 
     views: Views
     text: str
-    index: int
+    row: int
     seed: int
     name: str
 
 
 @dataclass(frozen=True)
-class Chunk:
+class LoadedBatch:
     """One batch of a rank, with the samples left out on the way to it and the places of its lanes behind it.
 
     ``failure`` says why there is no batch and nothing more will come.
@@ -57,11 +55,11 @@ class Chunk:
     places: dict[tuple[int, int], Place] = field(default_factory=dict)
     failure: ValueError | None = None
 
-    def pin_memory(self) -> Chunk:
+    def pin_memory(self) -> LoadedBatch:
         """A copy in page-locked memory; ``DataLoader`` calls this by its name."""
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
-    def copy(self, memory: ReceivedMemory, ref_memory: ReceivedMemory) -> Chunk:
+    def copy(self, memory: ReceivedMemory, ref_memory: ReceivedMemory) -> LoadedBatch:
         """One that holds when the loader process uses its memory again, with the images in these memories."""
         if self.batch is None:
             return self
@@ -100,8 +98,8 @@ class TrainStream(IterableDataset):
         view: TrainView,
         tokenizer: Tokenizer,
         ref_tokenizer: Tokenizer | None,
-        features: Features | None = None,
-        captions: Captions | None = None,
+        features: FeatureSource | None = None,
+        captions: CaptionSource | None = None,
         *,
         seed: int,
         batch_size: int,
@@ -132,7 +130,7 @@ class TrainStream(IterableDataset):
         own = {name for worker in range(self.layout.workers) for name in self._lanes_of(worker)}
         return {name: place for name, place in places.items() if name in own}
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         worker, workers = this_worker()
         skips = Skips(limit=self.allowed.samples)
         epoch, readers = -1, {}
@@ -141,10 +139,10 @@ class TrainStream(IterableDataset):
                 epoch, readers = turn // self.steps, {}
             try:
                 batch, places = self._batch(turn % self.steps, epoch, readers, skips)
-            except (NothingUsable, SharedKey, MissingRow) as error:
-                yield Chunk(None, skips.take(), failure=error)
+            except (NothingUsable, WrongRow) as error:
+                yield LoadedBatch(None, skips.take(), failure=error)
                 return
-            yield Chunk(batch, skips.take(), places)
+            yield LoadedBatch(batch, skips.take(), places)
 
     def _batch(
         self, step: int, epoch: int, readers: dict[tuple[int, int], LaneReader], skips: Skips
@@ -173,7 +171,7 @@ class TrainStream(IterableDataset):
 
     def _collate(self, samples: list[Sample]) -> Batch:
         texts, seeds = [sample.text for sample in samples], [sample.seed for sample in samples]
-        rows, names = [sample.index for sample in samples], [sample.name for sample in samples]
+        rows, names = [sample.row for sample in samples], [sample.name for sample in samples]
         references = [sample.views.reference for sample in samples]
         return Batch(
             image=self._images.stack([sample.views.target for sample in samples]),
@@ -195,7 +193,7 @@ class LaneReader:
         self._usable = self._barren = 0  # samples of this turn; turns in a row without any
 
     def take(self, n: int) -> list[Sample]:
-        """The next ``n`` samples. NothingUsable, SharedKey: what is wrong with the data."""
+        """The next ``n`` samples. NothingUsable, WrongRow: what is wrong with the data."""
         samples: list[Sample] = []
         while len(samples) < n:
             if (sample := self._next()) is not None:
@@ -225,11 +223,11 @@ class LaneReader:
             return None
         self._usable += 1
         self._skips.in_a_row = 0
-        seed = seed_of(self._stream.seed, self._epoch, raw.turn, raw.index)
+        seed = sample_seed(self._stream.seed, self._epoch, raw.turn, raw.row)
         text, captions = raw.text[:LONGEST_TEXT], self._stream.captions
         if captions is not None:
-            text = captions.draw(raw.index, text, raw.name, seed)
-        return Sample(self._stream.view(image, seed), text, raw.index, seed, raw.name)
+            text = captions.draw(raw.row, text, raw.name, seed)
+        return Sample(self._stream.view(image, seed), text, raw.row, seed, raw.name)
 
     def _end_turn(self) -> None:
         self._usable, self._barren = 0, 0 if self._usable else self._barren + 1

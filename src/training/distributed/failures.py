@@ -11,24 +11,16 @@ from __future__ import annotations
 import os
 import re
 import sys
-import threading
-import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
-from training.distributed import launcher, process_group
+from training.distributed import collectives, launcher, process_group
+from training.distributed.board import FAILED, NOTICED, PATIENCE, Board, Unreachable, within
 from training.distributed.signals import end_undisturbed
 
-T = TypeVar("T")
-
-# What the board holds.
-FAILED = "failed"  # how the first rank failed
-NOTICED = "noticed"  # /RANK: that rank knows of it
 _REFUSED = "refused"  # the refusal that rank 0 tells
 
-PATIENCE = 5.0  # seconds for an answer of the board, for rank 0 to speak first, for the others to notice
 _A_MOMENT = 2.0  # seconds for the word of a rank whose end is already felt
 _LEAVE = 10.0  # seconds for a rank that failed to part from the others
 
@@ -40,92 +32,19 @@ _ADVICE = {
 }
 
 
-class Unreachable(RuntimeError):
-    """The board does not answer. ``gone``: its process has ended. Else it may be stopped, or its machine lost."""
-
-    def __init__(self, message: str, gone: bool) -> None:
-        super().__init__(message)
-        self.gone = gone
-
-
-class Board:
-    """Words at the store where the ranks met, over a connection of its own.
-
-    No call takes longer than ``PATIENCE``, each may raise ``Unreachable``. A store whose process is stopped leaves
-    callers waiting for good, whatever its time limit says; so each call has a thread, which is left behind then.
-    """
-
-    def __init__(self) -> None:
-        self._lost: Unreachable | None = None
-        self._store = self._ask(process_group.meeting_store)
-
-    def put(self, key: str, text: str) -> None:
-        self._ask(lambda: self._store.set(key, text))
-
-    def first(self, key: str, text: str) -> str:
-        """What ``key`` holds: the text of whoever came first, which is ``text`` where nobody had."""
-        return self._ask(lambda: self._store.compare_set(key, "", text)).decode()
-
-    def has(self, *keys: str) -> bool:
-        """Whether all of ``keys`` hold something."""
-        return self._ask(lambda: self._store.check(list(keys)))
-
-    def get(self, key: str) -> str | None:
-        return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
-
-    def wait(self, *keys: str, seconds: float) -> bool:
-        """Whether all of ``keys`` hold something, now or within ``seconds``."""
-        deadline = time.monotonic() + seconds
-        while not self.has(*keys):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        return True
-
-    def _ask(self, question: Callable[[], T]) -> T:
-        if self._lost is not None:
-            raise self._lost
-        try:
-            return within(PATIENCE, question)
-        except TimeoutError as error:
-            self._lost = Unreachable(f"the store where the ranks met is silent: {error}", gone=False)
-        except (RuntimeError, LookupError) as error:
-            self._lost = Unreachable(f"the store where the ranks met is gone: {error}", gone=True)
-        raise self._lost
-
-
-def within(seconds: float, question: Callable[[], T]) -> T:
-    """``question()``, whatever it raises included. TimeoutError: no answer yet; nobody waits for it any longer."""
-    answer: list[Any] = []
-
-    def ask() -> None:
-        try:
-            answer.append((True, question()))
-        except Exception as error:
-            answer.append((False, error))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not answer:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    succeeded, value = answer[0]
-    if not succeeded:
-        raise value
-    return value
-
-
 def tell(error: ValueError) -> None:
     """Print the ``error`` with which this rank ends, unless another rank does.
 
     What all ranks are refused for is told once: by rank 0, and before the ranks have met by the first one of each
-    node. What rank 0 does not say as well within seconds is told by the rank that has it.
+    node that comes to it. What rank 0 does not say as well within seconds is told by the rank that has it.
     """
     rank = launcher.rank()
     line = f"error (rank {rank}): {error}" if rank else f"error: {error}"
     if not process_group.met():
-        if launcher.local_rank() == 0 or isinstance(error, process_group.OwnRefusal):
-            print(line, file=sys.stderr)
+        if isinstance(error, process_group.OwnRefusal):
+            print(line, file=sys.stderr, flush=True)
+        else:
+            launcher.say_once(f"error: {error}")
         return
     end_undisturbed()
     board = None
@@ -145,7 +64,7 @@ def tell(error: ValueError) -> None:
 
 def cause(error: BaseException) -> str | None:
     """How another rank has failed, where ``error`` is only what this one feels of it. None: that is not known."""
-    if not (isinstance(error, RuntimeError) and process_group.lost_peer(error)):
+    if not (isinstance(error, RuntimeError) and collectives.lost_peer(error)):
         return None
     try:
         board = Board()
@@ -176,7 +95,7 @@ def report(error: Exception) -> None:
     one line.
     """
     end_undisturbed()
-    rank, bystander, loader = launcher.rank(), process_group.lost_peer(error), lost_loader(error)
+    rank, bystander, loader = launcher.rank(), collectives.lost_peer(error), lost_loader(error)
     own = f"rank {rank} failed: {type(error).__name__}: {error}"
     if bystander:
         own = (

@@ -1,4 +1,4 @@
-"""What torchrun or Slurm say of this process, known before torch is imported and before the ranks meet.
+"""What torchrun or Slurm say of this process, and what it says: known before torch is imported and the ranks meet.
 
 A process finds its place, in this order, from
 
@@ -10,15 +10,24 @@ A process finds its place, in this order, from
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import logging
 import os
 import re
+import sys
+import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+
+_KEPT = 24 * 3600  # seconds for which a launch's file is kept
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchedRank:
     """A process's numbers among all and on its node, and how many there are."""
 
     rank: int = 0
@@ -42,7 +51,49 @@ def local_rank(env: Mapping[str, str] = os.environ) -> int:
     return int(env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or rank(env))
 
 
-def find_place(env: Mapping[str, str], world_size: int, by_url: bool) -> Place:
+def say_once(line: str, env: Mapping[str, str] = os.environ) -> None:
+    """Print ``line`` on stderr, unless another process of this launch on this node has.
+
+    A launcher ends all of its processes when one has ended. So the first one speaks, whichever that is, and none
+    ends before: what has been said stands in a file that they lock. Processes started by hand know no common
+    launch: there the first one of the node speaks.
+    """
+    launch = _launch(env)
+    if launch is None:
+        if local_rank(env) == 0:
+            print(line, file=sys.stderr, flush=True)
+        return
+    name = hashlib.sha256(launch.encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir(), f"drrho-clip-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for old in folder.iterdir():
+            if time.time() - old.stat().st_mtime > _KEPT:
+                old.unlink(missing_ok=True)
+        with (folder / name).open("a+") as said:
+            fcntl.flock(said, fcntl.LOCK_EX)
+            said.seek(0)
+            if f"{line}\n" not in said.read():
+                print(line, file=sys.stderr, flush=True)
+                said.write(f"{line}\n")
+    except OSError:  # better twice than never
+        print(line, file=sys.stderr, flush=True)
+
+
+def _launch(env: Mapping[str, str]) -> str | None:
+    """A name that all processes of one launch on one node have, and no other launch; None: started by hand."""
+    if "TORCHELASTIC_RUN_ID" in env:
+        agent = os.getppid()
+        with suppress(OSError):
+            begun = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]
+            return f"torchrun {agent} {begun} {env.get('TORCHELASTIC_RESTART_COUNT')}"
+        return None
+    if "SLURM_STEP_ID" in env:
+        return " ".join(env.get(f"SLURM_{key}", "") for key in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    return None
+
+
+def find_place(env: Mapping[str, str], world_size: int, by_url: bool) -> LaunchedRank:
     """This process among the others. ``world_size``: where no launcher says it. ``by_url``: they meet at a URL.
 
     ValueError: the variables contradict each other, or what others are to be met by is missing.
@@ -52,7 +103,7 @@ def find_place(env: Mapping[str, str], world_size: int, by_url: bool) -> Place:
     elif "SLURM_PROCID" in env and _slurm_tasks(env) > 1 and _is_srun_step(env, by_url):
         return _slurm_place(env)
     if world_size == 1:
-        return Place()
+        return LaunchedRank()
     if "RANK" not in env:
         raise ValueError(
             f"--world_size {world_size}: nothing says which of the {world_size} ranks this process is; start it "
@@ -66,7 +117,7 @@ def find_place(env: Mapping[str, str], world_size: int, by_url: bool) -> Place:
     rank = int(env["RANK"])
     if not 0 <= rank < world_size:
         raise ValueError(f"RANK is {rank}, which is not one of the {world_size} ranks 0..{world_size - 1}")
-    return Place(rank, world_size, local_rank(env), int(env.get("LOCAL_WORLD_SIZE", world_size)))
+    return LaunchedRank(rank, world_size, local_rank(env), int(env.get("LOCAL_WORLD_SIZE", world_size)))
 
 
 def _slurm_tasks(env: Mapping[str, str]) -> int:
@@ -93,12 +144,12 @@ def _is_srun_step(env: Mapping[str, str], by_url: bool) -> bool:
     )
 
 
-def _slurm_place(env: Mapping[str, str]) -> Place:
+def _slurm_place(env: Mapping[str, str]) -> LaunchedRank:
     rank, world_size = int(env["SLURM_PROCID"]), _slurm_tasks(env)
     counts = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "")
     node = int(env.get("SLURM_NODEID", 0))
     local_world_size = counts[node] if node < len(counts) else world_size
-    return Place(rank, world_size, int(env.get("SLURM_LOCALID", rank)), local_world_size)
+    return LaunchedRank(rank, world_size, int(env.get("SLURM_LOCALID", rank)), local_world_size)
 
 
 def _tasks_per_node(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The ranks: how they meet, what they say to each other, device, DDP wrapping.
+"""How the ranks of a run meet and part, and each one's device.
 
 ``launcher.py`` says who a process is. The ranks meet at ``--dist-url``: ``env://`` means ``MASTER_ADDR`` and
 ``MASTER_PORT`` (``--dist_port`` where the port is unset), ``tcp://host:port`` and ``file://path`` stand for
@@ -10,42 +10,25 @@ objects never touch a CUDA stream.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
-from training.config.params import DistributedConfig
+from training.config.run import DistributedConfig
 from training.distributed import launcher
-from training.distributed.launcher import Place
-
-T = TypeVar("T")
-Group = dist.ProcessGroup | None  # None: the group of all ranks, or a single process
+from training.distributed.collectives import Group
+from training.distributed.launcher import LaunchedRank
 
 _CPU = torch.device("cpu")
 _TIMEOUT = timedelta(minutes=30)  # a rank may have to wait for another's download or evaluation
 _PATIENCE = timedelta(seconds=5)
-# What gloo and NCCL say.
-_LOST_PEER = re.compile(
-    r"Connection (closed|reset) by peer|Broken pipe|pair closure|remote process exited|ncclRemoteError"
-)
-# The newer name of DDP's setting, where torch has it: the older one warns there.
-_SYNC_BUFFERS = "forward_sync_buffers"
-if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
-    _SYNC_BUFFERS = "broadcast_buffers"
 
 
 @dataclass
@@ -61,10 +44,6 @@ _met = _Meeting()
 
 class OwnRefusal(ValueError):
     """What is wrong with this rank alone, before the ranks have met."""
-
-
-class PeerFailed(RuntimeError):
-    """Another rank raised; its own message says why. Worth an exit code, not a traceback."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +88,6 @@ def start(config: DistributedConfig) -> World:
     return World(place.rank, place.local_rank, place.world_size, place.local_world_size, device)
 
 
-def lost_peer(error: RuntimeError) -> bool:
-    """Whether ``error`` is a collective's, and says that another process has ended."""
-    return dist.is_initialized() and bool(_LOST_PEER.search(str(error)))
-
-
 def stop() -> None:
     """End the process group, where there is one."""
     if dist.is_initialized():
@@ -128,6 +102,14 @@ def met() -> bool:
 def world_size() -> int:
     """Number of ranks that have met."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own_group() -> Group:
+    """A gloo group of all ranks for a thread that talks beside training; None for a single process. Collective.
+
+    Two threads in one group could enter their collectives in different orders on different ranks.
+    """
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
 
 
 def meeting_store() -> dist.Store:
@@ -149,137 +131,7 @@ def hosts_store() -> bool:
     return dist.is_initialized() and dist.get_rank() == 0 and not elsewhere
 
 
-def barrier() -> None:
-    """Wait for all ranks, on the CPU: CUDA work in flight is left alone."""
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
-
-
-def broadcast_object(obj: Any, src: int = 0, group: Group = None) -> Any:
-    """Rank ``src``'s picklable ``obj``, on every rank."""
-    if not dist.is_initialized():
-        return obj
-    box = [obj if dist.get_rank() == src else None]
-    dist.broadcast_object_list(box, src=src, group=group, device=_CPU)
-    return box[0]
-
-
-def gather_object(obj: Any, group: Group = None) -> list[Any]:
-    """Every rank's picklable ``obj``, in rank order, on every rank."""
-    if not dist.is_initialized():
-        return [obj]
-    box = [None] * dist.get_world_size()
-    dist.all_gather_object(box, obj, group)
-    return box
-
-
-def own_group() -> Group:
-    """A gloo group of all ranks for a thread that talks beside training; None for a single process. Collective.
-
-    Two threads in one group could enter their collectives in different orders on different ranks.
-    """
-    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
-
-
-def rank_in(group: Group = None) -> int:
-    """This process's number in ``group``, by default among all ranks."""
-    return dist.get_rank(group) if dist.is_initialized() else 0
-
-
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of ``tensor`` over the ranks, as a new tensor on its device."""
-    total = tensor.clone()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total
-
-
-def start_all_reduce_max(tensor: Tensor) -> dist.Work | None:
-    """Start on the maximum over the ranks of ``tensor``, on the CPU; it is there after ``wait()`` on the answer.
-
-    None: this process is alone, and there is nothing to wait for.
-    """
-    return dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True) if dist.is_initialized() else None
-
-
-def on_main(function: Callable[[], T], group: Group = None) -> T:
-    """``function()`` run by rank 0 alone; its picklable result on every rank.
-
-    Where it raises, rank 0 has that error and the others have ``PeerFailed``.
-    """
-    if not dist.is_initialized():
-        return function()
-    if dist.get_rank() == 0:
-        try:
-            result = function()
-        except Exception:
-            broadcast_object((False, None), group=group)
-            raise
-        return broadcast_object((True, result), group=group)[1]
-    succeeded, result = broadcast_object(None, group=group)
-    if not succeeded:
-        raise PeerFailed("rank 0 failed; its message says why")
-    return result
-
-
-@contextmanager
-def node_main_first() -> Iterator[None]:
-    """Local rank 0 of each node goes through the body first, the node's other ranks after it.
-
-    Whatever local rank 0 leaves on the node's disk (a download) is then there for the others. Where one of them
-    raises, every rank leaves: that one with its own error, the others with ``PeerFailed``.
-    """
-    if not dist.is_initialized():
-        yield
-        return
-    local_main = launcher.local_rank() == 0
-    if local_main:
-        try:
-            yield
-        except Exception:
-            _any_rank(True)
-            raise
-    if _any_rank(False):
-        raise PeerFailed("local rank 0 of a node failed; its message says why")
-    if not local_main:
-        yield
-
-
-def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -> nn.Module:
-    """``model`` in DistributedDataParallel; unchanged in a single process and where nothing is to be trained.
-
-    ``sync_bn`` turns BatchNorm layers into ones with statistics over all ranks, in place of the old ones, before
-    wrapping; torch has them for GPUs only, elsewhere it is a ValueError.
-    """
-    if not world.distributed:
-        return model
-    on_cuda = world.device.type == "cuda"
-    if sync_bn:
-        check_sync_bn(world)
-        from timm.layers import convert_sync_batchnorm  # seconds to import, for a rare flag
-
-        model = convert_sync_batchnorm(model)  # unlike torch's it keeps the activation of timm's BatchNormAct
-    if not any(p.requires_grad for p in model.parameters()):
-        return model
-    settings = {
-        "device_ids": [world.device] if on_cuda else None,
-        "gradient_as_bucket_view": True,
-        "static_graph": static_graph,
-        # Only running statistics differ between ranks; open_clip's attention masks need no broadcast per forward.
-        _SYNC_BUFFERS: any(isinstance(module, _BatchNorm) for module in model.modules()),
-    }
-    return DistributedDataParallel(model, **settings)
-
-
-def check_sync_bn(world: World) -> None:
-    """ValueError: ``world`` cannot have BatchNorm with statistics over all ranks."""
-    if world.distributed and world.device.type != "cuda":
-        raise ValueError(
-            "--use-bn-sync needs GPUs: torch synchronizes no BatchNorm on the CPU; leave the flag out"
-        )
-
-
-def _choose_device(place: Place, config: DistributedConfig) -> torch.device:
+def _choose_device(place: LaunchedRank, config: DistributedConfig) -> torch.device:
     if not torch.cuda.is_available():
         return _CPU
     number = 0 if config.no_set_device_rank else place.local_rank
@@ -293,7 +145,7 @@ def _choose_device(place: Place, config: DistributedConfig) -> torch.device:
     return device
 
 
-def _start_group(place: Place, device: torch.device, config: DistributedConfig) -> None:
+def _start_group(place: LaunchedRank, device: torch.device, config: DistributedConfig) -> None:
     _met.url, _met.start = config.dist_url, ""
     if config.dist_url == "env://":
         os.environ.setdefault("MASTER_PORT", config.dist_port)
@@ -355,9 +207,3 @@ def _agree_on_start(store: dist.Store, rank: int, world_size: int) -> str:
             raise RuntimeError(f"ranks {sorted(waiting)} have not come within {_TIMEOUT}")
         time.sleep(0.02)
     return start
-
-
-def _any_rank(flag: bool) -> bool:
-    votes = torch.tensor([float(flag)])
-    dist.all_reduce(votes)
-    return bool(votes.item())

@@ -30,7 +30,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from training.distributed import launcher, process_group
+from training.distributed import collectives, launcher
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Agreement:
         """
         wishes = torch.tensor([stop, save], dtype=torch.uint8)
         answer = self.close()
-        work = process_group.start_all_reduce_max(wishes)
+        work = collectives.start_all_reduce_max(wishes)
         if work is None:
             return stop, save
         self._pending = wishes, work
@@ -172,7 +172,7 @@ def requeue(env: Mapping[str, str] = os.environ) -> bool:
     if job is None:
         return False
     end_undisturbed()
-    return process_group.on_main(lambda: _requeue(job))
+    return collectives.on_main(lambda: _requeue(job))
 
 
 def _requeue(job: str) -> bool:
@@ -195,18 +195,3 @@ def _requeue(job: str) -> bool:
 
 def _ask(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-
-
-def how_to_continue(signal_name: str, step: int, name: str, checkpoint: str | os.PathLike | None) -> str:
-    """The last line of a run that was stopped after ``step`` steps: what is saved, and how to go on with it.
-
-    ``signal_name``: ``Interrupts.wanted``, or '' where another rank was signalled. ``name``: the run's folder.
-    ``checkpoint``: None where nothing was saved.
-    """
-    by = f" by {signal_name}" if signal_name else ""
-    if checkpoint is None:
-        return f"stopped{by} after {step} steps; nothing was saved: start again with the same command"
-    return (
-        f"stopped{by} after {step} steps, all of it saved in {os.fspath(checkpoint)}; go on with the same command "
-        f"and --name {name} --resume latest"
-    )

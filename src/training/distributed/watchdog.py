@@ -40,8 +40,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from training.distributed import failures
-from training.distributed.failures import FAILED, NOTICED, Board, Unreachable, within
-from training.distributed.process_group import World, barrier
+from training.distributed.board import FAILED, NOTICED, PATIENCE, Board, Unreachable, within
+from training.distributed.collectives import barrier
+from training.distributed.process_group import World
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Watchdog:
         self._stopped.set()
         if error is not None and self._world.is_main and (cause := failures.cause(error)):
             log.error(_END, cause)  # the run's log has only this rank's error otherwise
-        self._thread.join(failures.PATIENCE)
+        self._thread.join(PATIENCE)
 
     # ------------------------------------------------------------------------------------------ the thread
 
@@ -112,7 +113,7 @@ class Watchdog:
         while not self._stopped.wait(self._poll):
             idle, last = idle + _counted(last, 2 * self._poll), time.monotonic()
             failed, hung = self._read() if self._world.distributed else (None, False)
-            idle, last = idle + _counted(last, 2 * failures.PATIENCE), time.monotonic()
+            idle, last = idle + _counted(last, 2 * PATIENCE), time.monotonic()
             now = self._beats, self._turns
             if now != seen or not self._beats:
                 seen, idle = now, 0.0
@@ -168,11 +169,11 @@ class Watchdog:
         board.put(_HUNG, "")
         board.put(keys[rank], status.dumps())
         if rank == 0:
-            board.wait(*keys, seconds=failures.PATIENCE)
-        elif board.wait(_REPORTED, seconds=failures.PATIENCE + 1):
+            board.wait(*keys, seconds=PATIENCE)
+        elif board.wait(_REPORTED, seconds=PATIENCE + 1):
             return
         elif any(board.has(key) for key in keys[:rank]):
-            board.wait(_REPORTED, seconds=failures.PATIENCE)
+            board.wait(_REPORTED, seconds=PATIENCE)
             return
         held = {r: board.get(key) for r, key in enumerate(keys)}
         _say(describe({r: text and Status.loads(text) for r, text in held.items()}))

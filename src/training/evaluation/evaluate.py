@@ -22,9 +22,10 @@ from drrho_clip import collectives
 from drrho_clip.losses.baselines import caption_loss
 from drrho_clip.normalize import normalize
 from training.config.params import Config
-from training.data.build import ValData, build_val
 from training.data.transforms import eval_transform
-from training.distributed.process_group import World, all_reduce_sum, gather_object
+from training.distributed.collectives import all_reduce_sum, gather_object
+from training.distributed.process_group import World
+from training.evaluation.pairs import ValData, build_val
 from training.evaluation.retrieval import count_pairs, merge, normalized, summarize
 from training.evaluation.zero_shot import ClassificationSet, Pictures, accuracies, hits, open_set
 from training.logger import RunLog

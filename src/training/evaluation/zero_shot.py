@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from drrho_clip.float32 import exact_float32
-from training.data.transforms import decode
+from training.data.decode import decode
 from training.evaluation.retrieval import TIE, count, expected_hits
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")

@@ -1,52 +1,131 @@
-"""From configuration to the objective: the loss with its sample state, and what the reference is used for."""
+"""From configuration to the loop: the loss with its sample state, the task, the trainer."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
-from drrho_clip import losses, schedules
-from drrho_clip.losses import Loss, fastclip, individual
-from drrho_clip.losses.compositional import Kernels
 from drrho_clip.losses.distillation import Distillation
+from drrho_clip.losses.interface import Loss, LossEnvironment
+from drrho_clip.reference import CachedReference, Reference
 from drrho_clip.sample_state import SampleState
+from training.checkpoint.run_folder import RunFolder
 from training.config.params import Config
-from training.loop.task import Selection
+from training.data.loader import TrainData
+from training.distributed import ddp
+from training.distributed.process_group import World
+from training.logger import RunLog
+from training.loop.learning_rates import LearningRates, horizon
+from training.loop.optimizer import create_optimizer
+from training.loop.profiler import open_profiler
+from training.loop.speed_monitor import DataWait
+from training.loop.step import Stepper
+from training.loop.task import Selection, Task
+from training.loop.trainer import Trainer
+from training.models import precision
+from training.models.build import BuiltModel
+
+
+def build_task(config: Config, world: World, target: BuiltModel, reference: BuiltModel | None) -> Task:
+    """Models, loss and what the reference is used for, as one objective."""
+    run_precision = precision.resolve(config.run.precision, world.device)
+    model = ddp.wrap(
+        target.module,
+        world,
+        static_graph=config.distributed.ddp_static_graph,
+        sync_bn=config.model.use_bn_sync,
+    )
+    frozen = CachedReference() if config.cache.cached_ref_features_dir else None
+    if reference is not None:
+        pixels = reference.preprocess
+        frozen = Reference(reference.module, pixels.mean, pixels.std, run_precision.autocast_dtype)
+    if config.model.torchcompile:
+        model = torch.compile(model)
+        frozen = frozen and frozen.compile()
+    return Task(
+        model=model,
+        bare=target.module,
+        mean=target.preprocess.mean,
+        std=target.preprocess.std,
+        precision=run_precision,
+        loss=build_loss(config, world.device),
+        loss_weight=config.loss.loss_weight,
+        reference=frozen,
+        margins="ref" in config.reference.usage or config.loss.spec.distills,
+        constant_scale=constant_scale(config),
+        distillation=build_distillation(config),
+        selection=build_selection(config),
+        seed=config.run.seed,
+    )
+
+
+def build_trainer(
+    config: Config, world: World, folder: RunFolder, log: RunLog, task: Task, train_data: TrainData
+) -> Trainer:
+    """The loop over ``train_data``, with its optimizer and schedules."""
+    length = horizon(config.schedule, train_data.steps_per_epoch)
+    schedule = config.schedule
+    if not schedule.skip_scheduler and schedule.warmup >= length.total_steps and world.is_main:
+        log.warning(
+            f"--warmup {schedule.warmup}: the run has {length.total_steps} steps, so the full learning rate is "
+            "never reached; give fewer steps of warm-up"
+        )
+    optimizer = create_optimizer(task.bare, config.optim, world.device)
+    stepper = Stepper(
+        task,
+        optimizer,
+        accum=config.run.accum_freq,
+        scaler=task.precision.scaler(),
+        grad_clip_norm=config.optim.grad_clip_norm,
+        logit_scale_bound=config.loss.logit_scale_bound,
+        max_skipped_steps=config.optim.max_skipped_steps,
+    )
+    return Trainer(
+        stepper,
+        LearningRates(optimizer, config.optim, config.schedule, length.total_steps, length.cooldown_steps),
+        train_data,
+        length,
+        world,
+        log,
+        open_profiler(config.run.profile, folder.path, world),
+        DataWait(config.data.workers, world.local_world_size),
+        log_every=config.run.log_every_n_steps,
+    )
+
+
+def describe(config: Config, world: World) -> str:
+    """What is trained on what, in one line."""
+    margins = " with reference margins" if "ref" in config.reference.usage else ""
+    micro = f" in {config.run.accum_freq} micro-batches" if config.run.accum_freq > 1 else ""
+    return (
+        f"loss {config.loss.name} ({config.loss.decided_by}){margins}; {world.world_size} x {world.device.type}, "
+        f"{config.run.precision}, {config.run.batch_size} samples per rank and step{micro}; "
+        f"{config.optim.optimizer}"
+    )
 
 
 def build_loss(config: Config, device: torch.device) -> Loss:
-    """The loss that ``config.loss`` names; losses with sample state carry it as ``state``."""
-    spec, c = losses.get(config.loss.name), config.loss
-    gather = {"local_loss": c.local_loss, "gather_with_grad": c.gather_with_grad}
-    if spec.name in ("fastclip", "fastclip_individual"):
-        return spec.build(**_fastclip_settings(config, device))
+    """The loss that ``config.loss`` names; losses with sample state carry it as ``state``.
+
+    Its settings are fields of ``config.loss`` or of ``config.optim``.
+    """
+    spec, columns = config.loss.spec, config.loss.state_columns
+    state_device = device if config.loss.sample_state_device == "auto" else torch.device("cpu")
+    environment = LossEnvironment(
+        device,
+        SampleState(config.data.data_size, columns, state_device) if columns else None,
+        compiled=config.model.torchcompile,
+    )
     settings = {
-        "clip": gather,
-        "siglip": {},
-        "coca": {
-            "contrastive_weight": c.coca_contrastive_loss_weight,
-            "caption_weight": c.coca_caption_loss_weight,
-            **gather,
-        },
-        "distill": {"weight": c.distill_weight, "teacher_scale": c.distill_logit_scale, **gather},
+        keyword: getattr(config.loss if hasattr(config.loss, name) else config.optim, name)
+        for keyword, name in spec.settings.items()
     }
-    return spec.build(**settings[spec.name])
-
-
-def state_columns(config: Config) -> tuple[str, ...]:
-    """The columns of the sample state that the configured loss keeps; none where it has no state."""
-    spec = losses.get(config.loss.name)
-    if not spec.sample_state:
-        return ()
-    u = () if config.loss.gamma == 1.0 else fastclip.COLUMNS
-    return u + (individual.TEMPERATURE_COLUMNS if spec.temperature == "individual" else ())
+    return spec.builder()(environment, **settings)
 
 
 def build_distillation(config: Config) -> Distillation | None:
-    """The distillation term beside another loss; the ``distill`` baseline has its own."""
+    """The distillation term beside another loss; a loss that distills has its own."""
     c = config.loss
-    if "distill" not in config.reference.usage or c.name == "distill":
+    if "distill" not in config.reference.usage or c.spec.distills:
         return None
     return Distillation(
         weight=c.distill_weight,
@@ -69,25 +148,3 @@ def build_selection(config: Config) -> Selection | None:
     if "select" not in r.usage:
         return None
     return Selection(keep_ratio=1 - r.ref_filter_ratio, n_chunks=r.ref_filter_n_chunks, topk=r.ref_filter_topk)
-
-
-def _fastclip_settings(config: Config, device: torch.device) -> dict:
-    c, columns = config.loss, state_columns(config)
-    state_device = device if c.sample_state_device == "auto" else torch.device("cpu")
-    settings = {
-        "state": SampleState(config.data.data_size, columns, state_device) if columns else None,
-        "gamma": partial(
-            schedules.gamma, final=c.gamma, schedule=c.gamma_schedule, decay_epochs=c.gamma_decay_epochs
-        ),
-        "eps": c.fastclip_eps,
-        "rho": c.rho,
-        "kernels": Kernels.compiled() if config.model.torchcompile else Kernels(),
-    }
-    if c.name == "fastclip":
-        return settings | {"multiply_tau": c.multiply_tau, "tau_gradient": c.tau_gradient}
-    return settings | {
-        "temperature": c.temperature if c.temperature is not None else 0.07,
-        "betas": (config.optim.beta1, config.optim.beta2),
-        "adam_eps": config.optim.eps,
-        "lr_tau": config.optim.lr_tau,
-    }

@@ -7,6 +7,7 @@ clock, a signal) goes through an ``Agreement``.
 from __future__ import annotations
 
 import math
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,17 +15,18 @@ from pathlib import Path
 from training.checkpoint import catalog
 from training.checkpoint.run_state import RunState
 from training.checkpoint.saver import SaveFailed, Saver
-from training.config.params import RunConfig
-from training.distributed.process_group import PeerFailed, gather_object
-from training.distributed.signals import Agreement, Interrupts, how_to_continue
+from training.config.run import RunConfig
+from training.distributed.collectives import PeerFailed, gather_object
+from training.distributed.signals import Agreement, Interrupts
 from training.distributed.watchdog import SAVE, Watchdog
-from training.logger import RunLog, hold
+from training.logger import RunLog
+from training.loop.metrics import hold
 from training.loop.trainer import Trainer
 
 _REQUEUED = ("SIGTERM", "SIGUSR1")  # Slurm's; who presses Ctrl-C wants the run to end
 
 
-class Safekeeping:
+class Checkpointer:
     """Keeps ``state`` up to date with ``trainer`` and has ``saver`` save it.
 
     ``stopped``: the run was asked to stop and did, with steps left to take.
@@ -85,7 +87,7 @@ class Safekeeping:
         with suppress(SaveFailed, PeerFailed):  # told already
             self._saver.close()
         signal = next(filter(None, gather_object(self._interrupts.wanted)), "")
-        log.info(how_to_continue(signal, self._state.step, self._state.name, catalog.find_latest(folder)))
+        log.info(how_to_resume(signal, self._state.step, self._state.name, catalog.find_latest(folder)))
         return self._config.requeue_on_preempt and signal in _REQUEUED
 
     def capture(self) -> None:
@@ -111,3 +113,18 @@ class Safekeeping:
 
     def _epoch_is_due(self) -> bool:
         return self._saver.due(self._trainer.step // self._trainer.data.steps_per_epoch)
+
+
+def how_to_resume(signal_name: str, step: int, name: str, checkpoint: str | os.PathLike | None) -> str:
+    """The last line of a run that was stopped after ``step`` steps: what is saved, and how to go on with it.
+
+    ``signal_name``: ``Interrupts.wanted``, or '' where another rank was signalled. ``name``: the run's folder.
+    ``checkpoint``: None where nothing was saved.
+    """
+    by = f" by {signal_name}" if signal_name else ""
+    if checkpoint is None:
+        return f"stopped{by} after {step} steps; nothing was saved: start again with the same command"
+    return (
+        f"stopped{by} after {step} steps, all of it saved in {os.fspath(checkpoint)}; go on with the same command "
+        f"and --name {name} --resume latest"
+    )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drrho_clip.sample_state import StateUpdate
-from training.distributed.process_group import gather_object
+from training.distributed.collectives import gather_object
 
 _SHOWN = 8  # sample keys in a message
 

@@ -1,4 +1,4 @@
-"""Whether the loader keeps up: a warning, with advice, where steps wait for data.
+"""How fast steps are, and whether the loader keeps up: a warning, with advice, where steps wait for data.
 
 The time that ``Data (t)`` shows is what a step waited for its batch. On a GPU steps run behind the program that
 queues them, so a wait is lost time only as far as the queue ran empty; a loader that is fast enough shows none.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 
 logger = logging.getLogger(__name__)
 
@@ -52,3 +53,37 @@ class DataWait:
             f"all {self.cores} cores have work with {self.ranks} x {self.workers} processes: store smaller images "
             "in the shards, give the job more cores, or see whether the disk or network is what is slow"
         )
+
+
+class StepTimes:
+    """Wall time since the last log line, and the share of it that went into waiting for data."""
+
+    def __init__(self, first: bool = False) -> None:
+        self.first = first
+        self._last = time.perf_counter()
+        self._waited, self._worked, self._steps = 0.0, 0.0, 0
+
+    def loaded(self) -> None:
+        self._waited += self._lap()
+
+    def stepped(self) -> None:
+        self._worked += self._lap()
+        self._steps += 1
+
+    def resumed(self) -> None:
+        """What has passed since ``stepped``, with a checkpoint perhaps, is neither."""
+        self._lap()
+
+    def seconds(self) -> float:
+        """Per step, up to now."""
+        self._worked += self._lap()
+        return max(self._waited + self._worked, 1e-9) / self._steps
+
+    def data_seconds(self) -> float:
+        """Per step, waiting for the loader."""
+        return self._waited / self._steps
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds

@@ -27,10 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from drrho_clip import collectives
 from drrho_clip.batch import Batch
-from drrho_clip.losses import LossOutput
+from drrho_clip.losses.interface import LossOutput
 from training.loop.nonfinite import Evidence, RunningStatistics, SkippedSteps, backward_seed, explain
 from training.loop.optimizer import step_where
 from training.loop.task import Task
+from training.rng import random_state, restore_random_state
 
 _PARAMETERS = ("logit_scale", "logit_bias")
 
@@ -124,7 +125,7 @@ class Stepper:
         embedded, references, states = [], [], []
         with torch.no_grad(), running_statistics_kept(task.bare):
             for chunk in chunks:
-                states.append(_random_state(device))
+                states.append(random_state(device))
                 outputs = task.outputs(chunk)
                 local = task.loss.local_terms(outputs)
                 embedded.append(({k: outputs[k] for k in _embeddings_of(outputs)}, local))
@@ -147,7 +148,7 @@ class Stepper:
         self._scaled(sum(result.terms.values())).backward(seed)
 
         for j, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
-            _set_random_state(device, state)
+            restore_random_state(device, state)
             last = j == self.accum - 1
             with nullcontext() if last else _no_reduction(task.model):
                 outputs = task.outputs(chunk)
@@ -246,13 +247,3 @@ def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from drrho_clip import collectives
 from drrho_clip.batch import Batch
-from drrho_clip.losses import Loss, LossInputs, LossOutput
 from drrho_clip.losses.distillation import Distillation
+from drrho_clip.losses.interface import Loss, LossInputs, LossOutput
 from drrho_clip.normalize import normalize
 from drrho_clip.reference import CachedReference, Reference
 from drrho_clip.selection import select
-from training.data.order import seed_of
 from training.models.precision import Precision
-
-_MASKS, _SELECTION = range(2)  # what random numbers are for: each gets seeds of its own
+from training.rng import MASKS, SELECTION, step_seed
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Task:
         Dropout, patch dropout and stochastic depth draw from them. So their masks depend on the seed, the step and
         the rank alone, and a run that goes on at this step draws them again without having kept a generator.
         """
-        torch.manual_seed(seed_of(self._seed, step, collectives.rank(), _MASKS))
+        torch.manual_seed(step_seed(self._seed, step, collectives.rank(), MASKS))
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """The target's outputs for a batch on its device; keys as open_clip names them.
@@ -131,7 +129,7 @@ class Task:
         outputs, (ref_image, ref_text) = forward(batch)
         image = outputs["image_features"].float()
         generator = torch.Generator(image.device)
-        generator.manual_seed(seed_of(self._seed, step, collectives.rank(), _SELECTION))
+        generator.manual_seed(step_seed(self._seed, step, collectives.rank(), SELECTION))
         positions = select(
             image,
             outputs["text_features"].float(),

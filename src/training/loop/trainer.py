@@ -7,18 +7,18 @@ Nothing here waits for the device between two log lines, but for a look at the c
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
 from drrho_clip.schedules import Horizon
-from training.data.build import TrainData
+from training.data.loader import TrainData
 from training.distributed.process_group import World
-from training.logger import Meter, RunLog, TrainStatus, read
-from training.loop.optimizer import LearningRates
+from training.logger import RunLog
+from training.loop.learning_rates import LearningRates
+from training.loop.metrics import Meter, TrainStatus, read, report
 from training.loop.profiler import Profiler
-from training.loop.speed_monitor import DataWait
+from training.loop.speed_monitor import DataWait, StepTimes
 from training.loop.step import Stepper
 
 
@@ -66,7 +66,7 @@ class Trainer:
         begun = self.step - epoch * per_epoch
         if begun == 0:
             self.meters = {}
-        window = _Window(first=True)
+        window = StepTimes(first=True)
         with self.log.progress(stop - self.step, f"epoch {epoch}", unit="step", every=math.inf) as progress:
             for batch in islice(self.data.epoch(epoch, begun), stop - self.step):
                 window.loaded()
@@ -86,12 +86,12 @@ class Trainer:
                 done = self.step - epoch * per_epoch
                 if (done - 1) % self.log_every == 0 or self.step == stop:
                     self._report(epoch, done, len(batch), window)
-                    window = _Window()
+                    window = StepTimes()
                 if after_step():
                     return
                 window.resumed()
 
-    def _report(self, epoch: int, done: int, batch: int, window: _Window) -> None:
+    def _report(self, epoch: int, done: int, batch: int, window: StepTimes) -> None:
         per_step = batch * self.world.world_size
         losses = read(self.meters)  # waits for the device, so the window's times are complete
         seconds = window.seconds()
@@ -100,7 +100,8 @@ class Trainer:
             self.log.warning(news)
         if self.world.is_main:
             self.data_wait.update(window.data_seconds(), seconds, first=window.first)
-        self.log.train(
+        report(
+            self.log,
             TrainStatus(
                 epoch=epoch,
                 step=self.step,
@@ -115,39 +116,5 @@ class Trainer:
                 lr_tau=self.rates.lr_tau,
                 logit_scale=scale,
                 losses=losses,
-            )
+            ),
         )
-
-
-class _Window:
-    """Wall time since the last log line, and the share of it that went into waiting for data."""
-
-    def __init__(self, first: bool = False) -> None:
-        self.first = first
-        self._last = time.perf_counter()
-        self._waited, self._worked, self._steps = 0.0, 0.0, 0
-
-    def loaded(self) -> None:
-        self._waited += self._lap()
-
-    def stepped(self) -> None:
-        self._worked += self._lap()
-        self._steps += 1
-
-    def resumed(self) -> None:
-        """What has passed since ``stepped``, with a checkpoint perhaps, is neither."""
-        self._lap()
-
-    def seconds(self) -> float:
-        """Per step, up to now."""
-        self._worked += self._lap()
-        return max(self._waited + self._worked, 1e-9) / self._steps
-
-    def data_seconds(self) -> float:
-        """Per step, waiting for the loader."""
-        return self._waited / self._steps
-
-    def _lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds

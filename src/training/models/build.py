@@ -22,15 +22,17 @@ import torch
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
-from training.config.model import brings_weights
-from training.config.params import Config, LossConfig, ModelConfig
-from training.distributed.process_group import World, node_main_first
+from training.config.model import ModelConfig, brings_weights
+from training.config.objective import LossConfig
+from training.config.params import Config
+from training.distributed.collectives import node_main_first
+from training.distributed.process_group import World
 from training.models import pretrained
 from training.models.pretrained import Weights, one_line
+from training.rng import seeded_cpu
 
 _log = logging.getLogger(__name__)
 _OPENAI_LOGIT_SCALE = math.log(1 / 0.07)
-_SIGLIP_LOGIT_SCALE, _SIGLIP_LOGIT_BIAS = math.log(10), -10.0
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,6 @@ def build_target(config: Config, world: World) -> BuiltModel:
         _check_tower(architecture["vision_cfg"], c)
         weights = pretrained.find(name, c.pretrained, "--pretrained", "--model")
         tokenizer = _tokenizer(name, f"--model {c.model}")
-    initial = {}
-    if loss.name == "siglip":
-        initial = {"init_logit_scale": _SIGLIP_LOGIT_SCALE, "init_logit_bias": _SIGLIP_LOGIT_BIAS}
     module = _create(
         name,
         architecture,
@@ -73,7 +72,7 @@ def build_target(config: Config, world: World) -> BuiltModel:
         weights_flag="--pretrained",
         precision=config.run.precision,
         seed=config.run.seed,
-        initial=initial,
+        initial=loss.spec.initial,
         force_quick_gelu=c.force_quick_gelu,
         force_patch_dropout=c.force_patch_dropout,
         force_custom_text=c.force_custom_text,
@@ -98,52 +97,52 @@ def build_reference(config: Config, world: World) -> BuiltModel | None:
     c = config.reference
     if not c.ref_model or (config.cache.cached_ref_features_dir and not config.cache.writes):
         return None
-    teacher = bool(config.flags.get("distill_model"))
-    flag, weights_flag = "--ref_model", "--ref_model_pretrained"
-    if teacher:
-        flag, weights_flag = "--distill-model", "--distill-pretrained"
-    name = pretrained.open_clip_name(c.ref_model, flag)
-    with node_main_first():
-        architecture = pretrained.architecture(name, f"{flag} {c.ref_model}")
-        if c.ref_model_checkpoint:
-            weights = pretrained.from_checkpoint(name, c.ref_model_checkpoint, c.ref_model_pretrained)
-            weights_flag = "--ref_model_checkpoint"
-        else:
-            weights = pretrained.find(name, c.ref_model_pretrained, weights_flag, flag)
-        tokenizer = _tokenizer(name, f"{flag} {c.ref_model}")
-    module = _create(
-        name,
-        architecture,
-        weights,
-        flag=f"{flag} {c.ref_model}",
-        weights_flag=weights_flag,
-        precision=config.run.precision,
-        seed=config.run.seed,
+    flags, role = ("--ref_model", "--ref_model_pretrained"), "reference"
+    if config.flags.get("distill_model"):
+        flags, role = ("--distill-model", "--distill-pretrained"), "teacher"
+    return _build_frozen(
+        config, world, c.ref_model, flags, c.ref_model_pretrained, c.ref_model_checkpoint, role=role
     )
-    module.eval().requires_grad_(False)
-    return _finish(module, tokenizer, c.ref_model, weights, world, role="teacher" if teacher else "reference")
 
 
 def build_captioner(config: Config, world: World) -> BuiltModel:
     """The captioning model of ``--cap_model``, frozen and in eval mode. ValueError as above."""
-    c = config.cache
-    flag, weights_flag = "--cap_model", "--cap_model_pretrained"
-    name = pretrained.open_clip_name(c.cap_model, flag)
+    c, flags = config.cache, ("--cap_model", "--cap_model_pretrained")
+    return _build_frozen(config, world, c.cap_model, flags, c.cap_model_pretrained, role="captioning model")
+
+
+def _build_frozen(
+    config: Config,
+    world: World,
+    model: str,
+    flags: tuple[str, str],
+    tag: str,
+    checkpoint: str = "",
+    *,
+    role: str,
+) -> BuiltModel:
+    """``model`` with the weights of ``tag`` (or file), or of ``checkpoint``. ``flags`` name model and tag."""
+    model_flag, weights_flag = flags
+    said = f"{model_flag} {model}"
+    name = pretrained.open_clip_name(model, model_flag)
     with node_main_first():
-        architecture = pretrained.architecture(name, f"{flag} {c.cap_model}")
-        weights = pretrained.find(name, c.cap_model_pretrained, weights_flag, flag)
-        tokenizer = _tokenizer(name, f"{flag} {c.cap_model}")
+        architecture = pretrained.architecture(name, said)
+        if checkpoint:
+            weights, weights_flag = pretrained.from_checkpoint(name, checkpoint, tag), "--ref_model_checkpoint"
+        else:
+            weights = pretrained.find(name, tag, weights_flag, model_flag)
+        tokenizer = _tokenizer(name, said)
     module = _create(
         name,
         architecture,
         weights,
-        flag=f"{flag} {c.cap_model}",
+        flag=said,
         weights_flag=weights_flag,
         precision=config.run.precision,
         seed=config.run.seed,
     )
     module.eval().requires_grad_(False)
-    return _finish(module, tokenizer, c.cap_model, weights, world, role="captioning model")
+    return _finish(module, tokenizer, model, weights, world, role=role)
 
 
 def _create(
@@ -173,7 +172,8 @@ def _create(
     # timm resamples position embeddings that are there already: size after weights.
     resize_later = force_image_size is not None and is_timm and weights.file is not None
     preprocess = {**weights.declared, **{k: v for k, v in (force_preprocess_cfg or {}).items() if v is not None}}
-    with _fetching(own_weights or pretrained_image or "hf_model_name" in architecture["text_cfg"]), _seeded(seed):
+    fetches = own_weights or pretrained_image or "hf_model_name" in architecture["text_cfg"]
+    with _fetching(fetches), seeded_cpu(seed):
         try:
             with _quiet_open_clip():
                 module = open_clip.create_model(
@@ -233,7 +233,7 @@ def _keep_float32(module: nn.Module, initial: Mapping[str, float | None] | None)
 
 def start_temperature(module: nn.Module, loss: LossConfig) -> None:
     """``--temperature``, where it was given and acts, rather than the one that came with weights."""
-    if loss.name.startswith("fastclip") and loss.temperature is not None:
+    if loss.temperature is not None:
         with torch.no_grad():
             module.logit_scale.fill_(math.log(1 / loss.temperature))
         _log.info("temperature starts at %g, as --temperature says", loss.temperature)
@@ -241,11 +241,9 @@ def start_temperature(module: nn.Module, loss: LossConfig) -> None:
 
 def _choose_scalars(module: nn.Module, loss: LossConfig) -> None:
     """Which of temperature and bias are trained."""
-    individual = loss.name == "fastclip_individual"
-    constant = loss.name == "fastclip" and loss.temperature_scheme == "global_constant"
-    module.logit_scale.requires_grad_(not (individual or constant))
-    if getattr(module, "logit_bias", None) is not None and loss.name != "siglip":
-        module.logit_bias.requires_grad_(False)  # no other loss uses it; DDP would wait for its gradient
+    module.logit_scale.requires_grad_(loss.trains_temperature)
+    if getattr(module, "logit_bias", None) is not None and not loss.spec.trains_bias:
+        module.logit_bias.requires_grad_(False)  # the loss does not use it; DDP would wait for its gradient
 
 
 def _tokenizer(name: str, flag: str) -> Callable[[list[str]], Tensor]:
@@ -314,14 +312,6 @@ def _check_tower(tower: Mapping[str, Any], c: ModelConfig) -> None:
 def _fetching(needed: bool) -> AbstractContextManager[None]:
     """Local rank 0 alone, then the others, where building may download; all at once where it cannot."""
     return node_main_first() if needed else nullcontext()
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    # The CPU's generator only: models are initialised there, and a GPU's is neither used nor disturbed.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 @contextmanager

@@ -6,13 +6,14 @@ which activation and which normalization. ``find`` returns both, and ``training.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -24,11 +25,11 @@ import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from torch import nn
 
-from training.checkpoint.published import load_weights
+from training.checkpoint.pt_file import load_weights
 from training.config.model import brings_weights
+from training.files import digest
 
 OWN_WEIGHTS = "its own"
-_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,8 @@ def identity(model: str, flag: str, *weights: str | None) -> dict[str, str]:
 
 @lru_cache(maxsize=8)
 def _digest(path: str, changed: float) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
+    """``changed``: when the file was last written to, so that a new content is read again."""
+    return digest(Path(path), size=8)
 
 
 def from_checkpoint(name: str, checkpoint: str, tag: str) -> Weights:
@@ -228,3 +226,29 @@ def load(model: nn.Module, file: str, flag: str) -> None:
             open_clip.load_checkpoint(model, str(copy))
     except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
         raise ValueError(f"{flag} {file}: these weights do not fit the model ({one_line(error)})") from error
+
+
+def count_parameters(model: str, flag: str, **forced: Any) -> int | None:
+    """Parameters of ``model``, a name or a config's path, built without memory for them.
+
+    ``forced``: further arguments of ``open_clip.create_model``. None where its config has to be downloaded first.
+    """
+    name = open_clip_name(model, flag)
+    try:
+        with _quiet_meta_device():
+            module = open_clip.create_model(name, load_weights=False, device="meta", **forced)
+    except (OSError, RuntimeError):
+        return None
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@contextlib.contextmanager
+def _quiet_meta_device() -> Iterator[None]:
+    """Tensors without memory, and nothing of open_clip's warning that weights are missing."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        logging.disable(disabled)

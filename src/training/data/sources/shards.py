@@ -20,8 +20,8 @@ import webdataset as wds
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from training.data.bad_samples import Fault
-from training.data.sources.tar import Member, Source, check_end, open_tar, read_tar
+from training.data.samples import Fault
+from training.data.sources.tar import Member, PushbackStream, check_end, open_tar, read_tar
 
 UNREADABLE = (OSError, ValueError, ImportError, tarfile.TarError)  # what opening and reading a shard may raise
 
@@ -192,11 +192,11 @@ def _seekable(stream: IO[bytes]) -> bool:
     return hasattr(stream, "seekable") and stream.seekable()
 
 
-def _tar_in(stream: IO[bytes], offset: int) -> tuple[IO[bytes] | Source, int]:
+def _tar_in(stream: IO[bytes], offset: int) -> tuple[IO[bytes] | PushbackStream, int]:
     """The tar in ``stream``, entered at byte ``offset`` if it can be, and the byte at which it stands then."""
     # webdataset's wrapper of a command asks at every read whether it has failed, and then what was read is lost.
     stream = getattr(stream, "stream", stream)
-    source = Source(stream)
+    source = PushbackStream(stream)
     head = source.read(6)
     source.give_back(head)
     module = next((module for magic, module in _PACKED.items() if head.startswith(magic)), None)

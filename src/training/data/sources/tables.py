@@ -16,9 +16,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from training.config.params import DataConfig
-from training.data.bad_samples import Item, RawSample
-from training.data.order import BEGIN, Lane, Part, Place, draws, permutation, seed_of
+from training.config.data import DataConfig
+from training.data.lanes import Lane, Part
+from training.data.progress import BEGIN, Place
+from training.data.samples import Item, RawSample
+from training.rng import draws, permutation, seed_of
 
 _WORDS = (
     *("red", "green", "blue", "small", "large", "round", "old", "new"),

@@ -45,7 +45,7 @@ def read_tar(stream: IO[bytes], offset: int = 0) -> Iterator[Member]:
     Only ``read`` is asked of ``stream``, up to its end. tarfile.TarError and whatever else ``tarfile`` raises: the
     archive is broken there.
     """
-    source = Source(stream)
+    source = PushbackStream(stream)
     handed_over = yield from _plain(source, offset)
     if handed_over is None:
         check_end(source)
@@ -65,7 +65,7 @@ def check_end(stream: IO[bytes]) -> None:
             raise tarfile.ReadError("there is more behind the end of the archive")
 
 
-class Source:
+class PushbackStream:
     """A stream to which bytes can be given back."""
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -95,7 +95,7 @@ class _StrictInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error) if buf else "the end of the archive is missing") from None
 
 
-def _by_tarfile(source: Source, offset: int) -> Iterator[Member]:
+def _by_tarfile(source: PushbackStream, offset: int) -> Iterator[Member]:
     with open_tar(source, "r|") as tar:
         for member in tar:
             if member.isreg():
@@ -104,7 +104,7 @@ def _by_tarfile(source: Source, offset: int) -> Iterator[Member]:
         check_end(tar.fileobj)
 
 
-def _plain(source: Source, start: int) -> Iterator[Member]:
+def _plain(source: PushbackStream, start: int) -> Iterator[Member]:
     """Members up to the archive's end, or to one for ``tarfile``, whose offset is returned."""
     here = first = start
     times = b""  # pax headers of the member at ``first``

@@ -15,40 +15,31 @@ The order of an epoch (see ``order`` for lanes and turns):
 - Samples are shuffled, undecoded, in windows of ``WINDOW``, by (seed, epoch, turn, lane, window).
 - ``--epoch_policy resample`` draws shards with replacement instead, each lane for itself.
 
-A sample's row of the sample state is the ``key`` in its json, or with ``--sample_index position`` its place among
-all samples of the unshuffled list. That needs every shard's size: the tar headers of all shards are read at
-start-up, shared out among the ranks (about 0.1 ms per sample and rank; remote shards are downloaded once for it).
+What row a sample has: ``rows``.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
-from training.config.params import DataConfig
-from training.data.bad_samples import Fault, Item, RawSample, Skips, Unusable
-from training.data.order import BEGIN, Lane, Part, Piece, Place, deal, deal_exactly, draws, permutation, seed_of
-from training.data.sources.keys import Rows
+from training.config.data import DataConfig
+from training.data.bad_samples import Skips, WrongRow
+from training.data.lanes import Lane, Part
+from training.data.order import Piece, deal, deal_exactly
+from training.data.progress import BEGIN, Place
+from training.data.samples import Fault, Item, RawSample, Unusable
+from training.data.sources.rows import RowsMet, at_positions, count_all, key_in, nameless_row, with_rows
 from training.data.sources.shards import UNREADABLE, Damage, Group, Shard, count_samples, expand_shards, read_shard
-from training.distributed.process_group import World, gather_object
+from training.distributed.process_group import World
+from training.rng import draws, permutation, seed_of
 
 SPLIT_BY_SAMPLE = 2**15
 WINDOW = 4096
 IMAGES = ("jpg", "jpeg", "png", "webp")
-
-_KEY = re.compile(r"-?[0-9]{1,18}")
-_READERS = 8  # threads that wait for files while counting
-
-
-class SharedKey(ValueError):
-    """Two shards have a sample with the same key."""
 
 
 class Visit(NamedTuple):
@@ -92,7 +83,7 @@ class ShardSource:
         self.weights = None if weights is None else tuple(weights)
         self.by_sample = by_sample and weights is None
         self.sizes, self.steps = sizes, steps
-        self._rows = Rows()
+        self._rows = RowsMet()
 
     def stream(self, epoch: int, lane: Lane, place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Item]:
         """See ``samples.Source``."""
@@ -218,7 +209,7 @@ class ShardSource:
         if self.sample_index is None:
             return RawSample(image, text, nameless_row(name), turn, name)
         by_key = self.sample_index == "key"
-        row = shard.first_row + (_key(members) if by_key else group.position)
+        row = shard.first_row + (key_in(members) if by_key else group.position)
         if not shard.first_row <= row < shard.stop_row:
             raise Unusable("key out of range")
         if by_key:
@@ -228,7 +219,7 @@ class ShardSource:
     def _check_key(self, row: int, number: int) -> None:
         shard, other = self.shards[number], self.shards[self._rows.meet(row, number)]
         if other.url != shard.url:
-            raise SharedKey(
+            raise WrongRow(
                 f"--train-data: key {row - shard.first_row} is in {other.url} and in {shard.url}, so that two "
                 "samples would share a row of the sample state; give --data_size one size per :: source where "
                 "each counts for itself, use --sample_index position, or write distinct keys"
@@ -249,9 +240,9 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
     counts = None
     if by_position or exact:
         flag = "--sample_index position" if by_position else "--epoch_policy exact"
-        counts = _count_all([shard.url for shard in shards], world, flag)
+        counts = count_all([shard.url for shard in shards], world, flag)
     if by_position:
-        shards = _at_positions(shards, counts)
+        shards = at_positions(shards, counts)
     if exact and sum(counts) < config.train_num_samples:
         raise ValueError(
             f"--train-num-samples {config.train_num_samples}: the shards hold {sum(counts)} samples, and "
@@ -278,67 +269,3 @@ def open_val_shards(val_data: str) -> ShardSource:
     """The shards of ``--val-data``, for reading in order; they need no json. ValueError: there are none."""
     urls = [url for source in expand_shards(val_data, "--val-data") for url in source]
     return ShardSource([Shard(url, 0, 0) for url in urls], 0, sample_index=None)
-
-
-def nameless_row(name: str) -> int:
-    """A negative number that tells samples apart in a run that keeps no rows."""
-    return -1 - (seed_of(*name.encode()) >> 1)
-
-
-def _key(members: dict[str, bytes]) -> int:
-    if "json" not in members:
-        raise Unusable("missing json")
-    try:
-        key = json.loads(members["json"])["key"]
-    except (ValueError, RecursionError):
-        raise Unusable("json is not valid") from None
-    except (KeyError, TypeError, IndexError):
-        raise Unusable("json without key") from None
-    if isinstance(key, str) and _KEY.fullmatch(key):
-        return int(key)
-    if isinstance(key, int) and not isinstance(key, bool):
-        return key
-    raise Unusable("key is not an integer")
-
-
-def with_rows(sources: list[list[str]], sizes: Sequence[int]) -> Iterator[Shard]:
-    """One size: rows are shared by all sources. A size per source: each source has a range of its own."""
-    if len(sizes) == 1:
-        sizes, starts = list(sizes) * len(sources), [0] * len(sources)
-    else:
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    for source, size, start in zip(sources, sizes, starts, strict=True):
-        yield from (Shard(url, start, start + size) for url in source)
-
-
-def _at_positions(shards: list[Shard], counts: list[int]) -> list[Shard]:
-    """Move each shard's first row behind the samples before it in the same range of rows."""
-    placed, seen = [], {}
-    for shard, samples in zip(shards, counts):
-        before = seen.get(shard.first_row, 0)
-        placed.append(replace(shard, first_row=shard.first_row + before))
-        seen[shard.first_row] = before + samples
-    return placed
-
-
-def _count_all(urls: list[str], world: World, flag: str) -> list[int]:
-    """Samples per shard; every rank counts its part."""
-
-    def attempt(url: str) -> int | str:
-        try:
-            return count_samples(url)
-        except UNREADABLE as error:
-            return f"{url}: {error}"
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        parts = gather_object(list(pool.map(attempt, urls[world.rank :: world.world_size])))
-    counts: list[int | str] = [0] * len(urls)
-    for rank, part in enumerate(parts):
-        counts[rank :: world.world_size] = part
-    failures = [result for result in counts if isinstance(result, str)]
-    if failures:
-        raise ValueError(
-            f"{flag}: {len(failures)} of {len(urls)} shards cannot be counted, and it needs the sizes of all; "
-            f"mend or remove {failures[0]}"
-        )
-    return counts

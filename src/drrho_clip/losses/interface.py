@@ -1,0 +1,84 @@
+"""What goes into a loss and what comes out of it: the one interface that all losses have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from drrho_clip.sample_state import SampleState, StateUpdate
+
+
+@dataclass(frozen=True)
+class LossEnvironment:
+    """Where a loss is to work, besides its settings.
+
+    ``device``    of the embeddings.
+    ``state``     a table of the columns that the loss asks for (``LossSpec.state_columns``); None where it asks
+                  for none.
+    ``compiled``  whether heavy parts are to go through ``torch.compile``.
+    """
+
+    device: torch.device
+    state: SampleState | None = None
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the towers give a loss for the ``b`` samples of this rank.
+
+    ``image``, ``text``          [b, d], unit norm, with the graph to the towers (or leaves when accumulating).
+    ``logit_scale``              0-d, 1/tau, as the model returns it; ``logit_bias`` the same where there is one.
+    ``index``                    int64 [b] rows of the sample state, on the CPU.
+    ``ref_image``, ``ref_text``  [b, d_r], unit norm, without a graph; None without a reference.
+    """
+
+    image: Tensor
+    text: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor | None = None
+    index: Tensor | None = None
+    ref_image: Tensor | None = None
+    ref_text: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a step gives.
+
+    ``terms``    name -> 0-d tensor; what is minimized is their sum.
+    ``update``   new rows of the sample state, for ``SampleState.commit``; None for losses without one.
+    ``metrics``  further 0-d tensors worth logging.
+    """
+
+    terms: dict[str, Tensor]
+    update: StateUpdate | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Loss(nn.Module):
+    """``forward(LossInputs) -> LossOutput``, a function of the embeddings of all ``b`` samples of this rank.
+
+    ``state``: the sample state of losses that keep one, else None.
+    """
+
+    state: SampleState | None = None
+
+    def forward(self, inputs: LossInputs) -> LossOutput:
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch; losses with an epoch schedule override it."""
+
+    def set_temperature_rate(self, lr_tau: float) -> None:
+        """Called before each step; losses that keep temperatures of their own override it."""
+
+    def local_terms(self, outputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Terms that need more of the model than embeddings: name -> (sum over the micro-batch, count).
+
+        They are evaluated on each micro-batch and divided by the count over all micro-batches and ranks, so that
+        both weigh them as one batch does. Most losses have none.
+        """
+        return {}

@@ -1,0 +1,123 @@
+"""What a run goes on from, and taking it over: our checkpoints, published ones, bare weights.
+
+Weights, optimizer and counters come from the ``.pt`` (``run_state``); the sample state from the folder beside it,
+for any number of ranks, or from the columns that a published file carries in full.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from drrho_clip.sample_state import SampleState
+from training.checkpoint import pt_file, published, remote_sync, sample_state_io
+from training.checkpoint.catalog import find_latest, problem
+from training.checkpoint.run_folder import RunFolder
+from training.checkpoint.run_state import RunState
+from training.config.params import Config
+from training.distributed.collectives import rank_in
+
+_log = logging.getLogger(__name__)
+
+
+def checkpoint_to_resume(config: Config, folder: RunFolder, *, fetch: bool = True) -> Path | str | None:
+    """What the run goes on from; None: it starts at its beginning. Collective.
+
+    After a restart the newest checkpoint that this job itself has saved, whatever ``--resume`` said at first. Else
+    ``--resume FILE``, ``--resume URL``, or with ``latest`` the newest one in the run's folder, then the newest
+    that ``--remote-sync`` has copied. What lies elsewhere is fetched; without ``fetch`` it is only named.
+    ValueError: the user asks for what is not there, or is damaged. (A job may be restarted before its first.)
+    """
+    wanted = config.run.resume
+    if folder.restarted:
+        since = 0.0 if wanted in (None, "latest") else folder.found_newest
+        own = find_latest(folder.checkpoints, since)
+        if own is not None or wanted is None:
+            return own
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        return _newest(config, folder, fetch)
+    if "://" in wanted:
+        return remote_sync.fetch(wanted, folder.fetched) if fetch else wanted
+    if not Path(wanted).is_file():
+        raise ValueError(f"--resume {wanted}: there is no such file, check the path")
+    fault = problem(Path(wanted))
+    if fault:
+        raise ValueError(f"--resume {wanted}: {fault}; give another one, or --resume latest with --name")
+    return Path(wanted)
+
+
+def _newest(config: Config, folder: RunFolder, fetch: bool) -> Path | str:
+    latest = find_latest(folder.checkpoints)
+    if latest is None and config.run.remote_sync is not None:
+        latest = config.run.remote_sync
+        if fetch:
+            latest = remote_sync.fetch_newest(config.run, folder.name, folder.path, folder.fetched)
+    if latest is None:
+        raise ValueError(
+            f"--resume latest: no complete checkpoint in {folder.checkpoints}; check --logs and --name, give a "
+            "file, or leave the flag out to start at the beginning"
+        )
+    return latest
+
+
+def resume(
+    path: Path, state: RunState, *, steps_per_epoch: int, global_batch: int, u_format: str | None = None
+) -> bool:
+    """Fill ``state`` from ``path``, a checkpoint of ours or a published one; False: bare weights, the model alone.
+
+    Collective. ``steps_per_epoch``, ``global_batch``: see ``RunState.fill``; ``u_format``: see
+    ``published.from_published``. The file has been checked (``problem``).
+    ValueError: it cannot be read, or does not fit the model, the optimizer or the sample state.
+    """
+    held = pt_file.read(path)
+    if not state.fill(held, path, steps_per_epoch=steps_per_epoch, global_batch=global_batch):
+        return False
+    if state.sample_state is not None:
+        _check_parts(path, held.get("data_sizes"), state.data_sizes)
+        _load_rows(path, held, state.sample_state, u_format)
+    return True
+
+
+def _load_rows(path: Path, held: Mapping[str, Any], state: SampleState, u_format: str | None) -> None:
+    saved = held.get("sample_state")
+    folder = path.parent / Path(saved["folder"]).name if saved else None
+    missing = sample_state_io.missing(folder, saved["files"]) if folder else None
+    if folder and not missing:
+        sample_state_io.read(folder, state)
+        return
+    columns = published.from_published(held, u_format)
+    if not columns and missing:
+        raise ValueError(f"checkpoint {path}: its sample state lacks {missing}; copy that folder beside the file")
+    if not columns:
+        if rank_in() == 0:
+            _log.warning("%s holds no sample state: every sample counts as never seen", path)
+        return
+    length = max(len(column) for column in columns.values())
+    if length > state.num_samples:
+        raise ValueError(
+            f"--data_size {state.num_samples}: checkpoint {path} has {length} rows, and none may be lost; give at "
+            "least as many"
+        )
+    if missing and rank_in() == 0:
+        _log.warning(
+            "checkpoint %s: its sample state lacks %s; the columns in the file stand in for it", path, missing
+        )
+    unseen = {name: F.pad(c, (0, state.num_samples - len(c)), value=torch.nan) for name, c in columns.items()}
+    state.load_state_dict(unseen)
+
+
+def _check_parts(path: Path, then: list[int] | None, now: tuple[int, ...]) -> None:
+    """With a --data_size per source only the last one may grow: otherwise rows would change their samples."""
+    if then and (len(then) > 1 or len(now) > 1) and list(now[: len(then) - 1]) != list(then[:-1]):
+        raise ValueError(
+            f"--data_size {'::'.join(map(str, now))}: checkpoint {path} has {'::'.join(map(str, then))}, and with "
+            "other sizes before the last its rows would be those of other samples; append sources, or let only "
+            "the last one grow"
+        )

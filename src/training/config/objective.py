@@ -1,0 +1,227 @@
+"""The objective: which loss a run minimizes, by the registry's entry and the published flags, and its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from drrho_clip.losses import registry
+from drrho_clip.losses.registry import LossSpec
+from training.config.flags import ALL
+from training.config.given import Given, Refusal
+from training.config.model import is_coca
+from training.config.remarks import Idle, Pitfall
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective. ``name`` is the registry's, ``decided_by`` says in words which flag chose it.
+
+    ``temperature`` is None where the flag was not given or does not act. ``multiply_tau`` is False for individual
+    temperatures, whose objective is multiplied by them anyway.
+    """
+
+    name: str
+    temperature_scheme: str
+    multiply_tau: bool
+    temperature: float | None
+    tau_gradient: str
+    rho: float
+    fastclip_eps: float
+    gamma: float
+    gamma_schedule: str
+    gamma_decay_epochs: int
+    loss_weight: float
+    logit_scale_bound: float
+    sample_state_device: str
+    local_loss: bool
+    gather_with_grad: bool
+    coca_caption_loss_weight: float
+    coca_contrastive_loss_weight: float
+    distill_weight: float
+    distill_logit_scale: float
+    distill_ref_logit_scale: float
+    distill_teacher_dimension: tuple[int, ...]
+    distill_average_after_softmax: bool
+    decided_by: str = ""
+
+    @property
+    def spec(self) -> LossSpec:
+        """What the registry says of the loss."""
+        return registry.get(self.name)
+
+    @property
+    def state_columns(self) -> tuple[str, ...]:
+        """The columns of the sample state that it keeps; none where it has no state."""
+        return self.spec.state_columns(self.gamma)
+
+    @property
+    def initial_tau(self) -> float:
+        """Where the temperature starts: ``--temperature`` where it acts, else its default."""
+        return ALL["temperature"].default if self.temperature is None else self.temperature
+
+    @property
+    def trains_temperature(self) -> bool:
+        """Whether the model's temperature is learned."""
+        constant = self.spec.sample_state and self.temperature_scheme == "global_constant"
+        return not (self.spec.individual or constant)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which loss the flags agree on, and which of them decided it."""
+
+    spec: LossSpec
+    decided_by: str
+    temperature_scheme: str
+
+
+_DISTILL = tuple(
+    key for key in ALL if key.startswith("distill_") and key not in ("distill_model", "distill_pretrained")
+)
+
+
+IDLE = (
+    Idle(
+        (
+            *("gamma", "gamma_schedule", "gamma_decay_epochs", "fastclip_eps", "rho"),
+            *("temperature", "temperature_scheme", "multiply_tau", "tau_gradient"),
+        ),
+        lambda s: not s.loss.sample_state,
+        "without --fastclip",
+    ),
+    Idle(
+        ("sample_state_device", "save_published_state"),
+        lambda s: not s.loss.state_columns(s.given.gamma),
+        "with a loss that keeps nothing per sample",
+    ),
+    Idle(
+        ("multiply_tau", "tau_gradient"),
+        lambda s: s.loss.individual,
+        "with individual temperatures, whose objective has its own form",
+    ),
+    Idle(
+        ("rho",),
+        lambda s: not (s.loss.individual or s.given.multiply_tau),
+        "without --multiply_tau or individual temperatures",
+    ),
+    Idle(("tau_gradient",), lambda s: s.temperature_scheme == "global_constant", "with a constant temperature"),
+    Idle(
+        ("local_loss", "gather_with_grad"),
+        lambda s: not s.loss.takes("local_loss"),
+        "with this loss, which crosses ranks in its own way",
+    ),
+    Idle(
+        ("coca_caption_loss_weight", "coca_contrastive_loss_weight"),
+        lambda s: not s.loss.decoder,
+        "without a coca model",
+    ),
+    Idle(_DISTILL, lambda s: "distill" not in s.usage, "without distillation"),
+    Idle(
+        ("distill_ref_logit_scale",),
+        lambda s: "ref" not in s.usage or s.loss.individual,
+        "unless the reference serves both ref and distill, with one temperature for all samples",
+    ),
+)
+PITFALLS = (
+    Pitfall(
+        lambda s: s.trains and s.loss.takes("local_loss") and s.given.local_loss and not s.given.gather_with_grad,
+        "--local-loss without --gather-with-grad: the gradient through other ranks' pairs is dropped",
+    ),
+)
+
+
+def resolve_objective(given: Given) -> Objective:
+    """The loss that the published flags, the model and ``--loss`` agree on."""
+    if given.loss is not None and given.loss not in registry.names():
+        raise Refusal(f"{given.say('loss')}: unknown, choose one of {', '.join(registry.names())}")
+    scheme = given.temperature_scheme
+    if given.loss is not None and registry.get(given.loss).individual:
+        if given.chose("temperature_scheme") and scheme != "individual_learnable":
+            raise Refusal(
+                f"{given.say('loss')} has one temperature per sample, which contradicts "
+                f"{given.say('temperature_scheme')}: leave one of them out"
+            )
+        scheme = "individual_learnable"
+    implied = _implied_losses(given, scheme)
+    if len(implied) > 1:
+        flags, names = zip(*((flag, name) for name, flag in implied.items()))
+        raise Refusal(
+            f"{flags[0]} asks for the loss {names[0]!r} and {flags[1]} for {names[1]!r}: keep one of them"
+        )
+    if given.loss is None:
+        name, decided_by = next(iter(implied.items()), ("clip", "no flag asks for another one"))
+    else:
+        name, decided_by = given.loss, given.say("loss")
+        for other, flag in implied.items():
+            if other != name:
+                raise Refusal(f"{decided_by} contradicts {flag}, which asks for {other!r}: leave one of them out")
+    spec = registry.get(name)
+    if spec.decoder and not is_coca(given.model):
+        raise Refusal(f"{decided_by}: {given.say('model')} has no caption decoder, choose a coca model")
+    if spec.sample_state and not spec.individual and scheme == "individual_learnable":
+        raise Refusal(
+            f"{given.say('temperature_scheme')} contradicts {decided_by}, which has one temperature for all "
+            "samples: use --loss fastclip_individual"
+        )
+    return Objective(spec, decided_by, scheme)
+
+
+def resolve_loss(given: Given, objective: Objective, trains: bool) -> LossConfig:
+    """The group. Refusal: what the loss needs of the other flags, in a run that ``trains``."""
+    _check_teachers(given)
+    if trains:
+        _check_needs(given, objective.spec)
+    return given.group(
+        LossConfig,
+        name=objective.spec.name,
+        decided_by=objective.decided_by,
+        temperature_scheme=objective.temperature_scheme,
+        temperature=given.temperature if _temperature_acts(given, objective.spec) else None,
+        multiply_tau=given.multiply_tau and not objective.spec.individual,
+    )
+
+
+def _implied_losses(given: Given, scheme: str) -> dict[str, str]:
+    """Loss names that published flags ask for, and the flag that does."""
+    implied = {}
+    if given.distill_model or given.distill_pretrained:
+        for key, other in (("distill_model", "distill_pretrained"), ("distill_pretrained", "distill_model")):
+            if not given.values[key]:
+                raise Refusal(f"{given.say(other)} needs {ALL[key].name}: give the teacher's name and its weights")
+        implied["distill"] = given.say("distill_model")
+    if is_coca(given.model):
+        implied["coca"] = given.say("model")
+    if given.siglip:
+        implied["siglip"] = "--siglip"
+    if given.fastclip:
+        implied["fastclip_individual" if scheme == "individual_learnable" else "fastclip"] = "--fastclip"
+    return implied
+
+
+def _check_needs(given: Given, spec: LossSpec) -> None:
+    # A single epoch has gamma = 1 too, but its run may be resumed.
+    if spec.state_columns(given.gamma) and given.data_size == -1:
+        raise Refusal(
+            f"--data_size is missing: the loss {spec.name!r} keeps values per sample, so give the number "
+            "of samples in the data set (all keys lie below it)"
+        )
+    if _temperature_acts(given, spec):
+        lowest, highest = (0.01, 1.0) if spec.individual else (1 / given.logit_scale_bound, 1.0)
+        if not lowest * (1 - 1e-6) <= given.temperature <= highest:
+            why = "single temperatures are kept" if spec.individual else "--logit_scale_bound keeps it"
+            raise Refusal(f"{given.say('temperature')}: {why} in [{lowest:g}, {highest:g}], start within")
+    if spec.distills and given.distill_weight > 1:
+        raise Refusal(f"{given.say('distill_weight')}: the contrastive loss gets 1 minus it, give at most 1")
+
+
+def _temperature_acts(given: Given, spec: LossSpec) -> bool:
+    """``--temperature`` acts with FastCLIP's losses only, where the user gave it."""
+    return spec.sample_state and given.chose("temperature")
+
+
+def _check_teachers(given: Given) -> None:
+    widths = given.distill_teacher_dimension
+    if widths != [-1] and min(widths) < 1:
+        raise Refusal(
+            f"{given.say('distill_teacher_dimension')}: widths are at least 1, leave it out for a single one"
+        )

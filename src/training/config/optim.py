@@ -1,0 +1,91 @@
+"""The optimizer and its schedules: how fast, how long, and where the learning rates go meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from training.config.given import Given, Refusal
+from training.config.model import is_vit
+from training.config.remarks import Idle
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer; defaults by model name are filled in and ``lr_tau`` is resolved (never negative)."""
+
+    optimizer: str
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    wd: float
+    momentum: float
+    lr_tau: float
+    grad_clip_norm: float | None
+    max_skipped_steps: int = 20
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long, and how the learning rates move. ``epochs`` is 0 where the run only evaluates."""
+
+    epochs: int
+    epochs_cooldown: int | None
+    warmup: int
+    skip_scheduler: bool
+    lr_scheduler: str
+    lr_cooldown_end: float
+    lr_cooldown_power: float
+    lr_min: float
+    lr_tau_scheduler: str
+    iters: int
+    stop_epochs: int
+    stop_iters: int
+
+
+IDLE = (
+    Idle(("beta1", "beta2"), lambda s: s.given.optimizer in ("sgd", "nesterov"), "with this optimizer"),
+    Idle(("eps",), lambda s: s.given.optimizer not in ("adamw", "lamb"), "with this optimizer"),
+    Idle(("momentum",), lambda s: s.given.optimizer not in ("sgd", "nesterov"), "with this optimizer"),
+    Idle(
+        ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power"),
+        lambda s: s.given.lr_scheduler != "const-cooldown",
+        "without --lr-scheduler const-cooldown",
+    ),
+)
+
+
+def resolve_optimizer(given: Given) -> OptimConfig:
+    """The group, with CLIP's defaults for the model; a negative ``--lr_tau`` is the model's rate."""
+    vit = is_vit(given.model)
+    defaults = {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98 if vit else 0.999, "eps": 1e-6 if vit else 1e-8}
+    chosen = {
+        key: default if given.values[key] is None else given.values[key] for key, default in defaults.items()
+    }
+    if given.optimizer == "nesterov" and given.momentum == 0:
+        raise Refusal("--momentum 0 with --optimizer nesterov: it needs a momentum above 0, or use sgd")
+    return given.group(OptimConfig, **chosen, lr_tau=chosen["lr"] if given.lr_tau < 0 else given.lr_tau)
+
+
+def resolve_schedule(given: Given, lr: float, trains: bool) -> ScheduleConfig:
+    """The group. ``lr``: the model's peak rate. Refusal: schedules that need each other's flags."""
+    for key in ("iters", "stop_epochs", "stop_iters"):
+        if given.values[key] == 0:
+            raise Refusal(f"{given.say(key)}: zero has no meaning here, give at least 1, or -1 to switch it off")
+    if given.lr_scheduler == "const-cooldown":
+        if given.epochs_cooldown is None:
+            raise Refusal(
+                "--lr-scheduler const-cooldown needs --epochs-cooldown: give the epochs that it falls for"
+            )
+        if given.epochs_cooldown > given.epochs:
+            raise Refusal(f"{given.say('epochs_cooldown')} is longer than {given.say('epochs')}: give fewer")
+    if given.lr_scheduler == "cosine" and given.lr_min > lr:
+        raise Refusal(
+            f"{given.say('lr_min')} lies above the learning rate {lr:g}: the cosine would rise, lower it"
+        )
+    if given.lr_tau_scheduler == "cosine" and 0 < given.lr_tau < given.lr_min:
+        raise Refusal(
+            f"{given.say('lr_tau')} lies below --lr_min {given.lr_min:g}, which its cosine shares: it would rise; "
+            "lower --lr_min, or use --lr_tau_scheduler const"
+        )
+    return given.group(ScheduleConfig, epochs=given.epochs if trains else 0)

@@ -1,0 +1,50 @@
+"""The target behind DistributedDataParallel."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from training.distributed.process_group import World
+
+# The newer name of DDP's setting, where torch has it: the older one warns there.
+_SYNC_BUFFERS = "forward_sync_buffers"
+if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    _SYNC_BUFFERS = "broadcast_buffers"
+
+
+def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -> nn.Module:
+    """``model`` in DistributedDataParallel; unchanged in a single process and where nothing is to be trained.
+
+    ``sync_bn`` turns BatchNorm layers into ones with statistics over all ranks, in place of the old ones, before
+    wrapping; torch has them for GPUs only, elsewhere it is a ValueError.
+    """
+    if not world.distributed:
+        return model
+    on_cuda = world.device.type == "cuda"
+    if sync_bn:
+        check_sync_bn(world)
+        from timm.layers import convert_sync_batchnorm  # seconds to import, for a rare flag
+
+        model = convert_sync_batchnorm(model)  # unlike torch's it keeps the activation of timm's BatchNormAct
+    if not any(p.requires_grad for p in model.parameters()):
+        return model
+    settings = {
+        "device_ids": [world.device] if on_cuda else None,
+        "gradient_as_bucket_view": True,
+        "static_graph": static_graph,
+        # Only running statistics differ between ranks; open_clip's attention masks need no broadcast per forward.
+        _SYNC_BUFFERS: any(isinstance(module, _BatchNorm) for module in model.modules()),
+    }
+    return DistributedDataParallel(model, **settings)
+
+
+def check_sync_bn(world: World) -> None:
+    """ValueError: ``world`` cannot have BatchNorm with statistics over all ranks."""
+    if world.distributed and world.device.type != "cuda":
+        raise ValueError(
+            "--use-bn-sync needs GPUs: torch synchronizes no BatchNorm on the CPU; leave the flag out"
+        )

@@ -1,0 +1,120 @@
+"""What the loop measures and says: meters that stay on the device, and the published line about training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from training.logger import RunLog
+
+
+class Meter:
+    """The last value and the weighted mean of a scalar, kept where it is: updating never waits for the device.
+
+    Values that are not finite, those of steps that were skipped, are left out of the mean.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.now: Tensor | float = float("nan")
+        self.sum: Tensor | float = 0.0
+        self.count: Tensor | float = 0.0
+
+    def update(self, value: Tensor | float, n: float = 1) -> None:
+        """Add a 0-d ``value`` with weight ``n``. Tensors are copied, as a compiled step reuses its outputs."""
+        value = torch.as_tensor(value, dtype=torch.float64).detach().clone()
+        finite = value.isfinite()
+        self.now = value
+        self.sum = self.sum + torch.where(finite, value * n, 0.0)
+        self.count = self.count + finite.double() * n
+
+
+def read(meters: Mapping[str, Meter]) -> dict[str, tuple[float, float]]:
+    """``name -> (now, mean)`` as floats, NaN where nothing was added. One copy from the device for all meters."""
+    return {name: (now, total / n if n else math.nan) for name, (now, total, n) in hold(meters).items()}
+
+
+def hold(meters: Mapping[str, Meter]) -> dict[str, list[float]]:
+    """``name -> [now, sum, count]`` as floats, for a checkpoint. One copy from the device for all meters."""
+    cells = [cell for meter in meters.values() for cell in (meter.now, meter.sum, meter.count)]
+    on_device = [cell.double() for cell in cells if isinstance(cell, Tensor)]
+    host = iter(torch.stack([cell.to(on_device[0].device) for cell in on_device]).tolist() if on_device else ())
+    values = [next(host) if isinstance(cell, Tensor) else cell for cell in cells]
+    return {name: values[3 * i : 3 * i + 3] for i, name in enumerate(meters)}
+
+
+def held_meters(held: Mapping[str, Sequence[float]]) -> dict[str, Meter]:
+    """The inverse of ``hold``."""
+    meters = {name: Meter() for name in held}
+    for name, meter in meters.items():
+        meter.now, meter.sum, meter.count = held[name]
+    return meters
+
+
+@dataclass(frozen=True)
+class TrainStatus:
+    """What one line about training says.
+
+    ``step`` counts optimizer steps since the start; ``seen`` of ``total`` samples of this epoch, on all ranks;
+    times in seconds per step, ``eta`` in seconds; ``rate`` in samples per second on all ``gpus`` ranks;
+    ``losses``: name -> (now, mean).
+    """
+
+    epoch: int
+    step: int
+    seen: int
+    total: int
+    eta: float
+    data_time: float
+    batch_time: float
+    rate: float
+    gpus: int
+    lr: float
+    lr_tau: float
+    logit_scale: float
+    losses: Mapping[str, tuple[float, float]]
+
+    def scalars(self) -> dict[str, float]:
+        """The same numbers under the published code's names, for TensorBoard and W&B; data_share is new."""
+        return {
+            "train/data_time": self.data_time,
+            "train/batch_time": self.batch_time,
+            "train/data_share": self.data_time / self.batch_time,
+            "train/samples_per_second": self.rate,
+            "train/samples_per_second_per_gpu": self.rate / self.gpus,
+            "train/scale": self.logit_scale,
+            "train/lr": self.lr,
+            "train/lr_tau": self.lr_tau,
+            **{f"train/{name}": now for name, (now, _) in self.losses.items()},
+        }
+
+
+def train_line(status: TrainStatus) -> str:
+    """The published code's line about training; the total loss comes last."""
+    s, width = status, len(str(status.total))
+    losses = sorted(s.losses.items(), key=lambda item: item[0] == "loss")
+    return " ".join(
+        [
+            f"Train Epoch: {s.epoch} [{s.seen:>{width}}/{s.total} ({100 * s.seen / s.total:.0f}%)]",
+            f"ETA: {timedelta(seconds=int(s.eta))}",
+            f"Data (t): {s.data_time:.3f}",
+            f"Batch (t): {s.batch_time:.3f}, {s.rate:#g}/s, {s.rate / s.gpus:#g}/s/gpu",
+            f"LR: {s.lr:.8f}",
+            f"LR_tau: {s.lr_tau:.8f}",
+            f"Logit Scale: {s.logit_scale:.3f}",
+            *(f"{name.capitalize()}: {now:#.5g} ({mean:#.5g})" for name, (now, mean) in losses),
+        ]
+    )
+
+
+def report(log: RunLog, status: TrainStatus) -> None:
+    """The line about training, and its numbers as scalars."""
+    log.info(train_line(status))
+    log.scalars(status.step, status.scalars())
