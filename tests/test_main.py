@@ -13,8 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import shards
-import tiny_models
+from tests.support import shards, tiny_models
 from training import main as program
 from training.checkpoint.pt_file import load_weights
 

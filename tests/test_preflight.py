@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import tiny_models
-from commands import REFERENCE, config
-from shards import write_tar
+from tests.support import tiny_models
+from tests.support.commands import REFERENCE, config
+from tests.support.shards import write_tar
 from training import preflight
 from training.distributed.process_group import World
 

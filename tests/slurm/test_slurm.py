@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import Cluster, missing
 
-import shards
-import tiny_models
-from ranks import free_port
+from tests.slurm.cluster import Cluster, missing
+from tests.support import shards, tiny_models
+from tests.support.ranks import free_port
 from training.checkpoint.pt_file import load_weights, read
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,115 @@
+"""Every combination of flags that is refused: one sentence, exit code 2."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.commands import DATA, FASTCLIP, REFERENCE, refusal
+from training.config.params import parse
+
+ONE_OF_TWO = "keep one of them"
+REFUSALS = {
+    # nothing to do, data
+    "": "--train-data is missing: give data to train on",
+    f"{DATA} --epochs 0": "--epochs 0 evaluates only: give --val-data, --imagenet-val or --imagenet-v2",
+    "--train-data shards/{0..3}.tar": "--train-num-samples is missing: webdataset data does not say",
+    "--dataset-type synthetic": "--train-num-samples is missing: synthetic data",
+    "--train-data shards/{0..3} --train-num-samples 5": "--train-data shards/{0..3}: it is neither .tar nor .csv",
+    "--train-data {0..3}.tar::x.csv --train-num-samples 5": "it mixes shards and csv files, so say what it is",
+    "--train-data nowhere.csv": "--train-data nowhere.csv: there is no such file on this machine, check the path",
+    "--train-data nowhere.tar --train-num-samples 5": "--train-data nowhere.tar: there is no such file",
+    "--imagenet-val nowhere": "--imagenet-val nowhere: there is no such file",
+    f"{DATA} --resume nowhere.pt": "--resume nowhere.pt: there is no such file",
+    f"{DATA} --pretrained nowhere.pt": "--pretrained nowhere.pt: there is no such file",
+    f"{DATA} --train-data-upsampling-factors 2": "add it",
+    f"{DATA} --dataset-resampled --train-data-upsampling-factors 1::2": "2 weights for 1 --train-data sources",
+    f"{DATA} --dataset-resampled --train-data-upsampling-factors a": "expected numbers joined with ::",
+    f"{DATA} --dataset-resampled --train-data-upsampling-factors 0": "every weight must be above 0",
+    f"{DATA} --data_size 0": "--data_size 0: a number of samples is at least 1",
+    f"{DATA} --data_size 3::0": "--data_size 3::0: a number of samples is at least 1",
+    f"{DATA} --data_size 3::4": "--data_size 3::4: 2 sizes for 1 --train-data sources",
+    # model
+    f"{DATA} --model ViT-B-61": "--model ViT-B-61: open_clip has no such model; did you mean ViT-B-16",
+    f"{DATA} --model nowhere.json": "--model nowhere.json: the model config cannot be read",
+    f"{DATA} --image-mean 0.1 0.2": "--image-mean 0.1 0.2: give one number per channel (3), or one for all",
+    f"{DATA} --force-image-size 1 2 3": "--force-image-size 1 2 3: give one size, or height and width",
+    # loss
+    f"{DATA} --loss mse": "--loss mse: unknown, choose one of clip, coca, distill, fastclip, fastclip_individual",
+    f"{FASTCLIP} --siglip": ONE_OF_TWO,
+    f"{FASTCLIP} --model coca_ViT-B-32": ONE_OF_TWO,
+    f"{FASTCLIP} --distill-model RN50 --distill-pretrained openai": ONE_OF_TWO,
+    f"{DATA} --siglip --loss clip": "--loss clip contradicts --siglip, which asks for 'siglip'",
+    f"{FASTCLIP} --loss clip": "--loss clip contradicts --fastclip",
+    f"{DATA} --model coca_ViT-B-32 --loss clip": "--loss clip contradicts --model coca_ViT-B-32",
+    f"{DATA} --loss coca": "--loss coca: --model RN50 has no caption decoder",
+    f"{DATA} --loss distill": "--loss distill needs a teacher: give --distill-model",
+    f"{DATA} --loss fastclip_individual --temperature_scheme global_constant": "which contradicts",
+    f"{DATA} --loss fastclip --temperature_scheme individual_learnable": "use --loss fastclip_individual",
+    f"{DATA} --fastclip": "--data_size is missing: the loss 'fastclip' keeps values per sample",
+    f"{FASTCLIP} --temperature 0.005": "--temperature 0.005: --logit_scale_bound keeps it in [0.01, 1]",
+    f"{FASTCLIP} --temperature_scheme individual_learnable --temperature 2": "single temperatures are kept in",
+    f"{FASTCLIP} --temperature_scheme free": "--temperature_scheme free: unknown, choose one of global_learnable",
+    f"{FASTCLIP} --gamma_schedule step": "--gamma_schedule step: unknown, choose one of cosine, constant",
+    # reference
+    f"{DATA} {REFERENCE}": "--ref_model ViT-B-32: the loss 'clip' has no use for a reference's margins",
+    f"{DATA} --siglip {REFERENCE} --ref_features_usage ref,select": "--ref_model ViT-B-32: the loss 'siglip'",
+    f"{FASTCLIP} --ref_model ViT-B-32": "--ref_model ViT-B-32 has no weights: give --ref_model_pretrained",
+    f"{FASTCLIP} --ref_model ViT-B-23 --ref_model_pretrained x": "--ref_model ViT-B-23: open_clip has no such",
+    f"{FASTCLIP} --ref_model RN50 --ref_model_checkpoint x": "--ref_model_checkpoint x: there is no such file",
+    f"{FASTCLIP} --ref_model_pretrained openai": "--ref_model_pretrained openai has no effect without --ref_model",
+    f"{FASTCLIP} --ref_features_usage ref": "--ref_features_usage ref has no effect without --ref_model",
+    f"{FASTCLIP} {REFERENCE} --ref_features_usage rev": "--ref_features_usage rev: expected a comma list",
+    f"{FASTCLIP} {REFERENCE} --ref_features_usage ''": "--ref_features_usage '': expected a comma list",
+    f"{DATA} --distill-model RN50": "--distill-model RN50 needs --distill-pretrained",
+    f"{DATA} --distill-pretrained openai": "--distill-pretrained openai needs --distill-model",
+    f"{DATA} --distill-model RN50 --distill-pretrained openai {REFERENCE}": "are two references: use one",
+    f"{DATA} --distill-model RN50 --distill-pretrained openai --distill_weight 2": "give at most 1",
+    f"{DATA} --distill_teacher_dimension 512 0": "--distill_teacher_dimension 512 0: widths are at least 1",
+    # batch
+    f"{DATA} --accum-freq 3": "--accum-freq 3 does not divide --batch-size 64: choose a divisor of 64",
+    f"{DATA} --accum-freq 2 --ddp-static-graph": "--ddp-static-graph does not work with --accum-freq 2",
+    f"{DATA} {REFERENCE} --ref_features_usage select": "--ref_filter_ratio 0.8 of --batch-size 64 is no whole",
+    f"{DATA} {REFERENCE} --ref_features_usage select --batch-size 10 --ref_filter_n_chunks 3": "the 2 samples",
+    f"{DATA} {REFERENCE} --ref_features_usage select --batch-size 10 --accum-freq 4": "divide --batch-size 10",
+    f"{DATA} {REFERENCE} --ref_features_usage select --batch-size 20 --accum-freq 4 --ref_filter_n_chunks 1"
+    " --ref_filter_ratio 0.5": "--accum-freq 4 does not divide the 10 samples",
+    # optimizer and schedule
+    f"{DATA} --optimizer adam": "--optimizer adam: unknown, choose one of adamw, lamb, lion, sgd, nesterov",
+    f"{DATA} --optimizer nesterov --momentum 0": "it needs a momentum above 0",
+    f"{DATA} --lr-scheduler linear": "--lr-scheduler linear: unknown, choose one of cosine",
+    f"{DATA} --lr_tau_scheduler linear": "--lr_tau_scheduler linear: unknown",
+    f"{DATA} --lr-scheduler const-cooldown": "--lr-scheduler const-cooldown needs --epochs-cooldown",
+    f"{DATA} --lr-scheduler const-cooldown --epochs-cooldown 9 --epochs 4": "--epochs-cooldown 9 is longer than",
+    f"{DATA} --lr_min 1e-4 --lr_tau 1e-5": "--lr_tau 1e-05 lies below --lr_min 0.0001",
+    f"{DATA} --lr 1e-4 --lr_min 1e-3": "--lr_min 0.001 lies above the learning rate 0.0001",
+    f"{DATA} --iters 0": "--iters 0: zero has no meaning here",
+    f"{DATA} --stop_epochs 0": "--stop_epochs 0: zero has no meaning here",
+    f"{DATA} --stop_iters 0": "--stop_iters 0: zero has no meaning here",
+    # run
+    f"{DATA} --report-to mlflow": "--report-to mlflow: expected tensorboard, wandb, both with a comma, or all",
+    f"{DATA} --name ''": "--name '': the name is empty",
+    f"{DATA} --dist-backend mpi": "--dist-backend mpi: unknown, choose one of nccl, gloo",
+    f"{DATA} --epoch 3": "--epoch: not a flag of this program, did you mean --epochs?",
+    f"{DATA} --config_file nowhere.yaml": "--config_file nowhere.yaml: the file cannot be read",
+}
+
+
+@pytest.mark.parametrize("line, expected", REFUSALS.items(), ids=range(len(REFUSALS)))
+def test_refusal(line, expected, capsys):
+    sentence = refusal(line, capsys)
+    assert expected in sentence
+    assert "--" in sentence  # names the flag
+
+
+def test_a_model_config_that_is_none(tmp_path, capsys):
+    (tmp_path / "half.json").write_text('{"embed_dim": 3}')
+    assert "lacks vision_cfg, text_cfg" in refusal(f"{DATA} --model {tmp_path}/half.json", capsys)
+    (tmp_path / "broken.json").write_text("{")
+    assert "cannot be read" in refusal(f"{DATA} --model {tmp_path}/broken.json", capsys)
+    (tmp_path / "list.json").write_text("[]")
+    assert "cannot be read (it holds a list)" in refusal(f"{DATA} --model {tmp_path}/list.json", capsys)
+
+
+@pytest.mark.parametrize("reference", ["hf-hub:org/clip", "local-dir:folder"])
+def test_a_reference_that_brings_its_weights_needs_no_others(reference):
+    assert parse(f"{FASTCLIP} --ref_model {reference}".split()).reference.ref_model == reference

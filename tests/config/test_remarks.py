@@ -1,0 +1,42 @@
+"""Flags without effect are named, and defaults are none of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.commands import DATA, FASTCLIP, config
+
+
+@pytest.mark.parametrize(
+    "line, remark",
+    [
+        (f"{DATA} --temperature 0.05", "--temperature: no effect without --fastclip"),
+        (f"{DATA} --rho 8 --gamma 0.5", "--gamma, --rho: no effect without --fastclip"),
+        (f"{FASTCLIP} --rho 8", "--rho: no effect without --multiply_tau or individual temperatures"),
+        (
+            f"{FASTCLIP} --temperature_scheme individual_learnable --multiply_tau",
+            "--multiply_tau: no effect with individual temperatures, whose objective has its own form",
+        ),
+        (
+            f"{FASTCLIP} --gamma 1 --sample_state_device cpu",
+            "--sample_state_device: no effect with a loss that keeps nothing per sample",
+        ),
+        (
+            f"{DATA} --requeue_on_preempt",
+            "--requeue_on_preempt: no effect outside of Slurm, which has the queue",
+        ),
+        (f"{DATA} --eps 1e-8 --optimizer lion", "--eps: no effect with this optimizer"),
+        (f"{DATA} --lock-text-unlocked-layers 1", "--lock-text-unlocked-layers: no effect without --lock-text"),
+        (
+            f"{DATA} --local-loss",
+            "--local-loss without --gather-with-grad: the gradient through other ranks' pairs is dropped",
+        ),
+    ],
+)
+def test_flags_without_effect_are_named(line, remark):
+    assert config(line).remarks == (remark,)
+
+
+def test_published_defaults_are_no_flags_without_effect():
+    assert config(DATA).remarks == ()
+    assert config(FASTCLIP).remarks == ()

@@ -1,0 +1,25 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.support.lab import Lab
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums that do not depend on how many cores are idle, and small runs that do not wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def lab(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Small data and models for commands, and the runs of these commands."""
+    return Lab(tmp_path_factory.mktemp("lab"))

@@ -1,0 +1,120 @@
+"""What several ranks say when they end: one line for what all are refused for, and no tracebacks of bystanders."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import tiny_models
+from tests.support.ranks import free_port, ranks
+from training import main
+from training.distributed import collectives, failures, process_group
+
+ROOT = Path(__file__).parents[2]
+DATA = ["--dataset-type", "synthetic", "--train-num-samples", "8", "--batch-size", "2", "--workers", "0"]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    plain = {name: value for name, value in os.environ.items() if name not in launched}
+    return plain | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")} | variables
+
+
+def torchrun(*words: object) -> tuple[int, list[str]]:
+    """Exit code, and the lines of our program's ranks that are errors or begin a traceback."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "-m", "training.main", "--", *map(str, words)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    ours = done.stderr.partition("torch/distributed/elastic")[0]  # the launcher's own account comes last
+    return done.returncode, [line for line in ours.splitlines() if line.startswith(("error", "Traceback"))]
+
+
+def test_an_unknown_flag_under_torchrun(tmp_path):
+    code, lines = torchrun(*DATA, "--logs", tmp_path, "--nonsense", 3)
+    assert code != 0
+    assert lines == ["error: --nonsense: not a flag of this program, see --help"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_bad_checkpoint_under_torchrun(tmp_path, there):
+    """Refused by the parser; and, where there is a file that is none, when the ranks have met."""
+    bad = tmp_path / "bad.pt"
+    if there:
+        bad.write_bytes(b"bad")
+    model = tiny_models.path("tiny-vit", tmp_path)
+    code, lines = torchrun(*DATA, "--logs", tmp_path, "--model", model, "--resume", bad)
+    assert code != 0
+    assert len(lines) == 1 and lines[0].startswith("error: ") and str(bad) in lines[0]
+
+
+def told(messages: list[str], call: int) -> str:
+    process_group._met.start = f"start {call}"  # a board that nobody has written to
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        failures.tell(ValueError(messages[int(os.environ["RANK"])]))
+    return printed.getvalue()
+
+
+def test_ranks_compare_what_they_end_with():
+    assert ranks(2).run(told, ["same", "same"], 100) == ["error: same\n", ""]
+    assert ranks(2).run(told, ["ours", "mine"], 101) == ["error: ours\n", "error (rank 1): mine\n"]
+
+
+ONE_RANK_FAILS = """
+import os, sys
+from training import main
+from training.loop import trainer
+if os.environ["RANK"] == "1":
+    def fail(self, *_):
+        raise ValueError("row 7 is bad")
+    trainer.Trainer.train_epoch = fail
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_one_rank_says_what_is_wrong_and_its_peers_end_quietly(tmp_path):
+    words = [*DATA, "--logs", str(tmp_path), "--name", "a", "--model", tiny_models.path("tiny-vit", tmp_path)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_RANK_FAILS, *words],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    (_, bystander), (_, culprit) = (process.communicate(timeout=120) for process in processes)
+    assert [process.returncode for process in processes] == [1, 2]
+    assert culprit.splitlines()[-1] == "error (rank 1): row 7 is bad"
+    assert bystander.splitlines()[-1] == "rank 0 ends, since another rank has: its own message says why"
+    assert "Traceback" not in bystander + culprit
+
+
+def test_an_interruption_is_one_line(monkeypatch, capfd, tmp_path):
+    """What a second Ctrl-C does, wherever the program is."""
+
+    def launch(config) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.run.launch", launch)
+    assert main.main([*DATA, "--logs", str(tmp_path)]) == 130
+    assert capfd.readouterr().err == "interrupted: nothing more is saved\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:35051: Connection reset by peer", True),
+        ("Application timeout caused pair closure", True),
+        ("NCCL error: remote process exited or there was a network error", True),
+        ("shape mismatch", False),
+    ],
+)
+def test_errors_of_a_lost_rank_are_told_from_others(monkeypatch, message, lost):
+    assert not collectives.lost_peer(RuntimeError(message))  # alone there is none to lose
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    assert collectives.lost_peer(RuntimeError(message)) == lost

@@ -1,0 +1,360 @@
+"""FastCLIP and DRRho-CLIP against numbers of the published code and against a float64 oracle."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from drrho_clip import collectives
+from drrho_clip.losses import baselines, compositional, fastclip, individual, registry
+from drrho_clip.losses.compositional import Budget, Kernels
+from drrho_clip.losses.interface import LossInputs
+from drrho_clip.sample_state import SampleState, StateUpdate
+from tests.support import oracle
+from tests.support.ranks import ranks
+
+TRACES = Path(__file__).parents[1] / "assets" / "loss_traces.npz"
+# Tiles of five rows, none or the first of them kept, and everything in one kept tile.
+ROW = 4 * 12
+BUDGETS = [Budget(5 * ROW, 0), Budget(5 * ROW, 6 * ROW), Budget(1 << 20, 1 << 20)]
+
+
+def settings(**changes):
+    return {"gamma": lambda epoch: 0.6, "eps": 1e-8, "rho": 7.0, **changes}
+
+
+def make(name, state, budget=BUDGETS[2], **changes):
+    kernels = Kernels(budget=budget)
+    if name == "v2":
+        extra = {"temperature": 0.03, "betas": (0.9, 0.999), "adam_eps": 1e-8, "lr_tau": 0.0133}
+        return individual.IndividualFastCLIP(state=state, kernels=kernels, **settings(**extra, **changes))
+    return fastclip.FastCLIP(state=state, kernels=kernels, **settings(multiply_tau=name == "v3", **changes))
+
+
+def columns(name):
+    return individual.COLUMNS if name == "v2" else fastclip.COLUMNS
+
+
+def unit(n, d, seed):
+    return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def inputs(b=12, d=16, scale=40.0, reference=True, index=None, seed=0):
+    image, text = unit(b, d, seed).requires_grad_(), unit(b, d, seed + 1).requires_grad_()
+    ref = (unit(b, 24, seed + 2), unit(b, 24, seed + 3)) if reference else (None, None)
+    logit_scale = torch.tensor(scale, requires_grad=True)
+    return LossInputs(image, text, logit_scale, None, torch.arange(b) if index is None else index, *ref)
+
+
+def relative(ours, theirs):
+    ours, theirs = torch.as_tensor(ours).double(), torch.as_tensor(theirs).double()
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=["tiled", "first-kept", "kept"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "drrho",
+        "drrho_gamma1",
+        "fastclip_v3_logspace",
+        "fastclip_v1_logspace",
+        "fastclip_v3_2ranks",
+        "fastclip_v2_2ranks",
+    ],
+)
+def test_reproduces_the_published_numbers(scheme, budget):
+    traces = np.load(TRACES)
+    n, _, _, gamma, eps, rho, multiply_tau, has_reference = traces[f"{scheme}/config"]
+    name = "v2" if "v2" in scheme else "v3" if multiply_tau else "v1"
+    state = SampleState(int(n), columns(name))
+    # The FastCLIP code counts the pair term of the temperature's gradient twice; the others are corrected.
+    published = {} if name == "v2" else {"tau_gradient": "published" if "2ranks" in scheme else "paper"}
+    loss = make(name, state, budget, gamma=lambda epoch: gamma, eps=eps, rho=rho, **published)
+    loss.set_epoch(1)
+    for step in range(3):
+
+        def trace(field, step=step):
+            return torch.from_numpy(np.asarray(traces[f"{scheme}/step{step}/{field}"]))
+
+        image, text = trace("image").requires_grad_(), trace("text").requires_grad_()
+        scale = trace("logit_scale").requires_grad_()
+        ref = (trace("ref_image"), trace("ref_text")) if has_reference else (None, None)
+        result = loss(LossInputs(image, text, scale, None, trace("index"), *ref))
+        result.terms["contrastive_loss"].backward()
+        state.commit(result.update)
+        assert relative(image.grad, trace("grad_image")) < 1e-4
+        assert relative(text.grad, trace("grad_text")) < 1e-4
+        if name != "v2":
+            assert relative(scale.grad, trace("grad_logit_scale")) < 1e-4
+        for side in ("image", "text"):
+            if "2ranks" in scheme:
+                bound = trace(f"bound_{side}") if name == "v2" else 0.0
+                expected = trace(f"u_{side}").double().log() + bound
+            else:
+                expected = trace(f"log_u_{side}").double()
+            assert (result.update.values[f"log_u_{side}"] - expected).abs().max() < 1e-4
+            if name == "v2":
+                assert relative(result.update.values[f"tau_{side}"], trace(f"tau_{side}")) < 1e-5
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=["tiled", "first-kept", "kept"])
+@pytest.mark.parametrize("duplicates", [False, True], ids=["distinct", "duplicates"])
+@pytest.mark.parametrize("reference", [False, True], ids=["fastclip", "drrho"])
+@pytest.mark.parametrize("name", ["v1", "v3", "v2"])
+def test_matches_the_oracle(name, reference, duplicates, budget):
+    index = torch.tensor([3, 5, 3, 0, 7, 9, 3, 11, 1, 5, 2, 8]) if duplicates else torch.arange(12)
+    state = SampleState(12, columns(name))
+    loss = make(name, state, budget)
+    loss.set_epoch(1)
+    seen = torch.tensor([0, 3, 5, 9])
+    old = torch.full((12, 2), torch.nan)
+    old[seen] = torch.rand(4, 2, generator=torch.Generator().manual_seed(9)) + 0.1
+    state.commit(StateUpdate(torch.arange(12), {c: old[:, i].log() for i, c in enumerate(fastclip.COLUMNS)}))
+    x = inputs(reference=reference, index=index)
+    result = loss(x)
+    result.terms["contrastive_loss"].backward()
+
+    scale = x.logit_scale.item()
+    tau = torch.full((12, 2), 0.03 if name == "v2" else 1 / scale)
+    weight = torch.ones(12, 2) if name == "v3" else 1 / tau
+    expected = oracle.step(
+        x.image, x.text, index, tau, old[index], gamma=0.6, eps=1e-8, weight=weight,
+        ref_image=x.ref_image, ref_text=x.ref_text,
+    )  # fmt: skip
+    assert relative(x.image.grad, expected.grad_image) < 1e-4
+    assert relative(x.text.grad, expected.grad_text) < 1e-4
+    log_u = torch.stack([result.update.values[c] for c in fastclip.COLUMNS], 1)
+    assert (log_u - expected.u.log()).abs().max() < 1e-4
+    if name != "v2":
+        value = expected.u.log().mean()
+        grad_tau = -(expected.pull * scale).mean()
+        if name == "v3":
+            value, grad_tau = (value + 7.0) / scale, value + 7.0 - expected.pull.mean()
+        assert result.terms["contrastive_loss"].item() == pytest.approx(value.item(), rel=1e-5)
+        assert x.logit_scale.grad.item() == pytest.approx(-grad_tau.item() / scale**2, rel=1e-4)
+    else:
+        grad = (expected.u.log() + 7.0 - expected.pull).clamp(-5, 5)
+        for sample in index.unique():
+            grad[index == sample] = grad[index == sample].mean(0)
+        m_hat, v_hat = 0.1 * grad / (1 - 0.9**2), 0.001 * grad**2 / (1 - 0.999**2)
+        stepped = (0.03 - 0.0133 * m_hat / (v_hat.sqrt() + 1e-8)).clamp(0.01, 1)
+        taus = torch.stack([result.update.values[c] for c in registry.TAU], 1)
+        assert relative(taus, stepped) < 1e-4
+
+
+def test_published_tau_gradient_counts_the_pair_term_twice():
+    grads = {}
+    for kind in ("paper", "published"):
+        x = inputs()
+        make("v1", None, tau_gradient=kind)(x).terms["contrastive_loss"].backward()
+        grads[kind] = x.logit_scale.grad.item()
+    assert grads["published"] == pytest.approx(2 * grads["paper"], rel=1e-6)
+    assert grads["paper"] != 0
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_exponents_of_400_stay_finite_and_accurate(reference):
+    # Orthogonal-ish embeddings with planted opposite pairs, tau 0.005: exponents reach +-400.
+    x = inputs(b=16, d=4, scale=200.0, reference=reference, seed=5)
+    with torch.no_grad():
+        x.text[:8] = -x.image[:8]
+        x.text[8:] = x.image[8:]
+    s = (x.image @ x.text.T - (x.ref_image @ x.ref_text.T if reference else 0)) * 200
+    margins = s - s.diagonal()[:, None]
+    assert margins.max() > 380 and margins.min() < -380
+    old = torch.full((16,), torch.nan)
+    old[::2], old[1::4] = -390.0, 390.0
+    state = SampleState(16, fastclip.COLUMNS)
+    state.commit(StateUpdate(torch.arange(16), dict.fromkeys(fastclip.COLUMNS, old)))
+    loss = make("v3", state, eps=1e-14)
+    result = loss(x)
+    result.terms["contrastive_loss"].backward()
+    tau = torch.full((16, 2), 1 / 200.0)
+    stored = old.double().exp()[:, None].expand(16, 2)
+    expected = oracle.step(
+        x.image, x.text, x.index, tau, stored, gamma=0.6, eps=1e-14, weight=torch.ones(16, 2),
+        ref_image=x.ref_image, ref_text=x.ref_text,
+    )  # fmt: skip
+    log_u = torch.stack([result.update.values[c] for c in fastclip.COLUMNS], 1)
+    assert log_u.isfinite().all() and log_u.max() > 350
+    assert relative(log_u, expected.u.log()) < 1e-3
+    for ours, theirs in ((x.image.grad, expected.grad_image), (x.text.grad, expected.grad_text)):
+        assert ours.isfinite().all()
+        assert relative(ours, theirs) < 1e-3
+
+
+def test_similarities_are_float32_inside_autocast():
+    plain = inputs()
+    make("v3", None)(plain).terms["contrastive_loss"].backward()
+    cast = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = make("v3", None)(cast).terms["contrastive_loss"]
+    loss.backward()
+    assert torch.equal(plain.image.grad, cast.image.grad)
+
+
+def test_gamma_one_never_reads_u():
+    kept, bare = inputs(), inputs()
+    state = SampleState(12, fastclip.COLUMNS)
+    state.commit(StateUpdate(torch.arange(12), {c: torch.full((12,), 9.0) for c in fastclip.COLUMNS}))
+    make("v3", state, gamma=lambda epoch: 1.0)(kept).terms["contrastive_loss"].backward()
+    result = make("v3", None, gamma=lambda epoch: 1.0)(bare)
+    result.terms["contrastive_loss"].backward()
+    assert result.update is None
+    assert torch.equal(kept.image.grad, bare.image.grad)
+
+
+def _on_ranks(name, reference, index, steps=2):
+    """One rank's slice of a global batch of 12: gradients and final state, as numpy."""
+    k, r = collectives.world_size(), collectives.rank()
+    b = 12 // k
+    own = slice(r * b, (r + 1) * b)
+    state = SampleState(12, columns(name))
+    loss = make(name, state, BUDGETS[0])
+    loss.set_epoch(1)
+    grads = []
+    for step in range(steps):
+        full = inputs(reference=reference, index=index, seed=10 * step)
+        image = full.image.detach()[own].clone().requires_grad_()
+        text = full.text.detach()[own].clone().requires_grad_()
+        ref = (full.ref_image[own], full.ref_text[own]) if reference else (None, None)
+        result = loss(LossInputs(image, text, full.logit_scale, None, index[own], *ref))
+        result.terms["contrastive_loss"].backward()
+        state.commit(result.update)
+        grad_scale = 0.0 if full.logit_scale.grad is None else full.logit_scale.grad.item()
+        grads.append((image.grad / k, text.grad / k, grad_scale / k, result.terms["contrastive_loss"].item()))
+    _, table = state.fetch(torch.arange(12)[own])
+    return grads, {name: value.numpy() for name, value in table.items()}
+
+
+@pytest.mark.parametrize("duplicates", [False, True], ids=["distinct", "duplicates"])
+@pytest.mark.parametrize("reference", [False, True], ids=["fastclip", "drrho"])
+@pytest.mark.parametrize("name", ["v1", "v3", "v2"])
+@pytest.mark.parametrize("k", [2, 4])
+def test_ranks_give_the_gradient_of_the_whole_batch(k, name, reference, duplicates):
+    index = torch.tensor([3, 5, 3, 0, 7, 9, 3, 11, 1, 5, 2, 8]) if duplicates else torch.arange(12)
+    (whole, table) = _on_ranks(name, reference, index)
+    parts = ranks(k).run(_on_ranks, name, reference, index)
+    for step, (image, text, scale, value) in enumerate(whole):
+        assert relative(torch.cat([g[step][0] for g, _ in parts]), image) < 1e-5
+        assert relative(torch.cat([g[step][1] for g, _ in parts]), text) < 1e-5
+        assert sum(g[step][2] for g, _ in parts) == pytest.approx(scale, rel=1e-5)
+        assert all(g[step][3] == pytest.approx(value, rel=1e-6) for g, _ in parts)
+    for column, values in table.items():
+        for _, part in parts:
+            np.testing.assert_allclose(part[column], values, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+class CountCollectives(TorchDispatchMode):
+    """Every collective, whichever function started it: its name and the bytes that this rank puts in."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            tensors = args[0] if function._opname == "allreduce_" else [args[1]]
+            self.calls.append((function._opname, sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))))
+        return function(*args, **(kwargs or {}))
+
+
+def _counted_collectives(name, b, d):
+    state = SampleState(100, columns(name))
+    loss = make(name, state)
+    x = inputs(b=b, d=d, index=torch.arange(b) + b * collectives.rank())
+    with CountCollectives() as forward:
+        result = loss(x)
+    with CountCollectives() as backward:
+        result.terms["contrastive_loss"].backward()
+    with CountCollectives() as commit:
+        state.commit(result.update)
+    return forward.calls, backward.calls, commit.calls
+
+
+def _backward_collectives_of_openclip():
+    x = inputs(b=6)
+    loss = baselines.Clip(local_loss=True, gather_with_grad=True)(x).terms["contrastive_loss"]
+    with CountCollectives() as backward:
+        loss.backward()
+    return backward.calls
+
+
+def test_counting_sees_the_backward_collectives_of_openclip():
+    assert len(ranks(2).run(_backward_collectives_of_openclip)[0]) >= 2
+
+
+@pytest.mark.parametrize("name", ["v3", "v2"])
+def test_collectives_and_their_bytes(name):
+    """FastCLIP's gradient reduction: embeddings once, u once, nothing in backward."""
+    b, d, d_ref, k = 6, 16, 24, 2
+    forward, backward, commit = ranks(k).run(_counted_collectives, name, b, d)[0]
+    expected = [
+        ("_allgather_base_", 8 * b),  # indices
+        ("allreduce_", 4 * k * b * len(columns(name))),  # old rows of the sample state
+        ("_allgather_base_", 4 * b * 2 * (d + d_ref)),  # embeddings
+        ("_allgather_base_", 4 * b * 2),  # new log u
+    ]
+    if name == "v2":
+        expected.append(("_allgather_base_", 4 * b * 2))  # temperatures' gradients
+    assert forward == expected
+    assert backward == commit == []
+
+
+@pytest.mark.parametrize("scales", [False, True], ids=["shared", "individual"])
+def test_kernels_compile_without_a_graph_break(scales):
+    embeddings = [(unit(12, 16, s), unit(12, 24, s + 1)) for s in (0, 2)]
+    groups = torch.arange(12)
+    scale = (torch.rand(12) + 1, torch.rand(12) + 1) if scales else (torch.tensor(3.0),) * 2
+    block = compositional.Block(*embeddings, groups, groups, *scale)
+    options = {"columns": True, "budget": Budget(4 * 12 * 5, 0)}
+    statistics = torch.compile(compositional.pair_statistics, fullgraph=True, backend="aot_eager")
+    gradient = torch.compile(compositional.pair_gradient, fullgraph=True, backend="aot_eager")
+    eager = compositional.pair_statistics(block, moments=True, **options)
+    compiled = statistics(block, moments=True, **options)
+    for ours, theirs in zip(compiled[:2], eager[:2], strict=True):
+        torch.testing.assert_close(ours.lse, theirs.lse)
+        torch.testing.assert_close(ours.mean, theirs.mean)
+    shift = (eager[0].lse, eager[1].lse)
+    torch.testing.assert_close(
+        gradient(block, *shift, kept=None, **options),
+        compositional.pair_gradient(block, *shift, kept=None, **options),
+    )
+
+
+def _compiled_gradients(name, budget):
+    """One step with passes that must compile without a graph break, and with eager ones."""
+    b, found = 6, []
+    for kernels in (Kernels.compiled(budget, backend="aot_eager"), Kernels(budget=budget)):
+        state = SampleState(12, columns(name))
+        loss = make(name, state)
+        loss._kernels = kernels
+        loss.set_epoch(1)
+        x = inputs(b=b, index=torch.arange(b) + b * collectives.rank(), seed=collectives.rank())
+        result = loss(x)
+        result.terms["contrastive_loss"].backward()
+        found.append([x.image.grad, x.text.grad, *result.update.values.values()])
+    return found
+
+
+COMPILED = [(2, "v3", 0), (2, "v3", 1), (2, "v3", 2), (2, "v2", 1), (1, "v3", 1), (1, "v2", 2)]
+
+
+@pytest.mark.parametrize("k, name, budget", COMPILED)
+def test_compiled_kernels_on_ranks_and_with_kept_tiles(k, name, budget):
+    given = (name, BUDGETS[budget])
+    for compiled, eager in [_compiled_gradients(*given)] if k == 1 else ranks(k).run(_compiled_gradients, *given):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_merging_copies_takes_the_mean_of_u():
+    index = torch.tensor([4, 1, 4, 4, 0])
+    u = torch.tensor([[1.0, 2.0], [5.0, 6.0], [2.0, 4.0], [6.0, 9.0], [7.0, 8.0]])
+    groups = compositional.duplicate_groups(index)
+    merged = compositional.merge_duplicates(u.log(), groups).exp()
+    expected = torch.tensor([[3.0, 5.0], [5.0, 6.0], [3.0, 5.0], [3.0, 5.0], [7.0, 8.0]])
+    torch.testing.assert_close(merged, expected)

@@ -1,0 +1,154 @@
+"""JEST selection: scores against a slow float64 reading of the definition, draws against exact probabilities."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from drrho_clip.selection import select
+from tests.support.ranks import ranks
+
+BATCH, SCALE = 24, 14.0
+
+
+def embeddings(batch: int = BATCH, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [F.normalize(torch.randn(batch, d, generator=generator), dim=1) for d in (10, 10, 7, 7)]
+
+
+def scores(e: list[torch.Tensor], kept: list[int], scale: float, ref_scale: float) -> torch.Tensor:
+    """[B] scores given the global positions kept so far, in float64."""
+    image, text, ref_image, ref_text = (t.double() for t in e)
+    total = torch.zeros(len(image), dtype=torch.float64)
+    for sign, t, a, b in ((1, scale, image, text), (-1, ref_scale, ref_image, ref_text)):
+        for i in range(len(a)):
+            loss = -t * (a[i] @ b[i])
+            if kept:
+                rows = torch.stack([t * (a[i] @ b[j]) for j in kept]).logsumexp(0)
+                columns = torch.stack([t * (a[j] @ b[i]) for j in kept]).logsumexp(0)
+                loss = loss + (rows + columns) / 2
+            total[i] += sign * loss
+    return total
+
+
+def best(e: list[torch.Tensor], size: int, per_draw: int, draws: int, ref_scale: float = 100.0) -> list[list[int]]:
+    """What each of ``size`` ranks keeps with top-k, as global positions."""
+    share, kept = len(e[0]) // size, [[] for _ in range(size)]
+    for _ in range(draws):
+        score = scores(e, [i for own in kept for i in own], SCALE, ref_scale)
+        new = []
+        for rank in range(size):
+            candidates = [i for i in range(rank * share, (rank + 1) * share) if i not in kept[rank]]
+            new.append(sorted(candidates, key=lambda i: -score[i].item())[:per_draw])
+        kept = [old + more for old, more in zip(kept, new, strict=True)]
+    return [sorted(k) for k in kept]
+
+
+def choose(e: list[torch.Tensor], seed: int = 0, **options) -> torch.Tensor:
+    settings = {"keep_ratio": 0.5, "n_chunks": 2, "topk": False} | options
+    return select(*e, torch.tensor(SCALE), generator=torch.Generator().manual_seed(seed), **settings)
+
+
+def on_this_rank() -> list[int]:
+    rank, share = dist.get_rank(), BATCH // dist.get_world_size()
+    mine = [t[rank * share : (rank + 1) * share] for t in embeddings()]
+    return (choose(mine, topk=True, n_chunks=3) + rank * share).tolist()
+
+
+@pytest.mark.parametrize(("keep_ratio", "n_chunks"), [(0.5, 1), (0.5, 3), (1 - 0.75, 2), (1.0, 4)])
+def test_topk_keeps_the_best_given_what_is_kept(keep_ratio, n_chunks):
+    e = embeddings()
+    kept = choose(e, topk=True, keep_ratio=keep_ratio, n_chunks=n_chunks)
+    assert kept.dtype == torch.int64
+    assert kept.tolist() == best(e, 1, round(BATCH * keep_ratio) // n_chunks, n_chunks)[0]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_later_draws_see_what_all_ranks_kept(size):
+    together = ranks(size).run(on_this_rank)
+    assert together == best(embeddings(), size, BATCH // size // 6, 3)
+    # The test would be blind if a rank's own samples decided alone.
+    share = BATCH // size
+    alone = [
+        [i + r * share for i in best([t[r * share : (r + 1) * share] for t in embeddings()], 1, share // 6, 3)[0]]
+        for r in range(size)
+    ]
+    assert together != alone
+
+
+def test_reference_scale_counts():
+    e = embeddings()
+    assert choose(e, topk=True, ref_scale=1.0).tolist() == best(e, 1, 6, 2, ref_scale=1.0)[0]
+    assert choose(e, topk=True, ref_scale=1.0).tolist() != choose(e, topk=True).tolist()
+
+
+def test_draws_follow_the_softmax_of_the_scores_without_replacement():
+    """Of four samples two draws of one each: all six pairs have a known probability."""
+    e, ref_scale, trials = embeddings(4, seed=3), 3.0, 4000
+    expected = dict.fromkeys(itertools.combinations(range(4), 2), 0.0)
+    first = scores(e, [], SCALE, ref_scale).softmax(0)
+    for i in range(4):
+        second = scores(e, [i], SCALE, ref_scale)
+        second[i] = -torch.inf
+        for j, p in enumerate(second.softmax(0).tolist()):
+            if j != i:
+                expected[min(i, j), max(i, j)] += first[i].item() * p
+    counts = dict.fromkeys(expected, 0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(trials):
+        kept = select(
+            *e,
+            torch.tensor(SCALE),
+            keep_ratio=0.5,
+            n_chunks=2,
+            topk=False,
+            ref_scale=ref_scale,
+            generator=generator,
+        )
+        counts[tuple(kept.tolist())] += 1
+    assert max(expected.values()) < 0.9  # otherwise there is nothing to see
+    for pair, p in expected.items():
+        deviation = (p * (1 - p) / trials) ** 0.5
+        assert abs(counts[pair] / trials - p) < 4.5 * deviation + 1e-3, pair
+
+
+def test_one_draw_of_many_equals_drawing_one_after_the_other():
+    """A chunk is drawn without replacement from one softmax: P(set) sums over the orders of its members."""
+    e, trials = embeddings(4, seed=3), 4000
+    p = scores(e, [], SCALE, 3.0).softmax(0).tolist()
+    generator = torch.Generator().manual_seed(1)
+    counts = dict.fromkeys(itertools.combinations(range(4), 2), 0)
+    for _ in range(trials):
+        kept = select(
+            *e, torch.tensor(SCALE), keep_ratio=0.5, n_chunks=1, topk=False, ref_scale=3.0, generator=generator
+        )
+        counts[tuple(kept.tolist())] += 1
+    for i, j in counts:
+        exact = p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
+        assert abs(counts[i, j] / trials - exact) < 4.5 * (exact * (1 - exact) / trials) ** 0.5 + 1e-3
+
+
+def test_seed_decides_the_draw():
+    e = embeddings(64)
+    assert choose(e, seed=1).tolist() == choose(e, seed=1).tolist()
+    assert choose(e, seed=1).tolist() != choose(e, seed=2).tolist()
+
+
+@pytest.mark.parametrize("topk", [False, True])
+def test_extreme_scores_still_give_distinct_positions_in_order(topk):
+    e = embeddings(64)
+    kept = select(
+        *e, torch.tensor(1e4), keep_ratio=0.25, n_chunks=4, topk=topk, ref_scale=1e4, generator=torch.Generator()
+    ).tolist()
+    assert len(kept) == 16 and kept == sorted(set(kept)) and kept[0] >= 0 and kept[-1] < 64
+
+
+def test_low_precision_embeddings_are_compared_in_float32():
+    e = [t.bfloat16() for t in embeddings()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = choose(e, topk=True, n_chunks=3)
+    assert kept.tolist() == best(e, 1, 4, 3)[0]

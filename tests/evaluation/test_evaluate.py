@@ -1,0 +1,247 @@
+"""Evaluation of real models: against a plain computation on the whole set, on two ranks as on one."""
+
+import io
+import json
+import os
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.transform import image_transform_v2
+from PIL import Image
+
+from tests.support import shards, tiny_models
+from tests.support.pictures import write_folders
+from tests.support.ranks import ranks
+from training.checkpoint.run_folder import RunFolder, choose_folder
+from training.config.params import parse
+from training.distributed.process_group import World
+from training.evaluation.evaluate import open_evaluation, open_sets
+from training.logger import open_run
+from training.models.build import BuiltModel, build_target
+
+MAIN = World(0, 0, 1, 1, torch.device("cpu"))
+PAIRS, CLASSES, PER_CLASS = 21, 7, 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """21 captioned pictures in 3 shards, and the same pictures in 7 class folders."""
+    path = tmp_path_factory.mktemp("data")
+    val = shards.write_shards(path / "val", PAIRS, per_shard=[9, 5, 7])
+    names = [f"{shards.COLORS[c]}_thing" for c in range(CLASSES)]
+    zero_shot = write_folders(path / "classes", names, PER_CLASS)
+    (path / "classes" / "zeroshot_classification_templates.txt").write_text("a {c}.\nmany {c}s\nthe {c}\n")
+    return path, val, zero_shot
+
+
+def config_of(data, logs, *flags, model="tiny-vit", zero_shot=True):
+    path, val, classes = data
+    model = tiny_models.path(model, path)
+    return parse(
+        [
+            *("--model", model, "--precision", "fp32", "--workers", "0", "--seed", "3"),
+            *("--batch-size", "4", "--epochs", "0", "--logs", str(logs), "--name", "run", "--val-data", val),
+            *(("--imagenet-val", classes) if zero_shot else ()),
+            *flags,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A tiny model after some steps on two thirds of the pairs: it knows some of them."""
+    built = build_target(config_of(data, tmp_path_factory.mktemp("logs")), MAIN)
+    image, text = pairs(built)
+    optimizer = torch.optim.AdamW(built.module.parameters(), 1e-3)
+    loss = open_clip.ClipLoss()
+    for _ in range(12):
+        out = built.module(image[:14], text[:14])
+        optimizer.zero_grad()
+        loss(out["image_features"], out["text_features"], out["logit_scale"]).backward()
+        optimizer.step()
+    return built
+
+
+def pairs(built: BuiltModel):
+    """All pictures (as the shards hold them, in JPEG) and captions, by open_clip's own transform and tokenizer."""
+    transform = image_transform_v2(built.preprocess, is_train=False)
+    images = [transform(open_picture(shards.sample(i)["jpg"])) for i in range(PAIRS)]
+    return torch.stack(images), built.tokenizer([shards.caption(i) for i in range(PAIRS)])
+
+
+def open_picture(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def run_evaluation(config, built: BuiltModel, world=MAIN, epoch=0, **options):
+    """A whole evaluation as the trainer does it; the metrics."""
+    with open_run(config, world, choose_folder(config, world)) as log:
+        return open_evaluation(built, config, world, log, open_sets(config))(built.module, epoch, **options)
+
+
+def on_rank(config, weights=None):
+    rank = int(os.environ["RANK"])
+    world = World(rank, rank, 2, 2, torch.device("cpu"))
+    built = build_target(config, world)
+    built.module.load_state_dict(torch.load(weights, weights_only=True))
+    return run_evaluation(config, built, world)
+
+
+@torch.no_grad()
+def plain(built, classes):
+    """Retrieval and zero-shot with whole matrices in float64; no ties occur."""
+    model = built.module.eval()
+    image, text = pairs(built)
+    x = F.normalize(model.encode_image(image).double(), dim=1)
+    y = F.normalize(model.encode_text(text).double(), dim=1)
+    s, scale = x @ y.T, model.logit_scale.exp().item()
+    expected = {"num_samples": PAIRS, "clip_val_loss": float(
+        (F.cross_entropy(scale * s, torch.arange(PAIRS)) + F.cross_entropy(scale * s.T, torch.arange(PAIRS))) / 2
+    )}  # fmt: skip
+    for name, matrix in (("image_to_text", s), ("text_to_image", s.T)):
+        order = matrix.argsort(dim=1, descending=True).numpy()
+        place = np.array([list(row).index(i) for i, row in enumerate(order)])
+        expected[f"{name}_mean_rank"] = place.mean() + 1
+        expected[f"{name}_median_rank"] = np.floor(np.median(place)) + 1
+        expected |= {f"{name}_R@{k}": np.mean(place < k) for k in (1, 5, 10)}
+
+    names = sorted(p.name for p in classes.iterdir() if p.is_dir())
+    columns = []
+    for name in (n.replace("_", " ") for n in names):
+        prompts = [f"a {name}.", f"many {name}s", f"the {name}"]
+        mean = F.normalize(model.encode_text(built.tokenizer(prompts)).double(), dim=1).mean(0)
+        columns.append(mean / mean.norm())
+    transform = image_transform_v2(built.preprocess, is_train=False)
+    right1, right5 = np.zeros(CLASSES), np.zeros(CLASSES)
+    for label, name in enumerate(names):
+        for file in sorted((classes / name).iterdir()):
+            pixels = transform(open_picture(file.read_bytes()))[None]
+            logits = F.normalize(model.encode_image(pixels).double(), dim=1) @ torch.stack(columns, 1)
+            best = logits[0].argsort(descending=True).tolist()
+            right1[label] += best[0] == label
+            right5[label] += label in best[:5]
+    expected["imagenet-zeroshot-val-top1"] = right1.sum() / PAIRS
+    expected["imagenet-zeroshot-val-top5"] = right5.sum() / PAIRS
+    expected["imagenet-zeroshot-val-mean_per_class_recall"] = (right1 / PER_CLASS).mean()
+    return expected
+
+
+def test_equals_a_plain_computation_and_is_reported(data, trained, tmp_path):
+    config = config_of(data, tmp_path, "--report-to", "tensorboard")
+    expected = plain(trained, data[0] / "classes")
+    found = run_evaluation(config, trained, epoch=5)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert 1 / PAIRS < expected["image_to_text_R@1"] < 1  # the model has learned something, not everything
+
+    (line,) = (tmp_path / "run" / "eval_results.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"epoch": 5, "step": 0, **found}
+    assert "Eval Epoch: 5 " in (tmp_path / "run" / "out.log").read_text()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    (event,) = events.Scalars("val/image_to_text_R@1")
+    assert (event.step, event.value) == (5, pytest.approx(found["image_to_text_R@1"]))
+
+
+@pytest.mark.parametrize("limit", [PAIRS, 1])
+def test_two_ranks_report_what_one_does(data, trained, tmp_path, limit):
+    """21 and 1 samples: shares of the ranks differ, one may be empty."""
+    flags = ("--val-num-samples", str(limit))
+    alone = run_evaluation(config_of(data, tmp_path / "one", *flags), trained)
+    torch.save(trained.module.state_dict(), tmp_path / "weights.bin")
+    both = ranks(2).run(on_rank, config_of(data, tmp_path / "two", *flags), tmp_path / "weights.bin")
+    assert both[0] == both[1] == pytest.approx(alone, rel=1e-5, abs=1e-6)
+    assert alone["num_samples"] == limit
+    assert len((tmp_path / "two" / "run" / "eval_results.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("precision", ["amp_bf16", "pure_bf16"])
+def test_low_precision_is_near_float32(data, trained, tmp_path, precision):
+    exact = run_evaluation(config_of(data, tmp_path / "fp32"), trained)
+    config = config_of(data, tmp_path / "bf16", "--precision", precision)
+    built = build_target(config, MAIN)
+    built.module.load_state_dict(trained.module.state_dict())
+    low = run_evaluation(config, built)
+    assert low.keys() == exact.keys()
+    assert low["clip_val_loss"] == pytest.approx(exact["clip_val_loss"], rel=0.05)
+    assert low["clip_val_loss"] != pytest.approx(exact["clip_val_loss"], rel=1e-6)
+    assert low["text_to_image_mean_rank"] == pytest.approx(exact["text_to_image_mean_rank"], abs=1.0)
+
+
+def test_coca_reports_its_caption_loss(data, tmp_path):
+    config = config_of(data, tmp_path, "--coca-caption-loss-weight", "2.0", model="tiny-coca", zero_shot=False)
+    built = build_target(config, MAIN)
+    image, text = pairs(built)
+    with torch.no_grad():
+        out = built.module.eval()(image, text)
+        loss = open_clip.CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=1.0)
+        contrastive, caption = loss(
+            out["image_features"], out["text_features"], out["logits"], out["labels"], out["logit_scale"]
+        )
+    found = run_evaluation(config, built)
+    assert found["val_generative_loss"] == pytest.approx(caption.item(), rel=1e-5)
+    assert found["clip_val_loss"] == pytest.approx(contrastive.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags, epoch, final, what",
+    [
+        (("--val-frequency", "1", "--zeroshot-frequency", "2"), 1, False, "retrieval"),
+        (("--val-frequency", "1", "--zeroshot-frequency", "2"), 2, False, "both"),
+        (("--val-frequency", "3", "--zeroshot-frequency", "2"), 5, False, "both"),  # the last of 5 epochs
+        (("--val-frequency", "3", "--zeroshot-frequency", "2"), 1, False, "neither"),
+        (("--val-frequency", "3", "--zeroshot-frequency", "2"), 1, True, "both"),  # the run ends early
+        (("--val-frequency", "0", "--zeroshot-frequency", "0"), 5, True, "neither"),
+        (("--epochs", "0", "--val-frequency", "3", "--zeroshot-frequency", "0"), 1, False, "retrieval"),
+    ],
+)
+def test_what_is_due_when(data, trained, tmp_path, flags, epoch, final, what):
+    trains = () if "--epochs" in flags else ("--epochs", "5", "--dataset-type", "synthetic")
+    config = config_of(data, tmp_path, *trains, "--train-num-samples", "4", "--val-num-samples", "2", *flags)
+    found = run_evaluation(config, trained, epoch=epoch, final=final)
+    assert ("clip_val_loss" in found) == (what in ("retrieval", "both"))
+    assert ("imagenet-zeroshot-val-top1" in found) == (what == "both")
+    assert (tmp_path / "run" / "eval_results.jsonl").exists() == (what != "neither")
+
+
+def test_training_goes_on_as_if_nothing_had_happened(data, trained, tmp_path):
+    """Modes (a locked tower stays in eval mode) and random numbers are as they were."""
+    config, model = config_of(data, tmp_path, "--val-num-samples", "4"), trained.module
+    model.train()
+    model.visual.eval()
+    modes = [m.training for m in model.modules()]
+    numbers = torch.get_rng_state()
+    with open_run(config, MAIN, RunFolder(tmp_path / "run", "run")) as log:
+        evaluation = open_evaluation(trained, config, MAIN, log, open_sets(config))
+        first = evaluation(model, 0)
+        assert evaluation(model, 0) == first
+    assert [m.training for m in model.modules()] == modes
+    assert True in modes and False in modes
+    assert torch.equal(torch.get_rng_state(), numbers)
+
+
+def test_bad_folders_are_refused(data, tmp_path):
+    (tmp_path / "empty").mkdir()
+    config = config_of((data[0], data[1], str(tmp_path / "empty")), tmp_path)
+    with pytest.raises(ValueError, match="--imagenet-val"):
+        open_sets(config)
+
+
+def test_errors_surface(data, trained, tmp_path):
+    """Neither a broken picture nor an interruption turns into a missing number."""
+    folder = write_folders(tmp_path / "classes", ["ant", "bee"])
+    (tmp_path / "classes" / "bee" / "0.png").write_bytes(b"broken")
+    config = config_of((data[0], data[1], folder), tmp_path / "a", "--val-num-samples", "2")
+    with pytest.raises(ValueError, match=r"bee.0\.png"):
+        run_evaluation(config, trained)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = trained.module.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(config_of(data, tmp_path / "b", zero_shot=False), trained)
+    hook.remove()

@@ -1,0 +1,153 @@
+"""Zero-shot data sets in both layouts, and what is counted on them."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+from torchvision.transforms.functional import pil_to_tensor
+
+from tests.support import shards
+from tests.support.pictures import write_folders
+from training.evaluation.zero_shot import Pictures, accuracies, hits, open_set, zero_shot_metrics
+
+
+def write_datacomp(path, labels, per_shard=4, formats=("jpeg", "png", "webp")):
+    """The layout of the DataComp evaluation, three classes."""
+    (path / "test").mkdir(parents=True)
+    (path / "classnames.txt").write_text("red fox\ngrey wolf\ntiger\n")
+    (path / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\nthe {c} {}\n")
+    extensions = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+    samples = []
+    for i, label in enumerate(labels):
+        form = formats[i % len(formats)]
+        data = shards.encode(shards.picture(i), form)
+        samples.append({"__key__": f"s{i:04d}", extensions[form]: data, "cls": str(label), "json": {}})
+    starts = range(0, len(samples), per_shard)
+    for number, start in enumerate(starts):
+        shards.write_tar(path / "test" / f"{number}.tar", samples[start : start + per_shard])
+    (path / "test" / "nshards.txt").write_text(f"{len(starts)}\n")
+    return str(path)
+
+
+def test_folder_names_become_class_names(tmp_path):
+    found = open_set(write_folders(tmp_path, ["tabby_cat", "dog", "ant"], pictures=2), "--imagenet-val")
+    assert found.classnames == ["ant", "dog", "tabby cat"]
+    assert [p.label for p in found.pictures] == [0, 0, 1, 1, 2, 2]
+    assert found.templates is OPENAI_IMAGENET_TEMPLATES
+
+
+def test_classnames_file_wins_and_must_fit(tmp_path):
+    folder = write_folders(tmp_path, ["n01440764", "n01443537"])
+    with pytest.raises(ValueError, match=r"classnames\.txt"):
+        open_set(folder, "--imagenet-val")
+    (tmp_path / "classnames.txt").write_text("tench\ngoldfish\n")
+    assert open_set(folder, "--imagenet-val").classnames == ["tench", "goldfish"]
+    (tmp_path / "classnames.txt").write_text("tench\n")
+    with pytest.raises(ValueError, match="1 lines for 2 class folders"):
+        open_set(folder, "--imagenet-val")
+
+
+def test_imagenet_v2_folders_are_sorted_as_numbers(tmp_path):
+    for number in range(1000):
+        (tmp_path / str(number)).mkdir()
+    for number in (9, 10, 100, 999):
+        shards.picture(number, (8, 8)).save(tmp_path / str(number) / "x.jpeg")
+    found = open_set(str(tmp_path), "--imagenet-v2")
+    assert found.classnames == list(IMAGENET_CLASSNAMES)
+    assert [p.label for p in found.pictures] == [9, 10, 100, 999]
+
+
+def test_imagenet_synsets_get_open_clips_names(tmp_path):
+    synsets = ["n01440764", *(f"n{2_000_000 + i:08d}" for i in range(998)), "n15075141"]
+    for name in synsets:
+        (tmp_path / name).mkdir()
+    shards.picture(0, (8, 8)).save(tmp_path / "n15075141" / "x.JPEG", format="jpeg")
+    found = open_set(str(tmp_path), "--imagenet-val")
+    assert found.classnames[found.pictures[0].label] == "toilet paper"
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: (path / "empty_class").mkdir()])
+def test_nothing_to_read_is_an_error(tmp_path, make):
+    make(tmp_path)
+    with pytest.raises(ValueError, match="--imagenet-val"):
+        open_set(str(tmp_path), "--imagenet-val")
+    with pytest.raises(ValueError, match="no such folder"):
+        open_set(str(tmp_path / "absent"), "--imagenet-val")
+
+
+def test_datacomp_layout(tmp_path):
+    labels = [2, 0, 1, 1, 0, 2, 2]
+    found = open_set(write_datacomp(tmp_path, labels), "--imagenet-val")
+    assert found.classnames == ["red fox", "grey wolf", "tiger"]
+    assert [p.label for p in found.pictures] == labels
+    assert [t("tiger") for t in found.templates] == ["a photo of a tiger.", "the tiger {}"]
+    pictures = Pictures(found.pictures, pil_to_tensor)
+    for i, label in enumerate(labels):  # lossy formats: near the picture that was written, far from all others
+        image, read = pictures[i]
+        assert read == label
+        errors = [(image.float() - pil_to_tensor(shards.picture(j)).float()).abs().mean() for j in range(7)]
+        assert int(np.argmin(errors)) == i
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda path: (path / "classnames.txt").unlink(), "classnames.txt is missing"),
+        (lambda path: (path / "test" / "1.tar").unlink(), "1.tar is missing"),
+        (lambda path: (path / "classnames.txt").write_text("one\ntwo\n"), "holds '2', not a class number 0..1"),
+    ],
+)
+def test_datacomp_layout_that_contradicts_itself(tmp_path, spoil, message):
+    folder = write_datacomp(tmp_path, [2, 0, 1, 1, 0])
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        open_set(folder, "--imagenet-val")
+
+
+def test_a_picture_without_a_class_is_named(tmp_path):
+    folder = write_datacomp(tmp_path, [0])
+    shards.write_tar(tmp_path / "test" / "0.tar", [{"__key__": "lonely", "png": b"x"}])
+    with pytest.raises(ValueError, match="lonely"):
+        open_set(folder, "--imagenet-val")
+
+
+def test_a_broken_picture_is_named(tmp_path):
+    folder = write_folders(tmp_path, ["ant", "bee"])
+    (tmp_path / "bee" / "0.png").write_bytes(b"not a picture")
+    pictures = Pictures(open_set(folder, "--imagenet-val").pictures, pil_to_tensor)
+    assert pictures[0][0].shape == (3, 8, 8)
+    with pytest.raises(ValueError, match=r"bee.0\.png"):
+        pictures[1]
+
+
+def test_accuracies_equal_a_sort():
+    """Against numpy's sort; class 3 has no picture, classes have different sizes."""
+    rng = np.random.default_rng(0)
+    image, classes = rng.standard_normal((300, 6)), rng.standard_normal((6, 12))
+    labels = rng.choice([c for c in range(12) if c != 3], 300, p=np.arange(1, 12) / 66)
+    image += 0.8 * classes.T[labels]
+    classifier = F.normalize(torch.from_numpy(classes), dim=0)
+    order = np.argsort(-(image @ classifier.numpy()), axis=1)
+    first, five = order[:, 0] == labels, (order[:, :5] == labels[:, None]).any(1)
+    found = zero_shot_metrics(torch.from_numpy(image), torch.from_numpy(labels), classifier)
+    assert found["top1"] == pytest.approx(first.mean())
+    assert found["top5"] == pytest.approx(five.mean())
+    recalls = [first[labels == c].mean() for c in range(12) if c != 3]
+    assert found["mean_per_class_recall"] == pytest.approx(np.mean(recalls))
+    assert 1 / 12 < found["top1"] < found["top5"] < 1 and found["top1"] != found["mean_per_class_recall"]
+
+
+def test_collapsed_classes_score_chance_and_nan_scores_nothing():
+    image, labels = F.normalize(torch.randn(40, 4), dim=1), torch.arange(40) % 10
+    same = F.normalize(torch.ones(4, 10), dim=0)
+    assert zero_shot_metrics(image, labels, same)["top1"] == pytest.approx(0.1)
+    assert zero_shot_metrics(image, labels, same)["top5"] == pytest.approx(0.5)
+    assert zero_shot_metrics(image * float("nan"), labels, same)["top5"] == 0.0
+
+
+def test_counts_add_up_over_batches():
+    image, labels = F.normalize(torch.randn(60, 8), dim=1), torch.randint(0, 5, (60,))
+    classifier = F.normalize(torch.randn(8, 5), dim=0)
+    parts = sum(hits(image[i : i + 7], labels[i : i + 7], classifier) for i in range(0, 60, 7))
+    assert accuracies(parts) == pytest.approx(zero_shot_metrics(image, labels, classifier))

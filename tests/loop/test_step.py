@@ -1,0 +1,237 @@
+"""Accumulation gives the full batch's gradient, for every loss; what a step commits and leaves alone."""
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from drrho_clip import collectives
+from drrho_clip.losses.distillation import Distillation
+from tests.support import tiny_models
+from tests.support.ranks import ranks
+from tests.support.stepping import CPU, WORDS, build, make_batch, make_loss, make_task
+from training.loop.step import Stepper
+from training.loop.task import Selection
+from training.models.precision import resolve
+
+
+def gradients(name, accum, batch, *, model=None, steps=1, **extra):
+    """Take steps with a frozen optimizer (rate 0): gradients of the last one, values and sample state."""
+    model = model or build(name)
+    loss = make_loss(name)
+    task = make_task(model, loss, name, **extra)
+    task.model.train()
+    loss.set_epoch(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    stepper = Stepper(task, optimizer, accum=accum)
+    for step in range(steps):
+        values = stepper(batch, step)
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    state = loss.state.state_dict() if loss.state else {}
+    return grads, values, state
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    assert ours.keys() == theirs.keys()
+    largest = max(g.abs().max() for g in theirs.values())
+    for name in ours:
+        assert (ours[name] - theirs[name]).abs().max() <= tolerance * largest, name
+
+
+NAMES = ["clip", "siglip", "coca", "distill", "fastclip", "drrho", "fastclip_individual"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("accum", [3, 4])
+def test_accumulation_is_the_full_batch(name, accum):
+    batch = make_batch()
+    grads, values, state = gradients(name, accum, batch, steps=2)
+    full_grads, full_values, full_state = gradients(name, 1, batch, steps=2)
+    assert_same(grads, full_grads)
+    assert values.keys() == full_values.keys()
+    for key in values:
+        torch.testing.assert_close(values[key], full_values[key], rtol=1e-5, atol=1e-6)
+    for column in full_state:
+        torch.testing.assert_close(state[column], full_state[column], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_accumulation_with_distillation_and_selection():
+    extra = {
+        "distillation": Distillation(0.5, 60.0, multiply_tau=True),
+        "selection": Selection(keep_ratio=0.5, n_chunks=2, topk=False),
+    }
+    batch = make_batch(24)
+    grads, values, _ = gradients("fastclip", 3, batch, **extra)
+    full_grads, full_values, _ = gradients("fastclip", 1, batch, **extra)
+    assert "distill_loss" in values
+    assert_same(grads, full_grads)
+    torch.testing.assert_close(values["loss"], full_values["loss"])
+
+
+def _with_dropout(name, model=None):
+    model = model or build(name)
+    model.visual.ln_post = nn.Sequential(model.visual.ln_post, nn.Dropout(0.4))
+    return model
+
+
+def test_dropout_masks_are_replayed():
+    """The gradient is that of one graph over the micro-batches' own masks."""
+    batch = make_batch()
+    grads, _, _ = gradients("clip", 3, batch, model=_with_dropout("clip"))
+    model = _with_dropout("clip").train()
+    task = make_task(model, make_loss("clip"), "clip")
+    task.seed_generators(0)
+    outputs = [task.outputs(chunk) for chunk in batch.chunk(3)]
+    image, text = (torch.cat([o[k] for o in outputs]) for k in ("image_features", "text_features"))
+    logits = model.logit_scale.exp() * image @ text.T
+    target = torch.arange(12)
+    (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)).div(2).backward()
+    assert_same(grads, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+
+
+def _with_patch_dropout():
+    model = tiny_models.build("tiny-vit", vision_cfg={"patch_dropout": 0.5}, text_cfg={"vocab_size": WORDS})
+    return _with_dropout(None, model)
+
+
+def _step_alone(step, accum, state=None):
+    """Weights after step ``step`` from ``state``, and the features that the image tower gave in it."""
+    model, seen = _with_patch_dropout().train(), []
+    model.visual.register_forward_hook(lambda module, given, output: seen.append(output.detach().clone()))
+    if state is not None:
+        model.load_state_dict(state)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.seed()  # whatever state the generators were in
+    Stepper(make_task(model, make_loss("clip"), "clip"), optimizer, accum=accum)(make_batch(), step)
+    return model.state_dict(), torch.cat(seen)
+
+
+@pytest.mark.parametrize("accum", [1, 3])
+def test_a_step_draws_the_same_masks_whenever_it_is_taken(accum):
+    first, _ = _step_alone(6, accum)
+    weights, features = _step_alone(7, accum, first)
+    again, same = _step_alone(7, accum, first)
+    _, others = _step_alone(8, accum, first)
+    assert all(torch.equal(again[n], v) for n, v in weights.items())
+    assert torch.equal(features, same)
+    assert (features != others).any(1).all()
+
+
+def test_ranks_draw_masks_of_their_own():
+    (_, first), (_, second) = ranks(2).run(_step_alone, 3, 1)
+    assert (first != second).any(1).all()
+
+
+def test_running_statistics_are_updated_once():
+    model = build("clip", "tiny-resnet")
+    once = copy.deepcopy(model).train()
+    batch = make_batch()
+    gradients("clip", 3, batch, model=model)
+    task = make_task(once, make_loss("clip"), "clip")
+    for chunk in batch.chunk(3):
+        task.outputs(chunk)
+    counts = [(n, b) for n, b in once.named_buffers() if "running" in n or "tracked" in n]
+    assert counts
+    for name, buffer in counts:
+        torch.testing.assert_close(model.get_buffer(name), buffer)
+
+
+def _ddp_gradients(name, accum):
+    """Gradients, the reducer's bucket reductions and this rank's part of the sample state after two steps."""
+    model = build(name)
+    reductions = []
+    loss = make_loss(name)
+    wrapped = model
+    if collectives.world_size() > 1:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+        def hook(state, bucket):
+            reductions.append(bucket.index())
+            total = torch.distributed.all_reduce(bucket.buffer() / 2, async_op=True).get_future()
+            return total.then(lambda done: done.value()[0])
+
+        wrapped.register_comm_hook(None, hook)
+    task = make_task(model, loss, name, wrapped=wrapped)
+    stepper = Stepper(task, torch.optim.SGD(model.parameters(), lr=0.0), accum=accum)
+    loss.set_epoch(1)
+    batch = make_batch()
+    if collectives.world_size() > 1:
+        batch = batch.select(torch.arange(6) + 6 * collectives.rank())
+    for step in range(2):
+        reductions.clear()
+        stepper(batch, step)
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, len(reductions)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "coca", "distill", "drrho", "fastclip_individual"])
+def test_ranks_with_accumulation_reduce_once_and_match_one_process(name):
+    whole, _ = _ddp_gradients(name, 1)
+    reductions = {}
+    for accum in (1, 3):
+        (grads, reductions[accum]), _ = ranks(2).run(_ddp_gradients, name, accum)
+        assert_same(grads, whole, 2e-5)
+    assert reductions[3] == reductions[1] > 0
+
+
+@pytest.mark.parametrize("precision", ["amp_bf16", "bf16", "pure_bf16"])
+def test_embeddings_have_unit_norm_in_every_precision(precision):
+    model = build("clip")
+    if precision == "bf16":
+        open_clip.convert_weights_to_lp(model, dtype=torch.bfloat16)
+    elif precision == "pure_bf16":
+        model.to(torch.bfloat16)
+    task = make_task(model, make_loss("clip"), "clip")
+    task.precision = resolve(precision, CPU)
+    outputs = task.outputs(make_batch())
+    for name in ("image_features", "text_features"):
+        assert outputs[name].dtype == torch.float32
+        assert (outputs[name].norm(dim=1) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("accum, fused", [(1, False), (1, True), (3, True)])
+def test_gradients_that_overflow_and_then_do_not(accum, fused):
+    """torch's scaler: steps with infinite gradients change nothing but its scale, the first finite one is a step
+    like any other, clipped after its gradients were brought back to their own scale."""
+
+    def train(scaler, steps):
+        model, loss = build("drrho"), make_loss("drrho")
+        loss.set_epoch(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+        task = make_task(model, loss, "drrho")
+        stepper = Stepper(task, optimizer, accum=accum, scaler=scaler, grad_clip_norm=0.5, max_skipped_steps=50)
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
+        taken = []
+        while not taken or not taken[-1]:
+            assert len(taken) < steps
+            stepper(make_batch(), 0)
+            moved = any(not torch.equal(p, start[n]) for n, p in model.named_parameters())
+            seen = not loss.state.state_dict()["log_u_image"].isnan().all()
+            assert seen == moved
+            taken.append(moved)
+        assert stepper.skipped.state_dict() == {"in_a_row": 0, "total": len(taken) - 1}
+        moved = {n: p.detach() - start[n] for n, p in model.named_parameters()}
+        return moved, loss.state.state_dict(), len(taken)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
+    moved, rows, attempts = train(scaler, 40)
+    expected, expected_rows, _ = train(None, 1)
+    assert attempts > 1 and scaler.get_scale() == 2.0 ** (128 - attempts)
+    assert torch.stack([m.norm() for m in expected.values()]).norm().item() == pytest.approx(0.05, rel=1e-4)
+    assert_same(moved, expected)
+    for column, values in expected_rows.items():
+        torch.testing.assert_close(rows[column], values, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_clipping_and_the_temperature_bound():
+    model, loss = build("clip"), make_loss("clip")
+    with torch.no_grad():
+        model.logit_scale.fill_(4.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    stepper = Stepper(make_task(model, loss, "clip"), optimizer, grad_clip_norm=1e-3, logit_scale_bound=20.0)
+    stepper(make_batch(), 0)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+    assert model.logit_scale.exp().item() == pytest.approx(20.0)

@@ -1,0 +1,283 @@
+"""The benchmarks run at tiny sizes, print what they say, and notice when what they compare disagrees.
+
+No times are checked here: ratios are for real sizes on a quiet machine.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from tests.support import oracle, tiny_models
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def run(script, *flags):
+    """Its JSON object, which must be all that stands on stdout, and what it printed for people."""
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, flags), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    return json.loads(done.stdout), done.stderr
+
+
+def test_loss():
+    flags = ["--batch", 640, "--dim", 16, "--ref-dim", 24, "--data-size", 999, "--repeats", 1, "--threads", 1]
+    result, text = run("loss.py", *flags)
+    assert result["time_ratio"] == pytest.approx(result["ours_seconds"] / result["autograd_seconds"])
+    assert result["limit_ratio"] == pytest.approx(result["ours_seconds"] / result["six_products_seconds"])
+    assert result["autograd_extra_bytes"] > 4 * 640**2
+    assert result["memory_ratio"] == pytest.approx(result["ours_extra_bytes"] / result["autograd_extra_bytes"])
+    assert 0 < result["largest_difference"] < 1e-4
+    assert "autograd, whole matrices" in text
+
+
+def test_loss_notices_another_gradient(monkeypatch):
+    import loss
+    import plain
+
+    options = loss.Options(32, 8, 8, 100, 1, "cpu", 1, False)
+    loss.check_agreement(options)
+    right = plain.matrix_loss
+
+    def wrong(*args, **kwargs):
+        value, log_u = right(*args, **kwargs)
+        return 1.001 * value, log_u
+
+    monkeypatch.setattr(plain, "matrix_loss", wrong)
+    with pytest.raises(AssertionError, match="the variants differ"):
+        loss.check_agreement(options)
+
+
+def test_what_ours_is_compared_with_follows_the_formulas():
+    import plain
+
+    torch.manual_seed(0)
+    n, tau, eps, rho, gamma = 12, 0.05, 1e-14, 8.0, 0.4
+    image, text = (F.normalize(torch.randn(n, 6), dim=1).requires_grad_() for _ in range(2))
+    ref_image, ref_text = (F.normalize(torch.randn(n, 5), dim=1) for _ in range(2))
+    scale = torch.tensor(1 / tau, requires_grad=True)
+    old_log_u = torch.randn(n, 2)
+    old_log_u[:5] = 0.0
+    loss, log_u = plain.matrix_loss(
+        image, text, scale, ref_image, ref_text, old_log_u, gamma=gamma, eps=eps, rho=rho
+    )
+    loss.backward()
+    right = oracle.step(
+        image,
+        text,
+        torch.arange(n),
+        torch.full((n, 2), tau),
+        torch.where(old_log_u == 0.0, torch.nan, old_log_u.exp()),
+        gamma=gamma,
+        eps=eps,
+        weight=torch.ones(n, 2),
+        ref_image=ref_image,
+        ref_text=ref_text,
+    )
+    for ours, theirs in ((log_u.exp(), right.u), (image.grad, right.grad_image), (text.grad, right.grad_text)):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=1e-6)
+    grad_tau = right.u.log().mean() + rho - right.pull.mean()
+    assert scale.grad.item() == pytest.approx(-(tau**2) * grad_tau.item(), rel=1e-4)
+
+
+def test_sample_state():
+    result, text = run(
+        "sample_state.py", "--data-size", 3001, "--ranks", 2, "--batch", 64, "--steps", 4, "--repeats", 1
+    )
+    assert result["bytes_per_rank"] == 1501 * 2 * 4
+    assert result["replicated_bytes_per_rank"] == 3001 * 2 * 4
+    assert result["values_agree"] is True
+    assert min(result["ms_per_step"], result["replicated_ms_per_step"]) > 0
+    assert "replicated" in text
+
+
+def test_replicated_table_reads_what_was_written():
+    import plain
+
+    table = plain.ReplicatedTable(10**9)
+    index, values = torch.tensor([3, 999_999_999]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    table.write(index, values)
+    assert torch.equal(
+        table.read(torch.tensor([999_999_999, 4, 3])), torch.stack([values[1], torch.zeros(2), values[0]])
+    )
+
+
+def test_checkpoint(tmp_path):
+    model = tiny_models.path("tiny-vit", tmp_path)
+    result, text = run(
+        *("checkpoint.py", "--model", model, "--data-size", 1000, "--repeats", 1, "--folder", tmp_path)
+    )
+    assert result["stall_ratio"] == pytest.approx(result["stall_seconds"] / result["synchronous_seconds"])
+    assert result["written_seconds"] > result["stall_seconds"] > 0
+    assert result["bytes"] > 3 * 4 * result["parameters"] + 2 * 4 * 1000
+    assert min(result["check_seconds"], result["resume_seconds"], result["step_ratio"]) > 0
+    assert "training waits for a save" in text
+
+
+def test_train_step(tmp_path):
+    model, reference = (tiny_models.path(name, tmp_path) for name in ("tiny-vit", "tiny-vit-reference"))
+    sizes = ["--batch-size", 6, "--steps", 1, "--repeats", 1, "--data-size", 100]
+    result, text = run("train_step.py", "--model", model, "--ref-model", reference, *sizes)
+    for name in ("ours", "plain"):
+        assert result[name]["samples_per_second"] == pytest.approx(6 / result[name]["seconds_per_step"])
+        assert result[name]["peak_bytes"] > 10 * MIB
+        assert result[name]["share_of_peak"] is None
+    assert 0 < result["largest_difference"] < 1e-3
+    assert result["speedup"] > 0
+    assert "small" not in result["model"]
+    assert "samples/s" in text
+
+
+def test_soak():
+    result, text = run("soak.py", "--epochs", 12, "--samples", 40, "--workers", 1, "--limit", 1000)
+    assert set(result["bytes"]) == {"main", "worker 0"}
+    assert all(len(curve) == 12 and min(curve) > MIB for curve in result["bytes"].values())
+    assert "growth: main" in text and "worker 0" in text
+
+
+def test_soak_sees_a_leak():
+    import soak
+
+    assert soak.growth([9 * MIB] * 10 + [5 * MIB] * 40) == 0
+    assert soak.growth([5 * MIB + epoch * MIB for epoch in range(50)]) == 30 * MIB
+    assert soak.private_bytes(os.getpid()) > 10 * MIB
+
+
+def test_cards_by_name(monkeypatch):
+    import train_step
+
+    names = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA A10": 125e12,
+        "NVIDIA L40S": 362e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA A10G": None,
+        "another card": None,
+    }
+    for card, flops in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, card=card: card)
+        assert train_step.peak_flops(torch.device("cuda"), "amp_bf16") == flops
+        assert train_step.peak_flops(torch.device("cuda"), "fp32") == (flops and flops / 2)
+    assert train_step.peak_flops(torch.device("cpu"), "fp32") is None
+
+
+def _take(mib):
+    import measure
+
+    with measure.PeakMemory(torch.device("cpu")) as peak:
+        del_me = torch.ones(mib * MIB // 4)
+        del del_me
+    return peak.bytes
+
+
+def test_peak_memory_counts_what_was_freed_again():
+    import measure
+
+    assert measure.in_fresh_process(_take, 96) == pytest.approx(96 * MIB, rel=0.1)
+
+
+def test_turns_leave_the_warm_up_out():
+    import measure
+
+    runs = []
+    variants = {name: lambda name=name: runs.append(name) for name in "ab"}
+    seconds = measure.interleaved(variants, repeats=2, device=torch.device("cpu"))
+    assert "".join(runs) == "ababab"
+    assert {name: len(s) for name, s in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_emit_puts_one_of_the_two_on_stdout(capsys):
+    import report
+
+    report.emit({"a": 1}, "table", as_json=False)
+    assert capsys.readouterr().out == "table\n"
+    report.emit({"a": 1}, "table", as_json=True)
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"a": 1}
+    assert err == "table\n"
+
+
+def test_data():
+    sizes = ["--samples", 12, "--batch-size", 4, "--batches", 1, "--repeats", 1, "--workers", 1]
+    result, text = run("data.py", *sizes)
+    for name in ("ours", "plain", "decode"):
+        assert result[f"{name}_per_second"] > 0 and result[f"wall_{name}_per_second"] > 0
+    for prefix in ("", "wall_"):
+        for other in ("plain", "decode"):  # of one block
+            rates = result[f"{prefix}ours_per_second"], result[f"{prefix}{other}_per_second"]
+            assert result[f"{prefix}ratio_{other}"] == pytest.approx(rates[0] / rates[1])
+    stages = result["microseconds"]
+    assert {"reading", "decoding", "crop and resize", "stacking", "tokens", "the rest"} == stages.keys()
+    assert sum(stages.values()) == pytest.approx(1e6 / result["ours_per_second"])
+    assert "Where our time goes" in text
+
+
+def test_data_reads_given_shards_without_loader_processes(tmp_path):
+    from tests.support import shards
+
+    pattern = shards.write_shards(tmp_path, 8, per_shard=4, size=(60, 50))
+    sizes = ["--batch-size", 4, "--batches", 1, "--repeats", 1, "--workers", 0]
+    result, _ = run("data.py", "--shards", pattern, *sizes)
+    assert result["ratio_plain"] > 0 and result["workers"] == 0
+
+
+def test_processor_time_counts_loader_processes():
+    import multiprocessing
+
+    import data
+
+    def burn():
+        end = time.process_time() + 0.4
+        while time.process_time() < end:
+            pass
+
+    before = data.cpu_seconds()
+    child = multiprocessing.get_context("fork").Process(target=burn)
+    child.start()
+    while time.clock_gettime(data._clock_of(child.pid)) < 0.3:
+        time.sleep(0.01)
+    assert data.cpu_seconds() - before > 0.29
+    child.join()
+
+
+def test_photographs_are_the_same_every_time(tmp_path):
+    import photographs
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        photographs.write_shards(tmp_path / folder, 9, shards=2)
+    for name in ("00000.tar", "00001.tar"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with tarfile.open(tmp_path / "a" / "00001.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    assert len(members) == 3 * 5
+    assert json.loads(members["000000008.json"])["key"] == "000000008"
+    assert Image.open(io.BytesIO(members["000000008.jpg"])).size == (photographs.WIDTH, photographs.HEIGHT)
+    assert not members["000000007.txt"].isascii() or b"&" in members["000000007.txt"]
+
+
+def test_features():
+    result, text = run("features.py", "--rows", 3000, "--dim", 8, "--batch", 64, "--repeats", 2)
+    assert result["rows"] == 3000
+    assert result["bytes"] > 3000 * (2 * 8 * 2 + 16 + 8)
+    assert all(result[f"{key}_ms"] > 0 for key in ("warm", "cold", "one_by_one"))
+    assert "Lookup of 64 random rows of 3,000, float16 [2, 8]" in text
