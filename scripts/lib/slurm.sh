@@ -1,4 +1,4 @@
-# Sourced by the Slurm scripts, in the repository's root: Python's environment, where the ranks meet, starting again.
+# Sourced by scripts/slurm/train.sh, in the repository's root: Python's environment, where the ranks meet, starting again.
 
 if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
 # sed reads all of it: head would leave early, and under pipefail scontrol could die of the closed pipe.

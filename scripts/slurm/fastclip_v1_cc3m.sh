@@ -1,39 +1,7 @@
 #!/usr/bin/env bash
-#SBATCH --job-name=medium_fastclipv1
-#SBATCH --nodes=2
-#SBATCH --ntasks-per-node=4
-#SBATCH --gres=gpu:4
-#SBATCH --cpus-per-task=6
-#SBATCH --mem=120G
-#SBATCH --time=2-00:00:00
-#SBATCH --output=%x_%j.log
-#SBATCH --open-mode=append
-#SBATCH --requeue
-#SBATCH --signal=USR1@120
-# FastCLIP-v1 (constant temperature): ResNet-50 on CC3M, as published (2 nodes with 4 GPUs each).
+#SBATCH --job-name=medium_fastclipv1 --time=2-00:00:00
+#SBATCH --nodes=2 --ntasks-per-node=4 --gres=gpu:4 --cpus-per-task=6 --mem=120G
+#SBATCH --output=%x_%j.log --open-mode=append --requeue --signal=USR1@120
+# recipes/fastclip_v1_cc3m.yaml on the published machines.
 # From the repository's root: sbatch scripts/slurm/fastclip_v1_cc3m.sh [FURTHER FLAGS]
-set -euo pipefail
-
-# Shards whose json carries its sample's row, 0 to 3,318,332, in `key`; 2.7 million could be downloaded.
-train_data=${TRAIN_DATA:-'./datasets/cc3m_webdataset/cc3m_train/{00000..00331}.tar'}
-
-. scripts/lib/slurm.sh
-
-srun --kill-on-bad-exit=1 python -u src/training/main.py \
-    --save-frequency 1 --save_every_minutes 30 --requeue_on_preempt \
-    --train-data "$train_data" \
-    --train-num-samples 2723840 --data_size 3318333 \
-    --warmup 10000 \
-    --batch-size 128 \
-    --epochs 37 \
-    --workers 6 \
-    --model RN50 \
-    --name medium_fastclipv1 \
-    --seed 2024 \
-    --wd 0.1 \
-    --local-loss \
-    --fastclip --temperature_scheme global_constant \
-    --lr 1e-3 \
-    --gamma 0.2 --gamma_schedule cosine --gamma_decay_epochs 18 \
-    --precision amp_bf16 \
-    "$@"
+exec bash scripts/slurm/train.sh fastclip_v1_cc3m "$@"

@@ -1,4 +1,4 @@
-"""The published batch script on a real Slurm of two nodes: preempted, killed, in the end the same weights."""
+"""The batch scripts on a real Slurm of two nodes: preempted, killed, in the end the same weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.ranks import free_port
 from training.checkpoint.pt_file import load_weights, read
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "slurm" / "drrho_clip_dfn192m.sh"
+SCRIPTS = ROOT / "scripts" / "slurm"
 SAMPLES, EPOCHS = 96, 6
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
@@ -35,7 +35,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 
 class Jobs:
-    """Jobs of the script with small values, as a user gives them: options of sbatch, TRAIN_DATA, further flags."""
+    """Jobs of a recipe with small values, as a user gives them: options of sbatch, TRAIN_DATA, further flags."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
@@ -43,8 +43,8 @@ class Jobs:
         reference = tiny_models.build("tiny-vit-reference", seed=7)
         torch.save(reference.state_dict(), folder / "reference.pt")
 
-    def submit(self, name: str) -> str:
-        options = "--nodes=2 --ntasks-per-node=1 --gres=none --cpus-per-task=1 --mem=100 --time=10"
+    def submit(self, name: str, script: str, *arguments: str) -> str:
+        options = "--nodes=2 --ntasks-per-node=1 --gres=none --cpus-per-task=1 --mem=100"
         flags = f"""
             --name {name} --logs {self.folder}/logs --log-local --log-every-n-steps 1
             --train-num-samples {SAMPLES} --data_size 100 --batch-size 4 --workers 1 --epochs {EPOCHS} --warmup 2
@@ -60,7 +60,7 @@ class Jobs:
             f"--chdir={ROOT}",
         ]
         env = {"TRAIN_DATA": self.shards, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-        return self.cluster.run(*command, SCRIPT, *flags.split(), **env).strip()
+        return self.cluster.run(*command, SCRIPTS / script, *arguments, *flags.split(), **env).strip()
 
     def printed(self, name: str) -> str:
         file = self.folder / f"{name}.log"
@@ -105,7 +105,11 @@ def jobs(cluster, tmp_path_factory) -> Jobs:
 
 
 def test_a_job_that_is_preempted_and_then_loses_a_rank_ends_with_the_undisturbed_ones_weights(jobs):
-    whole, cut = jobs.submit("whole"), jobs.submit("cut")
+    whole = jobs.submit("whole", "train.sh", "drrho_clip_dfn192m")
+    cut = jobs.submit("cut", "drrho_clip_dfn192m.sh")
+    for job, name in ((whole, "train"), (cut, "drrho_clip")):  # what #SBATCH lines say and no option overrides
+        asked = jobs.cluster.job(job)
+        assert (asked["JobName"], asked["TimeLimit"], asked["Requeue"]) == (name, "2-00:00:00", "1")
     jobs.until(lambda: len(jobs.steps("cut")) >= 5, "cut")
     jobs.cluster.run("scancel", "--signal=USR1", cut)
     jobs.until(lambda: jobs.cluster.job(cut)["Restarts"] == "1", "cut")
