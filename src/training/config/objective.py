@@ -63,7 +63,7 @@ class LossConfig:
     def trains_temperature(self) -> bool:
         """Whether the model's temperature is learned."""
         constant = self.spec.sample_state and self.temperature_scheme == "global_constant"
-        return not (self.spec.individual or constant)
+        return self.spec.temperature == "model" and not constant
 
 
 @dataclass(frozen=True)
