@@ -82,7 +82,8 @@ class SampleState:
         if outside.any():
             bad = index[outside][0].item()
             raise IndexError(
-                f"sample index {bad} is outside 0..{self.num_samples - 1}: --data_size must exceed every key"
+                f"sample index {bad} is outside 0..{self.num_samples - 1}: num_samples (--data_size) must exceed "
+                "every one"
             )
         index = collectives.all_gather(index.to(self.device, non_blocking=True))
         position, owned = self._locate(index)
@@ -140,7 +141,8 @@ class SampleState:
             value = state[name]
             if value.shape[0] != self.num_samples:
                 raise ValueError(
-                    f"column {name!r} has {value.shape[0]} rows where --data_size says {self.num_samples}"
+                    f"column {name!r} has {value.shape[0]} rows where num_samples (--data_size) is "
+                    f"{self.num_samples}"
                 )
             if isinstance(value, DTensor):
                 local = value.redistribute(placements=[Shard(0)]).to_local()

@@ -103,9 +103,9 @@ class Distill(_ClipBased):
         )
 
 
-def build_clip(environment: LossEnvironment, **settings: bool) -> Clip:
-    """For the registry. ``settings``: ``Clip``'s."""
-    return Clip(**settings)
+def build_clip(environment: LossEnvironment, *, local_loss: bool, gather_with_grad: bool) -> Clip:
+    """For the registry."""
+    return Clip(local_loss=local_loss, gather_with_grad=gather_with_grad)
 
 
 def build_siglip(environment: LossEnvironment) -> SigLip:
@@ -113,11 +113,27 @@ def build_siglip(environment: LossEnvironment) -> SigLip:
     return SigLip()
 
 
-def build_coca(environment: LossEnvironment, **settings: float) -> CoCa:
-    """For the registry. ``settings``: ``CoCa``'s."""
-    return CoCa(**settings)
+def build_coca(
+    environment: LossEnvironment,
+    *,
+    contrastive_weight: float,
+    caption_weight: float,
+    local_loss: bool,
+    gather_with_grad: bool,
+) -> CoCa:
+    """For the registry."""
+    gather = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+    return CoCa(contrastive_weight=contrastive_weight, caption_weight=caption_weight, **gather)
 
 
-def build_distill(environment: LossEnvironment, **settings: float) -> Distill:
-    """For the registry. ``settings``: ``Distill``'s."""
-    return Distill(**settings)
+def build_distill(
+    environment: LossEnvironment,
+    *,
+    weight: float,
+    teacher_scale: float,
+    local_loss: bool,
+    gather_with_grad: bool,
+) -> Distill:
+    """For the registry."""
+    gather = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+    return Distill(weight=weight, teacher_scale=teacher_scale, **gather)

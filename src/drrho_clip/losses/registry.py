@@ -36,7 +36,8 @@ class LossSpec:
     ``columns``      columns that are kept in any case.
     ``reference``    'none': has no use for a reference model's embeddings; 'margins': subtracts its losses where
                      there is one; 'teacher': needs it, to distill from.
-    ``temperature``  'model': the model's logit_scale; 'individual': one per sample, kept in the sample state.
+    ``temperature``  'model': the model's logit_scale; 'individual': one per sample, kept in the sample state;
+                     'none': the loss has none, and the model's stays as it is.
     ``decoder``      needs a model that writes captions.
     ``initial``      what the model's scalars start from, in open_clip's words: init_logit_scale, init_logit_bias.
     ``trains_bias``  the model's logit_bias is part of the loss.

@@ -44,11 +44,13 @@ class Pitfall(NamedTuple):
 
 
 def collect(setting: Setting, idle: Iterable[Idle], pitfalls: Iterable[Pitfall]) -> tuple[str, ...]:
-    """One sentence per thing worth knowing. A flag is named once, with the first reason that holds."""
-    found, said = [], set()
+    """One sentence per reason, and per pitfall. A flag is named once, with the first reason that holds."""
+    reasons: dict[str, list[str]] = {}
+    said: set[str] = set()
     for remark in idle if setting.trains else ():
         flags = [key for key in remark.flags if setting.given.chose(key) and key not in said]
         if flags and remark.when(setting):
             said.update(flags)
-            found.append(f"{', '.join(ALL[key].name for key in flags)}: no effect {remark.why}")
+            reasons.setdefault(remark.why, []).extend(ALL[key].name for key in flags)
+    found = (f"{', '.join(names)}: no effect {why}" for why, names in reasons.items())
     return (*found, *(pitfall.sentence for pitfall in pitfalls if pitfall.when(setting)))
