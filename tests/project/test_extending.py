@@ -22,18 +22,17 @@ import open_clip
 import pytest
 import torch
 
-import shards
-import tiny_models
-from commands import DATA, config, refusal
 from drrho_clip.losses import compositional, registry
 from drrho_clip.losses.interface import Loss, LossInputs, LossOutput
 from drrho_clip.losses.registry import LossSpec
-from ranks import run_program
+from tests.support import shards, tiny_models
+from tests.support.commands import DATA, config, refusal
+from tests.support.ranks import run_program
 from training.checkpoint.pt_file import load_weights
 from training.data.lanes import Lane
 from training.loop.build import build_loss
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUILT_IN = ["clip", "coca", "distill", "fastclip", "fastclip_individual", "siglip"]
 SAMPLES, TOKENS, RHO = 8, 16, 6.5
 
