@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -53,6 +54,6 @@ class Batch:
         """The samples ``keep`` (int64 [n], positions in this batch)."""
         return self._map(lambda t: t[keep.to(t.device)])
 
-    def _map(self, fn, keep: tuple[str, ...] = ()) -> Batch:
+    def _map(self, fn: Callable[[Tensor], Tensor], keep: tuple[str, ...] = ()) -> Batch:
         names = [f.name for f in fields(self) if f.name not in keep and getattr(self, f.name) is not None]
         return replace(self, **{name: fn(getattr(self, name)) for name in names})

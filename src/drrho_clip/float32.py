@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,9 @@ class _Exact(torch.autograd.Function):
     """Keeps the graph of a function to itself and walks it in ``exact_float32``; backward runs once."""
 
     @staticmethod
-    def forward(ctx, function: Callable[..., _Values], *inputs: Tensor) -> _Values:
+    def forward(
+        ctx: Any, function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
         ctx.device_type, ctx.dtypes = inputs[0].device.type, [x.dtype for x in inputs]
         with exact_float32(ctx.device_type), torch.enable_grad():
             ctx.leaves = [
@@ -56,7 +58,7 @@ class _Exact(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.outputs is not None, "this loss was differentiated already"
         outputs, ctx.outputs = ctx.outputs, None
         wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]

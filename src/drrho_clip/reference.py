@@ -6,7 +6,8 @@ its softmax, selection ranks samples by it. All three need unit-norm embeddings 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,25 @@ from torch import Tensor, nn
 
 from drrho_clip.batch import Batch
 from drrho_clip.normalize import normalize
+
+
+class DualEncoder(Protocol):
+    """What a reference model must be: an ``nn.Module`` with the two encoders that open_clip's models have."""
+
+    def encode_image(self, image: Tensor, /, *, normalize: bool) -> Tensor:
+        """[b, 3, H, W] -> [b, d_r]."""
+
+    def encode_text(self, text: Tensor, /, *, normalize: bool) -> Tensor:
+        """int64 [b, L] -> [b, d_r]."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """As ``nn.Module`` has it."""
+
+    def eval(self) -> object:
+        """As ``nn.Module`` has it."""
+
+    def requires_grad_(self, requires_grad: bool) -> object:
+        """As ``nn.Module`` has it."""
 
 
 class Reference:
@@ -30,15 +50,17 @@ class Reference:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: DualEncoder,
         mean: Sequence[float],
         std: Sequence[float],
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        self.module = module.eval().requires_grad_(False)
+        module.eval()
+        module.requires_grad_(False)
+        self.module = module
         self.mean, self.std = tuple(mean), tuple(std)
         self.autocast_dtype = autocast_dtype
-        self.image_dtype = _input_dtype(getattr(module, "visual", module))
+        self.image_dtype = _input_dtype(module)
         self._encode_image, self._encode_text = module.encode_image, module.encode_text
 
     def compile(self) -> Reference:
@@ -75,16 +97,19 @@ class CachedReference:
     @torch.no_grad()
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """As ``Reference.features``. They are normalized again: float16 has moved their norms by up to 5e-4."""
+        if batch.ref_features is None:
+            raise ValueError("a cached reference reads Batch.ref_features, and this batch has none")
         image, text = F.normalize(batch.ref_features.float(), dim=-1).transpose(0, 1).contiguous()
         return image, text
 
 
-def _input_dtype(tower: nn.Module) -> torch.dtype:
+def _input_dtype(model: DualEncoder) -> torch.dtype:
     """The type in which the image tower takes its input: that of its first linear map.
 
     Its first parameter would not do: open_clip's bf16 and fp16 models keep embeddings and norms in float32.
     """
-    for module in tower.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            return module.weight.dtype
+    tower = getattr(model, "visual", model)
+    for layer in tower.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            return layer.weight.dtype
     return torch.float32

@@ -47,8 +47,16 @@ class CoCa(_ClipBased):
     global batch, so micro-batches and ranks are summed and divided by all their tokens.
     """
 
-    def __init__(self, *, contrastive_weight: float, caption_weight: float, pad_id: int = 0, **gather) -> None:
-        super().__init__(**gather)
+    def __init__(
+        self,
+        *,
+        contrastive_weight: float,
+        caption_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+    ) -> None:
+        super().__init__(local_loss=local_loss, gather_with_grad=gather_with_grad)
         self.contrastive_weight, self.caption_weight, self.pad_id = contrastive_weight, caption_weight, pad_id
 
     def forward(self, inputs: LossInputs) -> LossOutput:
@@ -76,6 +84,8 @@ class SigLip(Loss):
         self.contrastive = SigLipLoss(rank=collectives.rank(), world_size=collectives.world_size())
 
     def forward(self, inputs: LossInputs) -> LossOutput:
+        if inputs.logit_bias is None:
+            raise ValueError("the sigmoid loss needs a model with a logit_bias")
         given = inputs.image, inputs.text, inputs.logit_scale, inputs.logit_bias
         loss = float32.differentiable(self.contrastive, *given)
         return LossOutput({"contrastive_loss": loss})
@@ -89,12 +99,20 @@ class Distill(_ClipBased):
 
     loss_class = open_clip.DistillClipLoss
 
-    def __init__(self, *, weight: float, teacher_scale: float, **gather) -> None:
-        super().__init__(**gather)
+    def __init__(
+        self,
+        *,
+        weight: float,
+        teacher_scale: float,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+    ) -> None:
+        super().__init__(local_loss=local_loss, gather_with_grad=gather_with_grad)
         self.weight, self.teacher_scale = weight, teacher_scale
 
     def forward(self, inputs: LossInputs) -> LossOutput:
-        teacher = inputs.ref_image.float(), inputs.ref_text.float(), self.teacher_scale
+        ref_image, ref_text = inputs.require_reference()
+        teacher = ref_image.float(), ref_text.float(), self.teacher_scale
         contrastive, distill = float32.differentiable(
             lambda *leaves: self.contrastive(*leaves, *teacher), inputs.image, inputs.text, inputs.logit_scale
         )
@@ -103,9 +121,9 @@ class Distill(_ClipBased):
         )
 
 
-def build_clip(environment: LossEnvironment, **settings: bool) -> Clip:
-    """For the registry. ``settings``: ``Clip``'s."""
-    return Clip(**settings)
+def build_clip(environment: LossEnvironment, *, local_loss: bool, gather_with_grad: bool) -> Clip:
+    """For the registry. The settings are ``Clip``'s."""
+    return Clip(local_loss=local_loss, gather_with_grad=gather_with_grad)
 
 
 def build_siglip(environment: LossEnvironment) -> SigLip:
@@ -113,11 +131,32 @@ def build_siglip(environment: LossEnvironment) -> SigLip:
     return SigLip()
 
 
-def build_coca(environment: LossEnvironment, **settings: float) -> CoCa:
-    """For the registry. ``settings``: ``CoCa``'s."""
-    return CoCa(**settings)
+def build_coca(
+    environment: LossEnvironment,
+    *,
+    contrastive_weight: float,
+    caption_weight: float,
+    local_loss: bool,
+    gather_with_grad: bool,
+) -> CoCa:
+    """For the registry. The settings are ``CoCa``'s."""
+    return CoCa(
+        contrastive_weight=contrastive_weight,
+        caption_weight=caption_weight,
+        local_loss=local_loss,
+        gather_with_grad=gather_with_grad,
+    )
 
 
-def build_distill(environment: LossEnvironment, **settings: float) -> Distill:
-    """For the registry. ``settings``: ``Distill``'s."""
-    return Distill(**settings)
+def build_distill(
+    environment: LossEnvironment,
+    *,
+    weight: float,
+    teacher_scale: float,
+    local_loss: bool,
+    gather_with_grad: bool,
+) -> Distill:
+    """For the registry. The settings are ``Distill``'s."""
+    return Distill(
+        weight=weight, teacher_scale=teacher_scale, local_loss=local_loss, gather_with_grad=gather_with_grad
+    )

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from torch.autograd.function import once_differentiable
 
 from drrho_clip import collectives, schedules
 from drrho_clip.losses.interface import LossEnvironment, LossInputs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Stands for the log of zero. A finite number, since 0 * -inf would turn weighted sums into NaN.
 _EXCLUDED = -1e30
@@ -149,8 +152,8 @@ def pair_statistics(
     x, n, m = block.rows[0], len(block.rows[0]), len(block.columns[0])
     tiles = _tiles(n, m, budget)
     keeps = _kept_rows(tiles, m, budget)
-    kept = x.new_empty(keeps, m) if keeps else None
-    buffer = x.new_empty(tiles[0].stop, m) if keeps < n else None
+    kept = x.new_empty(keeps, m)
+    buffer = x.new_empty(tiles[0].stop if keeps < n else 0, m)
     work = x.new_empty(tiles[0].stop, m)
     scaled = work if block.shared else torch.empty_like(work)
     row_lse, row_mean = [], []
@@ -177,7 +180,7 @@ def pair_statistics(
                 weighted = weighted * fade + p.mul_(e).sum(0)
             peak = top
     rows = Anchors(torch.cat(row_lse), torch.cat(row_mean))
-    return rows, Anchors(peak + total.log(), weighted / total) if columns else None, kept
+    return rows, Anchors(peak + total.log(), weighted / total) if columns else None, kept if keeps else None
 
 
 def pair_gradient(
@@ -193,13 +196,13 @@ def pair_gradient(
     tiles = _tiles(len(x), len(y), budget)
     height = tiles[0].stop
     keeps = 0 if kept is None else len(kept)
-    buffer = x.new_empty(height, len(y)) if keeps < len(x) else None
+    buffer = x.new_empty(height if keeps < len(x) else 0, len(y))
     work = x.new_empty(height, len(y))
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_y = torch.zeros_like(y, memory_format=torch.contiguous_format) if columns else None
     for tile in tiles:
         height = tile.stop - tile.start
-        q = kept[tile] if tile.stop <= keeps else block.pairs(tile, buffer[:height])
+        q = block.pairs(tile, buffer[:height]) if kept is None or tile.stop > keeps else kept[tile]
         g = work[:height]
         torch.sub(block.row_exponents(tile, q, g), row_shift[tile, None], out=g).exp_()
         g.add_(block.column_exponents(q, q).sub_(column_shift).exp_())
@@ -209,12 +212,35 @@ def pair_gradient(
     return grad_x, grad_y
 
 
+class StatisticsPass(Protocol):
+    """``pair_statistics``, eager or compiled."""
+
+    def __call__(
+        self, block: Block, *, columns: bool, moments: bool, budget: Budget
+    ) -> tuple[Anchors, Anchors | None, Tensor | None]: ...
+
+
+class GradientPass(Protocol):
+    """``pair_gradient``, eager or compiled."""
+
+    def __call__(
+        self,
+        block: Block,
+        row_shift: Tensor,
+        column_shift: Tensor,
+        *,
+        columns: bool,
+        kept: Tensor | None,
+        budget: Budget,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The two passes, eager or compiled, and the memory that they may use (None: the device's default)."""
 
-    statistics: Callable = pair_statistics
-    gradient: Callable = pair_gradient
+    statistics: StatisticsPass = pair_statistics
+    gradient: GradientPass = pair_gradient
     budget: Budget | None = None
 
     @classmethod
@@ -224,30 +250,48 @@ class Kernels:
         What lies between them, a moving average and the mean over copies, is a few operations on B x 2 numbers
         around a collective and stays as it is.
         """
-        passes = [torch.compile(f, fullgraph=True, backend=backend) for f in (pair_statistics, pair_gradient)]
-        return cls(*passes, budget)
+        return cls(
+            torch.compile(pair_statistics, fullgraph=True, backend=backend),
+            torch.compile(pair_gradient, fullgraph=True, backend=backend),
+            budget,
+        )
 
 
-def estimator(
-    environment: LossEnvironment,
-    *,
-    gamma: float,
-    gamma_schedule: str,
-    gamma_decay_epochs: int,
-    eps: float,
-    rho: float,
-) -> dict[str, Any]:
-    """The keywords that all losses of this kind have in common, from a run's settings.
+class EstimatorSettings(TypedDict):
+    """A run's settings of the estimator.
 
-    ``gamma``, ``gamma_schedule``, ``gamma_decay_epochs``: ``schedules.gamma``'s; ``eps`` and ``rho`` as they are.
+    ``gamma``, ``gamma_schedule``, ``gamma_decay_epochs``: ``schedules.gamma``'s. ``eps``, ``rho``: ``FastCLIP``'s.
     """
-    return {
-        "state": environment.state,
-        "gamma": partial(schedules.gamma, final=gamma, schedule=gamma_schedule, decay_epochs=gamma_decay_epochs),
-        "eps": eps,
-        "rho": rho,
-        "kernels": Kernels.compiled() if environment.compiled else Kernels(),
-    }
+
+    gamma: float
+    gamma_schedule: str
+    gamma_decay_epochs: int
+    eps: float
+    rho: float
+
+
+class Estimator(TypedDict):
+    """The keywords that all losses of this kind have in common, beside ``state``."""
+
+    gamma: Callable[[int], float]
+    eps: float
+    rho: float
+    kernels: Kernels
+
+
+def estimator(environment: LossEnvironment, **settings: Unpack[EstimatorSettings]) -> Estimator:
+    """The keywords that all losses of this kind have in common, beside ``state``, from a run's settings."""
+    return Estimator(
+        gamma=partial(
+            schedules.gamma,
+            final=settings["gamma"],
+            schedule=settings["gamma_schedule"],
+            decay_epochs=settings["gamma_decay_epochs"],
+        ),
+        eps=settings["eps"],
+        rho=settings["rho"],
+        kernels=Kernels.compiled() if environment.compiled else Kernels(),
+    )
 
 
 @dataclass(frozen=True)
@@ -288,9 +332,9 @@ def solve(
     Two collectives: the embeddings, then the 2B values of log u. Call it without gradients, in ``exact_float32``.
     """
     images, texts = [inputs.image.detach().float()], [inputs.text.detach().float()]
-    if inputs.ref_image is not None:
-        images.append(inputs.ref_image.float())
-        texts.append(inputs.ref_text.float())
+    if (embeddings := inputs.reference) is not None:
+        images.append(embeddings[0].float())
+        texts.append(embeddings[1].float())
     k, b = collectives.world_size(), len(images[0])
     batch = k * b
     own = slice(collectives.rank() * b, (collectives.rank() + 1) * b)
@@ -299,6 +343,8 @@ def solve(
     for r in reference:
         diagonal = diagonal - r
     groups = duplicate_groups(index)
+    own_scales: tuple[Tensor, ...]
+    all_scales: tuple[Tensor, ...]
     if inverse_tau.ndim == 0:
         own_scales = all_scales = (inverse_tau, inverse_tau)
         exponent = (diagonal * inverse_tau)[:, None].expand(-1, 2)
@@ -311,10 +357,11 @@ def solve(
     blocks = [Block(tuple(images), tuple(all_texts), g[own], g, own_scales[0], all_scales[1])]
     if k > 1:
         blocks.append(Block(tuple(texts), tuple(all_images), g[own], g, own_scales[1], all_scales[0]))
-    options = {"columns": k == 1, "budget": kernels.budget or Budget.default(diagonal.device)}
+    columns, budget = k == 1, kernels.budget or Budget.default(diagonal.device)
 
-    first = [kernels.statistics(block, moments=moments, **options) for block in blocks]
-    image_anchors, text_anchors = first[0][:2] if k == 1 else (first[0][0], first[1][0])
+    first = [kernels.statistics(block, columns=columns, moments=moments, budget=budget) for block in blocks]
+    image_anchors, text_anchors = first[0][0], first[0][1] if k == 1 else first[1][0]
+    assert text_anchors is not None  # the only block of one process has statistics of its columns
     lse = torch.stack([image_anchors.lse, text_anchors.lse], 1)
     mean = torch.stack([image_anchors.mean, text_anchors.mean], 1)
     log_g = lse - exponent[own] - math.log(batch - 1)
@@ -324,10 +371,11 @@ def solve(
     shift = exponent + log_u - log_weight
 
     second = [
-        kernels.gradient(block, shift[own, i], shift[:, 1 - i], kept=first[i][2], **options)
+        kernels.gradient(block, shift[own, i], shift[:, 1 - i], columns=columns, kept=first[i][2], budget=budget)
         for i, block in enumerate(blocks)
     ]
-    grad_image, grad_text = second[0] if k == 1 else (second[0][0], second[1][0])
+    grad_image, grad_text = second[0][0], second[0][1] if k == 1 else second[1][0]
+    assert grad_text is not None  # as above
     # The diagonal: every margin contains -q_ii.
     centre = (lse - shift[own]).exp().sum(1, keepdim=True)
     factor = k / (2 * batch * (batch - 1))
@@ -355,7 +403,7 @@ class AttachGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, value: Tensor, *inputs_and_grads: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, *inputs_and_grads: Tensor) -> Tensor:
         n = len(inputs_and_grads) // 2
         ctx.grads = inputs_and_grads[n:]
         ctx.dtypes = [t.dtype for t in inputs_and_grads[:n]]
@@ -363,7 +411,7 @@ class AttachGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.grads is not None, "this loss was differentiated already"
         grads, ctx.grads = [g.mul_(grad).to(dtype) for g, dtype in zip(ctx.grads, ctx.dtypes, strict=True)], None
         return (None, *grads, *([None] * len(grads)))

@@ -71,7 +71,8 @@ class Distillation(nn.Module):
         return AttachGradient.apply(value, inputs.image, inputs.text, inputs.logit_scale, *gradients)
 
     def _teachers(self, inputs: LossInputs) -> list[_Pair]:
-        width, widths = inputs.ref_image.shape[1], self.teacher_dimensions
+        ref_image, ref_text = inputs.require_reference()
+        width, widths = ref_image.shape[1], self.teacher_dimensions
         if widths == (-1,):
             widths = (width,)
         if sum(widths) != width:
@@ -79,8 +80,8 @@ class Distillation(nn.Module):
                 f"the teachers' widths {', '.join(map(str, widths))} add up to {sum(widths)}, but the reference's "
                 f"embeddings are {width} wide"
             )
-        images = [F.normalize(part, dim=1) for part in inputs.ref_image.float().split(widths, 1)]
-        texts = [F.normalize(part, dim=1) for part in inputs.ref_text.float().split(widths, 1)]
+        images = [F.normalize(part, dim=1) for part in ref_image.float().split(widths, 1)]
+        texts = [F.normalize(part, dim=1) for part in ref_text.float().split(widths, 1)]
         if self.average_after_softmax:
             return [_Pair(self.teacher_scale * a, b) for a, b in zip(images, texts, strict=True)]
         # The mean of the teachers' logits is the inner product of their concatenated embeddings.
@@ -150,13 +151,17 @@ def _cross_entropy(blocks: list[_Logits]) -> tuple[Tensor, Tensor]:
 
 def _gradient(blocks: list[_Logits], row_lse: Tensor, column_lse: Tensor) -> Tensor:
     """``G columns`` of the student, [n, d]. ``row_lse`` [n, models], ``column_lse`` [m, models]."""
-    weights = [1.0, *[-1 / (len(blocks) - 1)] * (len(blocks) - 1)]
+
+    def softmaxes(j: int, tile: slice) -> Tensor:
+        """P + Q of the teacher ``j``, p + q of the student 0."""
+        logits = blocks[j].tile(tile)
+        return (logits - row_lse[tile, j : j + 1]).exp_() + (logits - column_lse[:, j]).exp_()
+
+    teachers = range(1, len(blocks))
     grads = []
     for tile in _tiles(blocks[0]):
-        g = 0
-        for j, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
-            logits = block.tile(tile)
-            softmaxes = (logits - row_lse[tile, j : j + 1]).exp_() + (logits - column_lse[:, j]).exp_()
-            g = softmaxes.mul_(weight).add_(g)
+        g = softmaxes(0, tile)
+        for j in teachers:
+            g = softmaxes(j, tile).mul_(-1 / len(teachers)).add_(g)
         grads.append(g @ blocks[0].columns)
     return torch.cat(grads)

@@ -11,7 +11,7 @@ v0 and v3 learn tau, v1 keeps it: whether it is learned is whether the model's `
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from drrho_clip.losses import compositional
 from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
 from drrho_clip.losses.registry import LOG_U
 from drrho_clip.sample_state import SampleState, StateUpdate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 COLUMNS = LOG_U
 
@@ -61,7 +64,7 @@ class FastCLIP(Loss):
     def forward(self, inputs: LossInputs) -> LossOutput:
         device = inputs.image.device
         with torch.no_grad(), exact_float32(device.type):
-            index, old_log_u = self._fetch(inputs.index, device)
+            index, old_log_u = self._fetch(inputs.require_index(), device)
             scale = inputs.logit_scale.detach().float()
             solution = compositional.solve(
                 inputs,
@@ -101,7 +104,17 @@ class FastCLIP(Loss):
         return -(tau**2) * (k * (log_u - pair) + self.rho)
 
 
-def build(environment: LossEnvironment, *, multiply_tau: bool, tau_gradient: str, **estimator: Any) -> FastCLIP:
+def build(
+    environment: LossEnvironment,
+    *,
+    multiply_tau: bool,
+    tau_gradient: str,
+    **estimator: Unpack[compositional.EstimatorSettings],
+) -> FastCLIP:
     """For the registry. ``estimator``: settings of ``compositional.estimator``; the others are ``FastCLIP``'s."""
-    common = compositional.estimator(environment, **estimator)
-    return FastCLIP(**common, multiply_tau=multiply_tau, tau_gradient=tau_gradient)
+    return FastCLIP(
+        state=environment.state,
+        **compositional.estimator(environment, **estimator),
+        multiply_tau=multiply_tau,
+        tau_gradient=tau_gradient,
+    )

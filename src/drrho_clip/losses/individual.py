@@ -14,7 +14,7 @@ tau_i as it was. Copies of a sample in a batch take one step with the mean of th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from drrho_clip.losses import compositional
 from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
 from drrho_clip.losses.registry import LOG_U, TAU, TAU_M, TAU_V
 from drrho_clip.sample_state import SampleState, StateUpdate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What is kept where gamma is 1 in every epoch and u is never read.
 TEMPERATURE_COLUMNS = TAU + TAU_M + TAU_V
@@ -42,6 +45,8 @@ class IndividualFastCLIP(Loss):
     ``lr_tau``       the temperatures' learning rate, until ``set_temperature_rate`` says another.
     ``betas``, ``adam_eps``  of the temperatures' Adam step, from epoch 1 on.
     """
+
+    state: SampleState
 
     def __init__(
         self,
@@ -74,7 +79,7 @@ class IndividualFastCLIP(Loss):
     def forward(self, inputs: LossInputs) -> LossOutput:
         device = inputs.image.device
         with torch.no_grad(), exact_float32(device.type):
-            index, values = self.state.fetch(inputs.index)
+            index, values = self.state.fetch(inputs.require_index())
             index = index.to(device, non_blocking=True)
             columns = {name: value.to(device, non_blocking=True) for name, value in values.items()}
 
@@ -135,10 +140,16 @@ def build(
     beta2: float,
     adam_eps: float,
     lr_tau: float,
-    **estimator: Any,
+    **estimator: Unpack[compositional.EstimatorSettings],
 ) -> IndividualFastCLIP:
-    """For the registry. ``estimator``: settings of ``compositional.estimator``; the others are the class's."""
+    """For the registry. ``estimator``: settings of ``compositional.estimator``; the others are the class's.
+
+    ValueError: the environment has no sample state.
+    """
+    if environment.state is None:
+        raise ValueError("individual temperatures are kept in the sample state, and the environment has none")
     return IndividualFastCLIP(
+        state=environment.state,
         **compositional.estimator(environment, **estimator),
         temperature=temperature,
         betas=(beta1, beta2),

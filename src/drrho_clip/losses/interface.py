@@ -43,6 +43,26 @@ class LossInputs:
     ref_image: Tensor | None = None
     ref_text: Tensor | None = None
 
+    @property
+    def reference(self) -> tuple[Tensor, Tensor] | None:
+        """``ref_image`` and ``ref_text``; None without a reference."""
+        if self.ref_image is None:
+            return None
+        assert self.ref_text is not None, "ref_image is given without ref_text"
+        return self.ref_image, self.ref_text
+
+    def require_reference(self) -> tuple[Tensor, Tensor]:
+        """``reference``, for losses that need one. ValueError: there is none."""
+        if (reference := self.reference) is None:
+            raise ValueError("this loss needs the embeddings of a reference model, ref_image and ref_text")
+        return reference
+
+    def require_index(self) -> Tensor:
+        """``index``, for losses that need it. ValueError: it is missing."""
+        if self.index is None:
+            raise ValueError("this loss keeps values per sample, so it needs index, the samples' rows")
+        return self.index
+
 
 @dataclass(frozen=True)
 class LossOutput:
