@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from torch import nn
 
 from drrho_clip.losses.distillation import Distillation
 from drrho_clip.losses.interface import Loss, LossEnvironment
@@ -34,12 +37,14 @@ def build_task(config: Config, world: World, target: BuiltModel, reference: Buil
         static_graph=config.distributed.ddp_static_graph,
         sync_bn=config.model.use_bn_sync,
     )
-    frozen = CachedReference() if config.cache.cached_ref_features_dir else None
+    frozen: Reference | CachedReference | None = None
+    if config.cache.cached_ref_features_dir:
+        frozen = CachedReference()
     if reference is not None:
         pixels = reference.preprocess
         frozen = Reference(reference.module, pixels.mean, pixels.std, run_precision.autocast_dtype)
     if config.model.torchcompile:
-        model = torch.compile(model)
+        model = cast(nn.Module, torch.compile(model))  # declared as a function
         frozen = frozen and frozen.compile()
     return Task(
         model=model,

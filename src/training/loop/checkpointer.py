@@ -43,6 +43,7 @@ class Checkpointer:
         watchdog: Watchdog,
     ) -> None:
         self.stopped = False
+        self._asked = False
         self._config, self._trainer, self._state, self._saver = config, trainer, state, saver
         self._interrupts, self._agreement, self._watchdog = interrupts, agreement, watchdog
         self._every = 60 * config.save_every_minutes if config.save_every_minutes else math.inf
@@ -115,7 +116,7 @@ class Checkpointer:
         return self._saver.due(self._trainer.step // self._trainer.data.steps_per_epoch)
 
 
-def how_to_resume(signal_name: str, step: int, name: str, checkpoint: str | os.PathLike | None) -> str:
+def how_to_resume(signal_name: str, step: int, name: str, checkpoint: str | os.PathLike[str] | None) -> str:
     """The last line of a run that was stopped after ``step`` steps: what is saved, and how to go on with it.
 
     ``signal_name``: ``Interrupts.wanted``, or '' where another rank was signalled. ``name``: the run's folder.

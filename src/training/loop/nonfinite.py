@@ -95,10 +95,10 @@ class RunningStatistics:
         buffers = (buffer for norm in norms if norm.training for buffer in norm.buffers(recurse=False))
         self._kept = [(buffer, buffer.clone()) for buffer in buffers]
 
-    def restore(self, unless: Tensor | bool) -> None:
+    def restore(self, unless: Tensor | None = None) -> None:
         """Put it back; with a 0-d bool on the device only where that is False, without waiting for it."""
         for buffer, before in self._kept:
-            buffer.copy_(before if unless is False else torch.where(unless, buffer, before))
+            buffer.copy_(before if unless is None else torch.where(unless, buffer, before))
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Evidence:
     tensors: Mapping[str, Tensor]
     tau: Tensor
 
-    def findings(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """All that is looked at, upstream first."""
+    def findings(self, model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+        """All that is looked at, upstream first; None for a gradient that is not there."""
         yield from ((f"parameter {name}", p) for name, p in model.named_parameters())
         yield from self.tensors.items()
         yield from ((f"gradient of {name}", p.grad) for name, p in model.named_parameters())

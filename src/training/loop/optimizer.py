@@ -11,6 +11,7 @@ Lion the host waits for that word in every step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,36 +19,38 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from training.config.optim import OptimConfig
 
+_Groups = list[dict[str, Any]]  # as torch's optimizers take them
 
-def _adamw(groups: list[dict], config: OptimConfig, device: torch.device) -> Optimizer:
+
+def _adamw(groups: _Groups, config: OptimConfig, device: torch.device) -> Optimizer:
     return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
-def _lamb(groups: list[dict], config: OptimConfig, device: torch.device) -> Optimizer:
-    from timm.optim import Lamb  # seconds to import, and mostly not needed
+def _lamb(groups: _Groups, config: OptimConfig, device: torch.device) -> Optimizer:
+    from timm.optim.lamb import Lamb  # seconds to import, and mostly not needed
 
     # Its own clipping to norm 1 stays off: --grad-clip-norm says whether and where to clip.
     betas = (config.beta1, config.beta2)
     return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps, max_grad_norm=None)
 
 
-def _lion(groups: list[dict], config: OptimConfig, device: torch.device) -> Optimizer:
-    from timm.optim import Lion  # seconds to import, and mostly not needed
+def _lion(groups: _Groups, config: OptimConfig, device: torch.device) -> Optimizer:
+    from timm.optim.lion import Lion  # seconds to import, and mostly not needed
 
     return Lion(groups, lr=config.lr, betas=(config.beta1, config.beta2))
 
 
-def _sgd(groups: list[dict], config: OptimConfig, device: torch.device) -> Optimizer:
+def _sgd(groups: _Groups, config: OptimConfig, device: torch.device) -> Optimizer:
     return SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
 
 
-def _nesterov(groups: list[dict], config: OptimConfig, device: torch.device) -> Optimizer:
+def _nesterov(groups: _Groups, config: OptimConfig, device: torch.device) -> Optimizer:
     if config.momentum <= 0:
         raise ValueError(f"--momentum {config.momentum} with --optimizer nesterov: it needs a positive momentum")
     return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True, fused=True)
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict], OptimConfig, torch.device], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[_Groups, OptimConfig, torch.device], Optimizer]] = {
     "adamw": _adamw,
     "lamb": _lamb,
     "lion": _lion,
@@ -71,7 +74,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig, device: torch.device
     return OPTIMIZERS[config.optimizer.lower()](groups, config, device)
 
 
-def _groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+def _groups(model: nn.Module, config: OptimConfig) -> _Groups:
     members: dict[str, list[tuple[str, nn.Parameter]]] = {"no_decay": [], "decay": [], "logit_scale": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -101,11 +104,12 @@ def step_where(optimizer: Optimizer, taken: Tensor) -> None:
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         if isinstance(optimizer, SGD):
             _start_momentum(optimizer)
-        optimizer.grad_scale, optimizer.found_inf = None, (~taken).float()
+        # type: ignore: torch's GradScaler sets these attributes too, and no class declares them.
+        optimizer.grad_scale, optimizer.found_inf = None, (~taken).float()  # type: ignore[attr-defined]
         try:
             optimizer.step()
         finally:
-            del optimizer.grad_scale, optimizer.found_inf
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
     elif taken:
         optimizer.step()
 

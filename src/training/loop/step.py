@@ -16,9 +16,10 @@ any step. A step whose loss or gradient is not finite changes nothing and is cou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class Stepper:
     skipped: SkippedSteps = field(init=False)
 
     def __post_init__(self) -> None:
-        self.skipped = SkippedSteps(self.max_skipped_steps, self.task.bare.logit_scale.device)
+        self.skipped = SkippedSteps(self.max_skipped_steps, self.task.logit_scale.device)
         self._norms = _batch_norms(self.task.bare)
         self._evidence: Evidence | None = None
 
@@ -79,14 +80,16 @@ class Stepper:
         taken = self._update()
         statistics.restore(unless=taken)
         if result.update is not None:
-            self.task.loss.state.commit(result.update, taken)
+            state = self.task.loss.state
+            assert state is not None, "a loss that updates rows has a sample state"
+            state.commit(result.update, taken)
         self._bound_temperature(taken)
         self.skipped.count(taken)
         self._evidence = self._evidence_of(batch, step, computed)
         if self.skipped.too_many():
             raise explain(self.skipped, self._evidence, self.task.bare, self.optimizer)
         terms = {name: term.detach() for name, term in result.terms.items()}
-        return {**terms, "loss": sum(terms.values()), **result.metrics}
+        return {**terms, "loss": _sum(terms.values()), **result.metrics}
 
     def settle(self, batch: Batch, step: int) -> None:
         """Bring DDP's gradient buckets into their final order, with ``batch`` and the number of the step to come.
@@ -103,7 +106,7 @@ class Stepper:
         for _ in range(2 if wrapped.static_graph else 1):
             self.task.seed_generators(step)
             self._backward(self.task.select(batch, step, self._embed_without_graph))
-            statistics.restore(unless=False)
+            statistics.restore()
             self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, batch: Batch) -> _Computed:
@@ -116,36 +119,36 @@ class Stepper:
         local = {name: s / _per_rank(n) for name, (s, n) in self.task.loss.local_terms(outputs).items()}
         result = replace(result, terms={**result.terms, **local})
         seed = backward_seed(result.terms.values(), result.update)
-        self._scaled(sum(result.terms.values())).backward(seed)
+        self._scaled(_sum(result.terms.values())).backward(seed)
         return _Computed({name: outputs[name].detach() for name in _embeddings_of(outputs)}, reference, result)
 
     def _backward_accumulated(self, batch: Batch) -> _Computed:
         task, chunks = self.task, batch.chunk(self.accum)
         device = batch.image.device
-        embedded, references, states = [], [], []
+        embedded, partial_terms, references, states = [], [], [], []
         with torch.no_grad(), running_statistics_kept(task.bare):
             for chunk in chunks:
                 states.append(random_state(device))
                 outputs = task.outputs(chunk)
-                local = task.loss.local_terms(outputs)
-                embedded.append(({k: outputs[k] for k in _embeddings_of(outputs)}, local))
+                embedded.append({k: outputs[k] for k in _embeddings_of(outputs)})
+                partial_terms.append(task.loss.local_terms(outputs))
                 references.append(task.reference_features(chunk))
 
         leaves = {
-            name: torch.cat([e[name] for e, _ in embedded]) if value.ndim > 1 else value.detach().clone()
-            for name, value in embedded[0][0].items()
+            name: torch.cat([e[name] for e in embedded]) if value.ndim > 1 else value.detach().clone()
+            for name, value in embedded[0].items()
         }
         wants_grad = {"image_features", "text_features"} | {
             name for name in _PARAMETERS if name in leaves and getattr(task.bare, name).requires_grad
         }
         for name in wants_grad:
             leaves[name].requires_grad_()
-        reference = None if references[0] is None else tuple(torch.cat(r) for r in zip(*references, strict=True))
+        reference = _joined(references)
         result = task.objective(task.inputs(leaves, batch.index, reference))
-        counts = {name: _per_rank(sum(local[name][1] for _, local in embedded)) for name in embedded[0][1]}
-        local = {name: sum(terms[name][0] for _, terms in embedded) / counts[name] for name in counts}
+        counts = {name: _per_rank(_sum(terms[name][1] for terms in partial_terms)) for name in partial_terms[0]}
+        local = {name: _sum(terms[name][0] for terms in partial_terms) / count for name, count in counts.items()}
         seed = backward_seed([*result.terms.values(), *local.values()], result.update)
-        self._scaled(sum(result.terms.values())).backward(seed)
+        self._scaled(_sum(result.terms.values())).backward(seed)
 
         for j, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
             restore_random_state(device, state)
@@ -154,19 +157,18 @@ class Stepper:
                 outputs = task.outputs(chunk)
                 pairs = []
                 for name in sorted(wants_grad):
-                    if name in _PARAMETERS:
-                        grad = leaves[name].grad if last else None
-                    else:
-                        grad = leaves[name].grad.chunk(self.accum)[j]
-                    if grad is not None and outputs[name].requires_grad:
-                        pairs.append((outputs[name], grad.to(outputs[name].dtype)))
+                    grad = leaves[name].grad
+                    if grad is None or not outputs[name].requires_grad or (name in _PARAMETERS and not last):
+                        continue
+                    own = grad if name in _PARAMETERS else grad.chunk(self.accum)[j]
+                    pairs.append((outputs[name], own.to(outputs[name].dtype)))
                 for name, (s, _) in task.loss.local_terms(outputs).items():
                     pairs.append((self._scaled(s / counts[name]), seed))
                 torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         result = replace(result, terms={**result.terms, **local})
         return _Computed({name: leaf.detach() for name, leaf in leaves.items()}, reference, result)
 
-    def _embed_without_graph(self, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+    def _embed_without_graph(self, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """Outputs and reference features of the whole batch, a micro-batch at a time."""
         outputs, references = [], []
         with torch.no_grad(), running_statistics_kept(self.task.bare):
@@ -175,7 +177,7 @@ class Stepper:
                 outputs.append({k: out[k] for k in _embeddings_of(out)})
                 references.append(self.task.reference_features(chunk))
         joined = {k: torch.cat([o[k] for o in outputs]) if v.ndim > 1 else v for k, v in outputs[0].items()}
-        return joined, tuple(torch.cat(r) for r in zip(*references, strict=True))
+        return joined, _joined(references)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
@@ -185,7 +187,7 @@ class Stepper:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.task.bare.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         taken = norm.isfinite()
         if self.grad_clip_norm is not None:
             # A norm of 0 clips nothing: what is not finite stays as it is, for the diagnosis.
@@ -197,7 +199,7 @@ class Stepper:
 
     @torch.no_grad()
     def _bound_temperature(self, taken: Tensor) -> None:
-        scale = self.task.bare.logit_scale
+        scale = self.task.logit_scale
         scale.copy_(torch.where(taken, scale.clamp(0, math.log(self.logit_scale_bound)), scale))
 
     def _evidence_of(self, batch: Batch, step: int, computed: _Computed) -> Evidence:
@@ -217,6 +219,20 @@ def _per_rank(count: Tensor) -> Tensor:
     return collectives.all_reduce_sum(count.clone()) / collectives.world_size()
 
 
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """Of at least one."""
+    return reduce(torch.add, terms)
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    """The reference's embeddings of all micro-batches; None without a reference."""
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    images, texts = zip(*present, strict=True)
+    return torch.cat(images), torch.cat(texts)
+
+
 def _embeddings_of(outputs: dict[str, Tensor]) -> list[str]:
     wanted = ("image_features", "text_features", *_PARAMETERS)
     return [name for name in wanted if name in outputs]
@@ -227,12 +243,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _no_reduction(model: nn.Module):
+def _no_reduction(model: nn.Module) -> AbstractContextManager[None]:
     inner = _unwrapped(model)
     return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 

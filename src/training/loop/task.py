@@ -37,6 +37,7 @@ class Task:
     """One objective on one pair of models.
 
     ``model``         what is trained, perhaps wrapped (DDP, compile); ``bare`` is the same without wrapping.
+    ``logit_scale``   the model's parameter ln(1/tau).
     ``mean``, ``std`` of the target's pixels; ``precision`` of its forward passes.
     ``loss``          from the registry; ``loss_weight`` multiplies what it returns.
     ``reference``     its embeddings reach the loss where ``margins`` is set, ``distillation`` and ``selection``
@@ -62,6 +63,7 @@ class Task:
         seed: int = 0,
     ) -> None:
         self.model, self.bare = model, bare
+        self.logit_scale = bare.get_parameter("logit_scale")
         self.mean, self.std, self.precision = mean, std, precision
         self.loss, self.loss_weight = loss, loss_weight
         self.reference, self.margins, self.constant_scale = reference, margins, constant_scale
@@ -120,21 +122,24 @@ class Task:
         return replace(result, terms=terms)
 
     def select(
-        self, batch: Batch, step: int, forward: Callable[[Batch], tuple[dict[str, Tensor], tuple[Tensor, Tensor]]]
+        self,
+        batch: Batch,
+        step: int,
+        forward: Callable[[Batch], tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]],
     ) -> Batch:
         """The samples of ``batch`` that step ``step`` trains on. ``forward`` gives outputs and reference features
         of a whole batch without a graph."""
         if self.selection is None:
             return batch
-        outputs, (ref_image, ref_text) = forward(batch)
+        outputs, reference = forward(batch)
+        assert reference is not None, "selection ranks samples by a reference"
         image = outputs["image_features"].float()
         generator = torch.Generator(image.device)
         generator.manual_seed(step_seed(self._seed, step, collectives.rank(), SELECTION))
         positions = select(
             image,
             outputs["text_features"].float(),
-            ref_image,
-            ref_text,
+            *reference,
             outputs["logit_scale"].detach().float(),
             keep_ratio=self.selection.keep_ratio,
             n_chunks=self.selection.n_chunks,

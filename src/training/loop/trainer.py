@@ -73,10 +73,10 @@ class Trainer:
                 if not self.settled:
                     self.stepper.settle(batch, self.step)
                     self.settled = True
-                self.rates.set(self.step, (-task.bare.logit_scale.detach()).exp())
+                self.rates.set(self.step, (-task.logit_scale.detach()).exp())
                 task.loss.set_temperature_rate(self.rates.lr_tau)
                 values = self.stepper(batch, self.step)
-                values["logit_scale"] = task.bare.logit_scale.detach().exp()
+                values["logit_scale"] = task.logit_scale.detach().exp()
                 for name, value in values.items():
                     self.meters.setdefault(name, Meter()).update(value, len(batch))
                 self.step += 1

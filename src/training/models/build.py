@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import open_clip
 import torch
@@ -28,11 +28,20 @@ from training.config.params import Config
 from training.distributed.collectives import node_main_first
 from training.distributed.process_group import World
 from training.models import pretrained
+from training.models.open_clip_model import OpenClipModel
 from training.models.pretrained import Weights, one_line
 from training.rng import seeded_cpu
 
 _log = logging.getLogger(__name__)
 _OPENAI_LOGIT_SCALE = math.log(1 / 0.07)
+
+
+class _ModelTokenizer(Protocol):
+    """open_clip's tokenizers, for its own text towers and for Hugging Face's."""
+
+    context_length: int
+
+    def __call__(self, texts: list[str], /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class BuiltModel:
     ``name``        as given; a config file by its stem.
     """
 
-    module: nn.Module
+    module: OpenClipModel
     preprocess: PreprocessCfg
     tokenizer: Callable[[list[str]], Tensor]
     name: str
@@ -160,7 +169,7 @@ def _create(
     force_preprocess_cfg: Mapping[str, Any] | None = None,
     pretrained_image: bool = False,
     **settings: Any,
-) -> nn.Module:
+) -> OpenClipModel:
     """An open_clip model on the CPU with ``weights``, its temperature in float32 whatever the precision."""
     scalars = {
         "init_logit_scale": architecture.get("init_logit_scale", _OPENAI_LOGIT_SCALE),
@@ -176,7 +185,7 @@ def _create(
     with _fetching(fetches), seeded_cpu(seed):
         try:
             with _quiet_open_clip():
-                module = open_clip.create_model(
+                module: OpenClipModel = open_clip.create_model(
                     name,
                     load_weights=own_weights,
                     require_pretrained=own_weights,
@@ -212,7 +221,8 @@ def _initialize_caption_projection(module: nn.Module) -> None:
     """
     decoder = getattr(module, "text_decoder", None)
     if isinstance(decoder, nn.Module):
-        nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)
+        projection = decoder.get_parameter("text_projection")  # [width, vocabulary]
+        nn.init.normal_(projection, std=len(projection) ** -0.5)
 
 
 def _keep_float32(module: nn.Module, initial: Mapping[str, float | None] | None) -> None:
@@ -227,7 +237,9 @@ def _keep_float32(module: nn.Module, initial: Mapping[str, float | None] | None)
             continue
         value = parameter.detach().float()
         if initial is not None:
-            value = torch.full_like(value, initial[f"init_{name}"])
+            start = initial[f"init_{name}"]
+            assert start is not None, f"open_clip makes a {name} only where it is given a value to start from"
+            value = torch.full_like(value, start)
         setattr(module, name, nn.Parameter(value))
 
 
@@ -235,18 +247,19 @@ def start_temperature(module: nn.Module, loss: LossConfig) -> None:
     """``--temperature``, where it was given and acts, rather than the one that came with weights."""
     if loss.temperature is not None:
         with torch.no_grad():
-            module.logit_scale.fill_(math.log(1 / loss.temperature))
+            module.get_parameter("logit_scale").fill_(math.log(1 / loss.temperature))
         _log.info("temperature starts at %g, as --temperature says", loss.temperature)
 
 
-def _choose_scalars(module: nn.Module, loss: LossConfig) -> None:
+def _choose_scalars(module: OpenClipModel, loss: LossConfig) -> None:
     """Which of temperature and bias are trained."""
     module.logit_scale.requires_grad_(loss.trains_temperature)
-    if getattr(module, "logit_bias", None) is not None and not loss.spec.trains_bias:
-        module.logit_bias.requires_grad_(False)  # the loss does not use it; DDP would wait for its gradient
+    bias = getattr(module, "logit_bias", None)
+    if bias is not None and not loss.spec.trains_bias:
+        bias.requires_grad_(False)  # the loss does not use it; DDP would wait for its gradient
 
 
-def _tokenizer(name: str, flag: str) -> Callable[[list[str]], Tensor]:
+def _tokenizer(name: str, flag: str) -> _ModelTokenizer:
     try:
         with _quiet_open_clip():
             return open_clip.get_tokenizer(name)
@@ -259,7 +272,7 @@ def _tokenizer(name: str, flag: str) -> Callable[[list[str]], Tensor]:
         ) from error
 
 
-def _lock(module: nn.Module, c: ModelConfig, *, is_hugging_face: bool) -> None:
+def _lock(module: OpenClipModel, c: ModelConfig, *, is_hugging_face: bool) -> None:
     if c.lock_image:
         groups = c.lock_image_unlocked_groups
         try:
@@ -271,7 +284,7 @@ def _lock(module: nn.Module, c: ModelConfig, *, is_hugging_face: bool) -> None:
     if is_hugging_face:
         module.text.lock(c.lock_text_unlocked_layers, c.lock_text_freeze_layer_norm)
         return
-    tower = module.text if hasattr(module, "text") else module
+    tower: Any = module.text if hasattr(module, "text") else module
     getattr(tower, "lock" if tower is not module else "lock_text_tower")(c.lock_text_unlocked_layers)
     if not c.lock_text_freeze_layer_norm:
         # open_clip's own towers lock every weight alike; the flag means here what it means for Hugging Face's.
@@ -281,7 +294,7 @@ def _lock(module: nn.Module, c: ModelConfig, *, is_hugging_face: bool) -> None:
 
 
 def _finish(
-    module: nn.Module, tokenizer: Callable, model: str, weights: Weights, world: World, *, role: str
+    module: OpenClipModel, tokenizer: _ModelTokenizer, model: str, weights: Weights, world: World, *, role: str
 ) -> BuiltModel:
     name = Path(model).stem if pretrained.is_config_file(model) else model
     source = "its own weights" if weights.file is None and brings_weights(model) else weights.source

@@ -27,7 +27,7 @@ class Precision:
     pixel_dtype: torch.dtype
     scales_gradients: bool
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context for forward passes."""
         if self.autocast_dtype is None:
             return nullcontext()
