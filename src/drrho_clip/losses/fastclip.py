@@ -1,11 +1,11 @@
 """FastCLIP v0, v1, v3 (arXiv:2407.01445) and, with reference embeddings, DRRho-CLIP (arXiv:2505.06699).
 
-One temperature for all samples, the model's. With both directions averaged
+There is one temperature for all samples, the model's. Averaged over both directions, the objectives are
 
     v0, v1:  F = (mean log u1 + mean log u2) / 2
     v3:      F = tau (mean log u1 + mean log u2) / 2 + rho tau          (``multiply_tau``)
 
-v0 and v3 learn tau, v1 keeps it: whether it is learned is whether the model's ``logit_scale`` wants a gradient.
+v0 and v3 learn tau, v1 keeps it constant. tau is learned if the model's ``logit_scale`` requires a gradient.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ COLUMNS = LOG_U
 class FastCLIP(Loss):
     """The global objectives with one temperature.
 
-    ``state``         table with ``COLUMNS``, or None: gamma is 1 in every epoch and u is never read.
+    ``state``         table with ``COLUMNS``; None if gamma is 1 in every epoch, where u is never read.
     ``gamma``         epoch -> weight of the new inner estimate, in (0, 1].
-    ``eps``           added to g, > 0.
-    ``rho``           weight of the temperature's regularizer; ``multiply_tau`` objectives only.
-    ``tau_gradient``  'paper', or 'published': the published code's, with the pair term counted twice.
+    ``eps``           is added to g; > 0.
+    ``rho``           weight of the temperature's regularizer; used by ``multiply_tau`` objectives only.
+    ``tau_gradient``  'paper'; or 'published' for the published code's gradient, which counts the pair term twice.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class FastCLIP(Loss):
         return index.to(device, non_blocking=True), old.to(device, non_blocking=True)
 
     def _grad_scale(self, solution: compositional.Solution, scale: Tensor) -> Tensor:
-        """This rank's part of dF/d(1/tau) = -tau^2 dF/dtau, times K as in ``Solution``."""
+        """This rank's part of dF/d(1/tau) = -tau^2 dF/dtau, multiplied by K as in ``Solution``."""
         batch, k = len(solution.log_u), collectives.world_size()
         tau = 1 / scale
         pair = self._pair_factor * solution.pull.sum() / (2 * batch)
@@ -111,7 +111,7 @@ def build(
     tau_gradient: str,
     **estimator: Unpack[compositional.EstimatorSettings],
 ) -> FastCLIP:
-    """For the registry. ``estimator``: settings of ``compositional.estimator``; the others are ``FastCLIP``'s."""
+    """For the registry. ``estimator``: settings for ``compositional.estimator``; the others are ``FastCLIP``'s."""
     return FastCLIP(
         state=environment.state,
         **compositional.estimator(environment, **estimator),

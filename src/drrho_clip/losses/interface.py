@@ -1,4 +1,4 @@
-"""What goes into a loss and what comes out of it: the one interface that all losses have."""
+"""The interface that all losses have: their inputs, their output and their base class."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from drrho_clip.sample_state import SampleState, StateUpdate
 
 @dataclass(frozen=True)
 class LossEnvironment:
-    """Where a loss is to work, besides its settings.
+    """What a loss is given besides its settings.
 
-    ``device``    of the embeddings.
-    ``state``     a table of the columns that the loss asks for (``LossSpec.state_columns``); None where it asks
-                  for none.
-    ``compiled``  whether heavy parts are to go through ``torch.compile``.
+    ``device``    the device of the embeddings.
+    ``state``     a table of the columns that the loss needs (``LossSpec.state_columns``); None if it needs none.
+    ``compiled``  whether expensive parts should go through ``torch.compile``.
     """
 
     device: torch.device
@@ -27,11 +26,13 @@ class LossEnvironment:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the towers give a loss for the ``b`` samples of this rank.
+    """The embeddings of the ``b`` samples of this rank, and what else a loss reads.
 
-    ``image``, ``text``          [b, d], unit norm, with the graph to the towers (or leaves when accumulating).
-    ``logit_scale``              0-d, 1/tau, as the model returns it; ``logit_bias`` the same where there is one.
-    ``index``                    int64 [b] rows of the sample state, on the CPU.
+    ``image``, ``text``          [b, d], unit norm, with the graph to the towers (leaves under accumulation).
+    ``logit_scale``              0-d, 1/tau, as the model returns it.
+    ``logit_bias``               0-d, as the model returns it; None if the model has none.
+    ``index``                    int64 [b], rows of the sample state, on the CPU; losses without one do not need
+                                 it.
     ``ref_image``, ``ref_text``  [b, d_r], unit norm, without a graph; None without a reference.
     """
 
@@ -66,11 +67,11 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a step gives.
+    """The result of a loss.
 
-    ``terms``    name -> 0-d tensor; what is minimized is their sum.
-    ``update``   new rows of the sample state, for ``SampleState.commit``; None for losses without one.
-    ``metrics``  further 0-d tensors worth logging.
+    ``terms``    name -> 0-d tensor; their sum is minimized.
+    ``update``   new rows of the sample state, for ``SampleState.commit``; None for losses without a sample state.
+    ``metrics``  name -> 0-d tensor, further values to log.
     """
 
     terms: dict[str, Tensor]
@@ -81,7 +82,7 @@ class LossOutput:
 class Loss(nn.Module):
     """``forward(LossInputs) -> LossOutput``, a function of the embeddings of all ``b`` samples of this rank.
 
-    ``state``: the sample state of losses that keep one, else None.
+    ``state``: the loss's sample state; None if it keeps none.
     """
 
     state: SampleState | None = None
@@ -90,15 +91,15 @@ class Loss(nn.Module):
         raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch; losses with an epoch schedule override it."""
+        """Is called before each epoch. Losses with a schedule by epoch override it."""
 
     def set_temperature_rate(self, lr_tau: float) -> None:
-        """Called before each step; losses that keep temperatures of their own override it."""
+        """Is called before each step. Losses that keep temperatures of their own override it."""
 
     def local_terms(self, outputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Terms that need more of the model than embeddings: name -> (sum over the micro-batch, count).
+        """Terms that need other outputs of the model than embeddings: name -> (sum over the micro-batch, count).
 
-        They are evaluated on each micro-batch and divided by the count over all micro-batches and ranks, so that
-        both weigh them as one batch does. Most losses have none.
+        The terms are evaluated on each micro-batch and divided by the count over all micro-batches and ranks, so
+        that the result is the mean over the global batch. Most losses have no such terms.
         """
         return {}
