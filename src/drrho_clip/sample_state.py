@@ -88,7 +88,7 @@ class SampleState:
         if outside.any():
             bad = index[outside][0].item()
             raise IndexError(
-                f"sample index {bad} is outside 0..{self.num_samples - 1}: --data_size must exceed every key"
+                f"sample index {bad} is outside 0..{self.num_samples - 1}: give a --data_size above every key"
             )
         index = collectives.all_gather(index.to(self.device, non_blocking=True))
         position, owned = self._locate(index)

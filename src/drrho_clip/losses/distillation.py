@@ -79,7 +79,7 @@ class Distillation(nn.Module):
         if sum(widths) != width:
             raise ValueError(
                 f"the teachers' widths {', '.join(map(str, widths))} add up to {sum(widths)}, but the reference's "
-                f"embeddings are {width} wide"
+                f"embeddings are {width} wide: give the width of each teacher"
             )
         images = [F.normalize(part, dim=1) for part in ref_image.float().split(widths, 1)]
         texts = [F.normalize(part, dim=1) for part in ref_text.float().split(widths, 1)]

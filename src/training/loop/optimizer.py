@@ -1,11 +1,11 @@
-"""Parameter groups, optimizers, and a step that is taken or left out on the device's word.
+"""Parameter groups, optimizers, and a step that a bool on the device can skip.
 
-Weight decay spares parameters with fewer than two dimensions, those whose name contains ``bn``, ``ln`` or
-``bias``, and ``logit_scale``, which is a group of its own with a rate of its own. The optimizer's momentum
-applies to ``logit_scale`` as to everything else, SGD's too.
+Weight decay does not apply to parameters with fewer than two dimensions, to those whose name contains ``bn``,
+``ln`` or ``bias``, and to ``logit_scale``, which is a group of its own with its own learning rate. The optimizer's
+momentum, SGD's too, applies to ``logit_scale`` like to all other parameters.
 
-AdamW and SGD are torch's fused ones on every device: they can leave out a step on the device's word. For LAMB and
-Lion the host waits for that word in every step.
+AdamW and SGD are torch's fused versions on every device, which can skip a step without the host. With LAMB and
+Lion the host waits in every step for the bool.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def _adamw(groups: _Groups, config: OptimConfig, device: torch.device) -> Optimi
 
 
 def _lamb(groups: _Groups, config: OptimConfig, device: torch.device) -> Optimizer:
-    from timm.optim.lamb import Lamb  # seconds to import, and mostly not needed
+    from timm.optim.lamb import Lamb  # takes seconds to import and is rarely needed
 
-    # Its own clipping to norm 1 stays off: --grad-clip-norm says whether and where to clip.
+    # Its own clipping to norm 1 is off, because --grad-clip-norm decides about clipping.
     betas = (config.beta1, config.beta2)
     return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps, max_grad_norm=None)
 
 
 def _lion(groups: _Groups, config: OptimConfig, device: torch.device) -> Optimizer:
-    from timm.optim.lion import Lion  # seconds to import, and mostly not needed
+    from timm.optim.lion import Lion  # takes seconds to import and is rarely needed
 
     return Lion(groups, lr=config.lr, betas=(config.beta1, config.beta2))
 
@@ -46,7 +46,7 @@ def _sgd(groups: _Groups, config: OptimConfig, device: torch.device) -> Optimize
 
 def _nesterov(groups: _Groups, config: OptimConfig, device: torch.device) -> Optimizer:
     if config.momentum <= 0:
-        raise ValueError(f"--momentum {config.momentum} with --optimizer nesterov: it needs a positive momentum")
+        raise ValueError(f"--momentum {config.momentum}: --optimizer nesterov needs a positive momentum")
     return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True, fused=True)
 
 
@@ -62,12 +62,12 @@ OPTIMIZERS: dict[str, Callable[[_Groups, OptimConfig, torch.device], Optimizer]]
 def create_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> Optimizer:
     """The optimizer named by ``config`` over the trainable parameters of the bare ``model``, on ``device``.
 
-    Its groups carry a ``name``: "no_decay", "decay", "logit_scale", in this order, empty ones left out; their
-    parameters carry their names (``param_names``), by which a checkpoint is matched.
-    ValueError: an unknown optimizer, or nothing to train.
+    Each group has a ``name``: "no_decay", "decay" and "logit_scale", in this order, without empty groups. Each
+    group also has the names of its parameters (``param_names``), by which a checkpoint is matched.
+    ValueError: the optimizer is unknown, or there is nothing to train.
     """
     if config.optimizer.lower() not in OPTIMIZERS:
-        raise ValueError(f"--optimizer {config.optimizer}: unknown; known: {', '.join(OPTIMIZERS)}")
+        raise ValueError(f"--optimizer {config.optimizer}: unknown; choose one of {', '.join(OPTIMIZERS)}")
     groups = _groups(model, config)
     if not groups:
         raise ValueError("every parameter of the model is locked, so there is nothing to train; unlock a tower")
@@ -97,9 +97,9 @@ def _group_of(name: str, parameter: Tensor) -> str:
 
 @torch.no_grad()
 def step_where(optimizer: Optimizer, taken: Tensor) -> None:
-    """``optimizer.step()`` where ``taken``, a 0-d bool on the parameters' device; else nothing changes.
+    """``optimizer.step()`` if ``taken``, a 0-d bool on the parameters' device, is True; else nothing changes.
 
-    A fused optimizer gets it as ``found_inf``, like from torch's GradScaler, and the host does not wait.
+    A fused optimizer gets it as ``found_inf``, as from torch's GradScaler, so that the host does not wait for it.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         if isinstance(optimizer, SGD):
@@ -115,7 +115,10 @@ def step_where(optimizer: Optimizer, taken: Tensor) -> None:
 
 
 def _start_momentum(optimizer: SGD) -> None:
-    """With zeros, as which the first step counts them. torch leaves them undefined where it skips that step."""
+    """Set missing momentum to zeros, which is how the first step treats it.
+
+    torch leaves it undefined if that step is skipped.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
             state = optimizer.state[parameter]
