@@ -192,7 +192,7 @@ def keywords(function) -> set[str]:
             taken.add(name)
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             assert name == "estimator", f"{function} hides what it takes"
-            taken |= keywords(compositional.estimator)
+            taken |= set(compositional.EstimatorSettings.__annotations__)
     return taken
 
 
