@@ -57,13 +57,13 @@ def gamma(epoch: int, *, final: float, schedule: str, decay_epochs: int) -> floa
     it is ``final`` if ``schedule`` is 'constant', or half a cosine from 1 to ``final`` if it is 'cosine'.
     ValueError: ``schedule`` is unknown.
     """
+    if schedule not in ("constant", "cosine"):
+        raise ValueError(f"unknown gamma schedule {schedule!r}: choose constant or cosine")
     if epoch == 0:
         return 1.0
     if epoch >= decay_epochs or schedule == "constant":
         return final
-    if schedule == "cosine":
-        return final + 0.5 * (1.0 + math.cos(math.pi * epoch / decay_epochs)) * (1.0 - final)
-    raise ValueError(f"unknown gamma schedule {schedule!r}: choose constant or cosine")
+    return final + 0.5 * (1.0 + math.cos(math.pi * epoch / decay_epochs)) * (1.0 - final)
 
 
 @dataclass(frozen=True)

@@ -168,9 +168,9 @@ def test_the_limit_stops_all_ranks_with_one_diagnosis(kind):
     assert "--max_skipped_steps 3" in message and "up to step 4" in message
     assert f"Learning rate {OPTIM.lr:.3g} (of the temperature {OPTIM.lr_tau:.3g}); tau {tau:.4g}." in message
     if kind == "pixels":
-        assert f"not finite: pixels, on rank 1; sample keys {keys[1]}." in message
+        assert f"not finite: pixels, on rank 1; rows of its samples: {keys[1]}." in message
     elif kind == "reference":
-        assert f"not finite: reference image_features, on rank 1; sample keys {keys[2]}." in message
+        assert f"not finite: reference image_features, on rank 1; rows of its samples: {keys[2]}." in message
     else:
         assert f"not finite: gradient of {PARAMETER}, on rank 0" in message
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from training.checkpoint import catalog
@@ -88,10 +87,14 @@ class Checkpointer:
             self._state.epoch_step or not self._saver.save_epoch(self._state, final=False)
         ):
             self._saver.save(self._state, [f"step_{self._trainer.step}"])
-        with suppress(SaveFailed, PeerFailed):  # the saver has logged it
+        saved = True
+        try:
             self._saver.close()
+        except (SaveFailed, PeerFailed):  # the saver has logged it
+            saved = False
         signal = next(filter(None, gather_object(self._interrupts.wanted)), "")
-        log.info(how_to_resume(signal, self._state.step, self._state.name, catalog.find_latest(folder)))
+        latest = catalog.find_latest(folder)
+        log.info(how_to_resume(signal, self._state.step, self._state.name, latest, saved=saved))
         return self._config.requeue_on_preempt and signal in _REQUEUED
 
     def capture(self) -> None:
@@ -122,15 +125,22 @@ class Checkpointer:
         return self._saver.due(self._trainer.step // self._trainer.data.steps_per_epoch)
 
 
-def how_to_resume(signal_name: str, step: int, name: str, checkpoint: str | os.PathLike[str] | None) -> str:
+def how_to_resume(
+    signal_name: str, step: int, name: str, checkpoint: str | os.PathLike[str] | None, *, saved: bool = True
+) -> str:
     """The last log line of a run that was stopped after ``step`` steps: what was saved, and how to resume.
 
     ``signal_name``: ``Interrupts.wanted``, or '' if it is unknown. ``name``: the name of the run's folder.
-    ``checkpoint``: None if nothing was saved.
+    ``checkpoint``: the newest one; None if there is none. ``saved``: whether it holds all of the steps.
     """
     by = f" by {signal_name}" if signal_name else ""
     if checkpoint is None:
         return f"stopped{by} after {step} steps; nothing was saved: start the run again with the same command"
+    if not saved:
+        return (
+            f"stopped{by} after {step} steps, the last of which could not be saved; resume from the newest "
+            f"checkpoint, {os.fspath(checkpoint)}, with the same command and --name {name} --resume latest"
+        )
     return (
         f"stopped{by} after {step} steps, which are saved in {os.fspath(checkpoint)}; resume with the same "
         f"command and --name {name} --resume latest"

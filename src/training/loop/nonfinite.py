@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from drrho_clip.sample_state import StateUpdate
 from training.distributed.collectives import gather_object
 
-_SHOWN = 8  # the most sample keys in a message
+_SHOWN = 8  # the most rows in a message
 
 
 class NotFinite(ValueError):
@@ -129,7 +129,7 @@ class Evidence:
         yield from ((f"gradient of {name}", p.grad) for name, p in model.named_parameters())
 
     def first_bad(self, model: nn.Module) -> tuple[int, str, list[int]] | None:
-        """Position in the order, name and sample keys of the first tensor that is not finite; None if all are."""
+        """Position in the order, name and rows of the first tensor that is not finite; None if all are."""
         for position, (name, tensor) in enumerate(self.findings(model)):
             if tensor is None or not tensor.is_floating_point() or bool(tensor.isfinite().all()):
                 continue
@@ -150,9 +150,9 @@ def explain(skipped: SkippedSteps, evidence: Evidence, model: nn.Module, optimiz
     ranks = [rank for rank, bad in enumerate(found) if bad is not None]
     if ranks:
         rank = min(ranks, key=lambda rank: (found[rank][0], rank))
-        _, name, keys = found[rank]
-        shown = ", ".join(map(str, keys[:_SHOWN])) + (f", ... ({len(keys)} in all)" if keys[_SHOWN:] else "")
-        cause = f"The first tensor that is not finite: {name}, on rank {rank}; sample keys {shown}."
+        _, name, rows = found[rank]
+        shown = ", ".join(map(str, rows[:_SHOWN])) + (f", ... ({len(rows)} in all)" if rows[_SHOWN:] else "")
+        cause = f"The first tensor that is not finite: {name}, on rank {rank}; rows of its samples: {shown}."
     else:
         cause = "Every tensor is finite, but the norm of the gradient overflows."
     rates = {group["name"]: f"{group['lr']:.3g}" for group in optimizer.param_groups}

@@ -165,9 +165,15 @@ def _digest(path: str, changed: float) -> str:
 def from_checkpoint(name: str, checkpoint: str, tag: str) -> Weights:
     """The weights in ``checkpoint`` for a model that is built as ``tag`` declares; '': there is no tag.
 
-    ValueError: ``tag`` is not a tag of the model but a file, so weights are given twice.
+    ValueError: ``tag`` is a file, so that weights are given twice, or no tag of the model.
     """
     declared = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    if tag and not declared and not os.path.exists(tag):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(
+            f"--ref_model_pretrained {tag}: {name} has no such tag; its tags are {tags}. Beside a checkpoint the "
+            "tag only decides how the model is built, so it may be left out"
+        )
     if tag and not declared:
         raise ValueError(
             f"--ref_model_checkpoint {checkpoint} and --ref_model_pretrained {tag} both give weights: give one; "
@@ -198,7 +204,7 @@ def _download(name: str, tag: str, declared: Mapping[str, Any], flag: str, model
     try:
         return open_clip.download_pretrained(dict(declared))
     except (OSError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[-1]
+        cause = one_line(error) or type(error).__name__
     if declared.get("hf_hub"):
         repository, names = _hub_files(declared)
         cache = huggingface_hub.constants.HF_HUB_CACHE
