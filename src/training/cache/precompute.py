@@ -24,7 +24,7 @@ from training.cache import producers
 from training.cache.producers import Work
 from training.cache.row_store import StoreWriter, caption_checksum
 from training.config.params import Config
-from training.data.bad_samples import Skips
+from training.data.bad_samples import Skips, usable
 from training.data.lanes import Part
 from training.data.loader import open_loader
 from training.data.samples import RawSample
@@ -46,26 +46,35 @@ ROUND = 256  # shards per rank between two meetings of the ranks, which wait for
 UNREADABLE = "unreadable shard"  # as ``shards.read_shard`` reports it
 
 
-class Unit(NamedTuple):
-    """One piece of the data: a ``shard``, or the rows ``first`` to ``stop`` of a ``table``."""
+class ShardUnit(NamedTuple):
+    """One piece of the data: a ``shard``."""
 
     number: int
     name: str
-    shard: Shard | None = None
-    sample_index: str = "key"
-    table: CsvSource | None = None
-    first: int = 0
-    stop: int = 0
+    shard: Shard
+    sample_index: str
 
     def read(self, skips: Skips) -> Iterator[RawSample]:
         """Its samples, each once; what is wrong with them goes to ``skips``."""
-        if self.table is not None:
-            yield from (self.table.sample(row, 0) for row in range(self.first, self.stop))
-            return
-        for item in ShardSource([self.shard], 0, sample_index=self.sample_index).in_order(Part(0, 1)):
-            skips.extend(item.faults)
-            if item.sample is not None:
-                yield item.sample
+        source = ShardSource([self.shard], 0, sample_index=self.sample_index)
+        return usable(source.in_order(Part(0, 1)), skips)
+
+
+class TableUnit(NamedTuple):
+    """One piece of the data: the rows ``first`` to ``stop`` of a ``table``."""
+
+    number: int
+    name: str
+    table: CsvSource
+    first: int
+    stop: int
+
+    def read(self, skips: Skips) -> Iterator[RawSample]:
+        """Its samples, each once."""
+        return (self.table.sample(row, 0) for row in range(self.first, self.stop))
+
+
+Unit = ShardUnit | TableUnit
 
 
 def write(config: Config, world: World, run_log: RunLog) -> None:
@@ -115,10 +124,14 @@ def _units(config: Config, world: World) -> list[Unit]:
     if settings.dataset_type == "webdataset":
         shards = open_shards(settings, config.run.seed, world, steps=1).shards
         names = [shard.url.rsplit("/", 1)[-1] for shard in shards]
-        return [Unit(i, name, shard, settings.sample_index) for i, (name, shard) in enumerate(zip(names, shards))]
+        return [
+            ShardUnit(i, name, shard, settings.sample_index)
+            for i, (name, shard) in enumerate(zip(names, shards, strict=True))
+        ]
+    assert settings.train_data is not None, "the parser asks for --train-data"
     table = open_csv(settings.train_data, settings, config.run.seed)
     cuts = [(first, min(first + BLOCK, table.samples)) for first in range(0, table.samples, BLOCK)]
-    return [Unit(i, f"rows {a}-{b - 1}", table=table, first=a, stop=b) for i, (a, b) in enumerate(cuts)]
+    return [TableUnit(i, f"rows {a}-{b - 1}", table, a, b) for i, (a, b) in enumerate(cuts)]
 
 
 def _missing(units: Sequence[Unit], writer: StoreWriter) -> list[Unit]:
@@ -186,7 +199,7 @@ class CacheBatch:
         return replace(self, **{name: t.pin_memory() for name, t in pinned.items() if t is not None})
 
 
-class CacheStream(IterableDataset):
+class CacheStream(IterableDataset[CacheBatch]):
     """The samples of ``units``, each once, in batches that may span several units."""
 
     def __init__(
@@ -258,7 +271,7 @@ class _Pending:
         """A part of the units that have ended; the others' values are kept."""
         if not self._ended:
             return
-        nothing = {"rows": np.empty(0, np.int64), "checksums": np.empty(0, np.uint32)}
+        nothing: dict[str, np.ndarray] = {"rows": np.empty(0, np.int64), "checksums": np.empty(0, np.uint32)}
         pieces = [piece for unit in sorted(self._ended) for piece in self._held.pop(unit, ())] or [nothing]
         columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         _, first = np.unique(columns["rows"], return_index=True)

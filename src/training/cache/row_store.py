@@ -169,12 +169,13 @@ def _write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
     array = np.ascontiguousarray(array)
     described = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
     magic = np.lib.format.magic(1, 0)
-    header = repr(described).encode().ljust(_PAGE - len(magic) - 3) + b"\n"
-    data = memoryview(array).cast("B") if array.size else memoryview(b"")
+    text = repr(described).encode().ljust(_PAGE - len(magic) - 3) + b"\n"
+    header = memoryview(magic + len(text).to_bytes(2, "little") + text)
+    data = array.data.cast("B") if array.size else memoryview(b"")
     blocks = (data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK))
     written = hashlib.blake2b(digest_size=16)
     with replacing(path) as file:
-        for block in (magic + len(header).to_bytes(2, "little") + header, *blocks):
+        for block in (header, *blocks):
             written.update(block)
             file.write(block)
     return {"bytes": path.stat().st_size, "blake2b": written.hexdigest()}

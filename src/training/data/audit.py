@@ -58,7 +58,7 @@ class ShardReport:
         return any(reason in self.skips.counts for reason in SHARD_REASONS)
 
 
-class Checks(Dataset):
+class Checks(Dataset[ShardReport]):
     """The report of every shard; reading happens where one is asked for, in the loader's processes.
 
     ``sizes``: ``--data_size``, empty without it; ``sample_index``: 'key', 'position' or 'none'.
@@ -84,6 +84,7 @@ class Checks(Dataset):
     def _rows(self, shard: Shard, report: ShardReport, size: int) -> Iterator[tuple[int, int, int, int]]:
         source = ShardSource([shard], 0, sample_index="key" if self.by_key else None)
         for raw in usable(source.in_order(Part(0, 1)), report.skips):
+            assert isinstance(raw.image, bytes), "shards hold encoded images"
             key = raw.row - shard.first_row
             report.largest = max(report.largest, key)
             if self.by_key and key >= size:

@@ -14,7 +14,7 @@ from training.data.bad_samples import allowance
 from training.data.lanes import Layout, default_layout
 from training.data.loader import TrainData
 from training.data.samples import CaptionSource, FeatureSource, Source
-from training.data.sources.tables import SyntheticSource, open_csv
+from training.data.sources.tables import CsvSource, SyntheticSource, open_csv
 from training.data.sources.webdataset import open_shards
 from training.data.tokenizer import Tokenizer
 from training.data.transforms import TrainView
@@ -29,8 +29,13 @@ _PROBE = ["", "a photo of a cat", "Ünïcode, CAPITALS & (punctuation)!", "12345
 class Model(Protocol):
     """What the data path asks of a model (``models.BuiltModel``)."""
 
-    preprocess: PreprocessCfg
-    tokenizer: Tokenizer
+    @property
+    def preprocess(self) -> PreprocessCfg:
+        """Size, mean, std, interpolation and resize mode of its images."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """List of n captions -> token ids, int64 [n, L]."""
 
 
 def build_train(
@@ -50,7 +55,9 @@ def build_train(
     steps = _steps(samples, config, world.world_size)
     layout = _layout(config, world)
     source = _open(config, world, target, steps)
-    needs_ref_text = reference is not None and not same_tokens(target.tokenizer, reference.tokenizer)
+    ref_tokenizer = None
+    if reference is not None and not same_tokens(target.tokenizer, reference.tokenizer):
+        ref_tokenizer = reference.tokenizer
     stream = TrainStream(
         source,
         TrainView(
@@ -60,7 +67,7 @@ def build_train(
             data.rand_augment,
         ),
         target.tokenizer,
-        reference.tokenizer if needs_ref_text else None,
+        ref_tokenizer,
         features,
         captions,
         seed=run.seed,
@@ -99,7 +106,7 @@ def samples_per_epoch(config: Config) -> int:
     if data.train_num_samples is not None:
         return data.train_num_samples
     assert data.dataset_type == "csv", "the parser asks for --train-num-samples"
-    return open_csv(data.train_data, data, config.run.seed).count()
+    return _open_csv(config).count()
 
 
 def steps_per_epoch(config: Config, world_size: int) -> int:
@@ -158,7 +165,7 @@ def _open(config: Config, world: World, target: Model, steps: int) -> Source:
     if data.dataset_type == "webdataset":
         return open_shards(data, seed, world, steps)
     if data.dataset_type == "csv":
-        source = open_csv(data.train_data, data, seed)
+        source = _open_csv(config)
         rows = source.count()
         if 0 < data.data_size < rows:
             raise ValueError(
@@ -171,7 +178,14 @@ def _open(config: Config, world: World, target: Model, steps: int) -> Source:
                 "--epoch_policy exact takes none twice; give at most as many"
             )
         return source
-    size = target.preprocess.size
-    samples = data.train_num_samples if data.data_size < 0 else min(data.train_num_samples, data.data_size)
+    size, samples = target.preprocess.size, data.train_num_samples
+    assert samples is not None, "the parser asks for --train-num-samples"
+    if data.data_size >= 0:
+        samples = min(samples, data.data_size)
     shape = (size, size) if isinstance(size, int) else tuple(size)
     return SyntheticSource(samples, shape, seed, resampled=data.epoch_policy == "resample")
+
+
+def _open_csv(config: Config) -> CsvSource:
+    assert config.data.train_data is not None, "the parser asks for --train-data"
+    return open_csv(config.data.train_data, config.data, config.run.seed)

@@ -11,6 +11,7 @@ writes rows of RGB bytes: tensors are [3, H, W] by their shape and H, W, 3 in me
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from training.data.samples import Unusable
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # where Pillow begins to warn: a quarter of a gigabyte as RGB
+# Where Pillow begins to warn: a quarter of a gigabyte as RGB. It is None where a program has lifted the limit.
+MAX_PIXELS: int = Image.MAX_IMAGE_PIXELS or sys.maxsize
 
 _JPEG = b"\xff\xd8\xff"
 _LENGTHLESS = frozenset([0x01, *range(0xD0, 0xD9)])  # TEM, RST0 to RST7, SOI

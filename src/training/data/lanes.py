@@ -42,14 +42,14 @@ def default_layout(ranks: int, workers: int) -> Layout:
 
 
 class Part(NamedTuple):
-    """Part ``number`` of ``count``, for sets that are read once and in order: every ``count``-th sample."""
+    """Part ``number`` of ``parts``, for sets that are read once and in order: every ``parts``-th sample."""
 
     number: int
-    count: int
+    parts: int
 
     def owns(self, position: int) -> bool:
         """Whether the sample at ``position`` of the list is in this part."""
-        return position % self.count == self.number
+        return position % self.parts == self.number
 
 
 class Lane(NamedTuple):
@@ -69,7 +69,7 @@ class Lane(NamedTuple):
         return self.worker * self.ranks + self.rank
 
     @property
-    def count(self) -> int:
+    def lanes(self) -> int:
         return self.ranks * self.workers
 
     @property

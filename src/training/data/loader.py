@@ -15,7 +15,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -29,6 +29,8 @@ from training.data.progress import Identity, Progress, pack, unpack
 from training.data.worker import LoadedBatch, TrainStream
 from training.distributed.collectives import gather_object
 from training.distributed.signals import end_with_trainer, leave_to_trainer
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -141,10 +143,12 @@ class TrainData:
     def _fetch(self, arrived: deque[LoadedBatch]) -> Iterator[Batch]:
         epoch, start = self._fetched
         for step in range(start, self.steps_per_epoch):
+            assert self._chunks is not None, "``epoch`` starts the processes"
             chunk = next(self._chunks)
             if chunk.failure is not None:
                 self.close()
                 raise type(chunk.failure)(str(chunk.failure))  # one that ``chunk``, here, does not hold
+            assert chunk.batch is not None, "a chunk without a batch says why"
             self._fetched = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             arrived.append(replace(chunk, batch=None))
             yield chunk.batch
@@ -181,7 +185,7 @@ def _hand_over(batch: Batch, copies: torch.cuda.Stream, device: torch.device) ->
     return batch
 
 
-def open_loader(stream: IterableDataset, workers: int, device: torch.device, seed: int = 0) -> DataLoader:
+def open_loader(stream: IterableDataset[T], workers: int, device: torch.device, seed: int = 0) -> DataLoader[T]:
     """What ``stream`` yields in ``workers`` processes, in page-locked memory on the way to a GPU.
 
     The processes end with this one, and leave to it what a launcher's signals ask for.

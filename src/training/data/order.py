@@ -35,13 +35,13 @@ class Piece(NamedTuple):
         return self.of == ENDLESS and position >= self.stop
 
 
-def deal(shards: Sequence[int], lane: Lane) -> list[Piece]:
+def deal(shards: Sequence[int] | np.ndarray, lane: Lane) -> list[Piece]:
     """The lane's share of ``shards``: whole ones as long as all lanes get as many, then parts of the rest.
 
     Of the R = len(shards) mod L last ones each lane gets the R/L-th part, cut by position in the shard (L parts
     per shard, R of them in a row per lane), so that a lane opens two of them at most and none stays empty.
     """
-    number, lanes = lane.number, lane.count
+    number, lanes = lane.number, lane.lanes
     evenly = len(shards) // lanes * lanes
     pieces = [Piece(shard) for shard in shards[number:evenly:lanes]]
     rest = shards[evenly:]
@@ -53,7 +53,7 @@ def deal(shards: Sequence[int], lane: Lane) -> list[Piece]:
     return pieces
 
 
-def deal_exactly(shards: Sequence[int], sizes: Sequence[int], lane: Lane, steps: int) -> list[Piece]:
+def deal_exactly(shards: Sequence[int] | np.ndarray, sizes: Sequence[int], lane: Lane, steps: int) -> list[Piece]:
     """As many samples as the lane delivers in ``steps``, and no other lane the same ones.
 
     ``sizes``: samples per shard number. The shards in a row are cut into the lanes' shares by sample, so that a

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,38 +40,38 @@ class Tokens:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._is_random = isinstance(tokenizer, SimpleTokenizer) and tokenizer.reduction_fn is not None
-        # More than start and end of text are special tokens of a custom config: they may hold anything.
-        self._is_simple = type(tokenizer) is SimpleTokenizer and len(tokenizer.all_special_ids) == 2
+        self._simple = _as_simple(tokenizer)
         self._word: Callable[[str], list[int]] | None = None
 
     def __call__(self, texts: list[str], seeds: Sequence[int]) -> Tensor:
         """``seeds``: one per caption, 64 bits."""
         if self._is_random:
             return torch.cat([self._random(text, seed) for text, seed in zip(texts, seeds, strict=True)])
-        if not self._is_simple:
+        tokenizer = self._simple
+        if tokenizer is None:
             return self.tokenizer(texts)
-        length = self.tokenizer.context_length
+        length = tokenizer.context_length
         rows = np.zeros((len(texts), length), dtype=np.int64)
         for row, text in zip(rows, texts, strict=True):
-            ids = [self.tokenizer.sot_token_id, *self._ids(text, length), self.tokenizer.eot_token_id]
+            ids = [tokenizer.sot_token_id, *self._ids(tokenizer, text, length), tokenizer.eot_token_id]
             if len(ids) > length:
-                ids[length - 1 :] = [self.tokenizer.eot_token_id]
+                ids[length - 1 :] = [tokenizer.eot_token_id]
             row[: len(ids)] = ids
-        self._forget()
+        _forget_words(tokenizer)
         return torch.from_numpy(rows)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_word": None}  # another process starts with no words
 
-    def _ids(self, text: str, enough: int) -> list[int]:
+    def _ids(self, tokenizer: SimpleTokenizer, text: str, enough: int) -> list[int]:
         """The ids between start and end, of long texts no more than ``enough`` and a word's."""
         if not text.isascii() or not text.isprintable() or "&" in text:
-            return self.tokenizer.encode(text)
+            return tokenizer.encode(text)
         if self._word is None:
-            self._word = lru_cache(KEPT)(self.tokenizer.encode)
+            self._word = lru_cache(KEPT)(tokenizer.encode)
         ids: list[int] = []
         for word in text.split():
-            ids += self._word(word) if len(word) <= _LONG else self.tokenizer.encode(word)
+            ids += self._word(word) if len(word) <= _LONG else tokenizer.encode(word)
             if len(ids) > enough:
                 break
         return ids
@@ -80,10 +81,19 @@ class Tokens:
             seed_all(seed)
             return self.tokenizer([text])
 
-    def _forget(self) -> None:
-        """The tokenizer itself would keep all words of the training data, in every loader process."""
-        known = self.tokenizer.cache
-        if len(known) > KEPT:
-            special = [self.tokenizer.decoder[i] for i in self.tokenizer.all_special_ids]
-            known.clear()
-            known.update(zip(special, special))
+
+def _as_simple(tokenizer: Tokenizer) -> SimpleTokenizer | None:
+    """``tokenizer`` if it is open_clip's own and as open_clip makes it."""
+    if isinstance(tokenizer, SimpleTokenizer) and type(tokenizer) is SimpleTokenizer:
+        # More than start and end of text are special tokens of a custom config: they may hold anything.
+        return tokenizer if len(tokenizer.all_special_ids) == 2 else None
+    return None
+
+
+def _forget_words(tokenizer: SimpleTokenizer) -> None:
+    """The tokenizer itself would keep all words of the training data, in every loader process."""
+    known = tokenizer.cache
+    if len(known) > KEPT:
+        special = [tokenizer.decoder[i] for i in tokenizer.all_special_ids]
+        known.clear()
+        known.update(zip(special, special))

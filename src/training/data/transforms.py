@@ -86,14 +86,17 @@ class TrainView:
         augmentation = _augmentation(aug_cfg or {})
         steps = _steps(target, augmentation, rand_augment)
         self._in_timm = augmentation.use_timm
-        self._target = _View(steps) if self._in_timm else _CropView(steps)
-        self._reference = None
+        self._target: _View | _CropView
+        self._reference: _View | _CropView | None = None
         if self._in_timm:
+            self._target = _View(steps)
             log.info("--aug-cfg asks for timm's transforms: images are normalized in the loader, as float")
-        elif slow := ", ".join(self._target.color_steps):
-            log.info("augmentation by %s goes through Pillow images, after the crop", slow)
-        if not self._in_timm and jpeg_decoder() is None:
-            log.warning("this torchvision decodes no JPEGs: Pillow does, to the same pixels, in more time")
+        else:
+            self._target = _CropView(steps)
+            if slow := ", ".join(self._target.color_steps):
+                log.info("augmentation by %s goes through Pillow images, after the crop", slow)
+            if jpeg_decoder() is None:
+                log.warning("this torchvision decodes no JPEGs: Pillow does, to the same pixels, in more time")
         if reference is not None and not _same_pixels(target, reference, on_device=not self._in_timm):
             steps = _steps(reference, augmentation, rand_augment)
             self._reference = _View(steps) if self._in_timm else _CropView(steps, _interpolation(reference))
@@ -120,9 +123,11 @@ class FixedView:
 
     def __call__(self, image: Tensor | Image.Image) -> Tensor:
         """The view of what ``decode`` gave."""
-        if self._whole is not None:
-            return self._whole(image)
-        return resized_crop(image, centred(*image.shape[1:], self.size), self.size, self.mode)
+        if isinstance(image, Tensor):
+            height, width = image.shape[1:]
+            return resized_crop(image, centred(height, width, self.size), self.size, self.mode)
+        assert self._whole is not None, "``decode`` gives pixels"
+        return self._whole(image)
 
     def __str__(self) -> str:
         return f"centre, {self.size[0]} x {self.size[1]}, {self.mode}" if self._whole is None else "whole"
@@ -171,13 +176,16 @@ def resized_crop(image: Tensor, box: Box, size: tuple[int, int], mode: str) -> T
     return F.interpolate(part, size, mode=mode, antialias=True).squeeze(0)
 
 
+_Step = Callable[[Any], Any]  # one of torchvision's, of an image or of its pixels
+
+
 class _View:
     """One model's view of a Pillow image by the transforms ``steps`` as they are."""
 
-    def __init__(self, steps: list[Callable]) -> None:
+    def __init__(self, steps: list[_Step]) -> None:
         self._steps = tv.Compose(steps)
 
-    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+    def __call__(self, image: Tensor | Image.Image, seed: int) -> Tensor:
         with isolated_rng():
             seed_all(seed)
             return self._steps(image)
@@ -190,20 +198,22 @@ class _CropView:
     evaluated with its own.
     """
 
-    def __init__(self, steps: list[Callable], mode: str = "bicubic") -> None:
+    def __init__(self, steps: list[_Step], mode: str = "bicubic") -> None:
         crop, _to_rgb, *colors, _to_tensor, _normalize = steps
         assert isinstance(crop, tv.RandomResizedCrop) and isinstance(_normalize, tv.Normalize), steps
         self._scale, self._ratio, self._size, self._mode = crop.scale, crop.ratio, tuple(crop.size), mode
         self._colors = _View([tvf.to_pil_image, *colors, tvf.pil_to_tensor]) if colors else None
         self.color_steps = [type(step).__name__ for step in colors]
 
-    def __call__(self, image: Tensor, seed: int) -> Tensor:
-        box = random_box(*image.shape[1:], self._scale, self._ratio, random.Random(seed))
+    def __call__(self, image: Tensor | Image.Image, seed: int) -> Tensor:
+        assert isinstance(image, Tensor), "``TrainView.decode`` gives pixels"
+        height, width = image.shape[1:]
+        box = random_box(height, width, self._scale, self._ratio, random.Random(seed))
         view = resized_crop(image, box, self._size, self._mode)
         return view if self._colors is None else self._colors(view, seed)
 
 
-def _steps(preprocess: PreprocessCfg, augmentation: AugmentationCfg, rand_augment: bool) -> list[Callable]:
+def _steps(preprocess: PreprocessCfg, augmentation: AugmentationCfg, rand_augment: bool) -> list[_Step]:
     """open_clip's train transform of a Pillow image, with RandAugment before "to tensor"."""
     steps = list(image_transform_v2(preprocess, is_train=True, aug_cfg=augmentation).transforms)
     if rand_augment:

@@ -85,7 +85,7 @@ class LoadedBatch:
         self.__dict__.update(state)
 
 
-class TrainStream(IterableDataset):
+class TrainStream(IterableDataset[LoadedBatch]):
     """The endless row of batches that one loader process prepares: every W-th from ``start`` on.
 
     ``rank`` of ``ranks`` has ``batch_size`` samples of each of an epoch's ``steps``. ``own_shards``: every rank
@@ -133,7 +133,8 @@ class TrainStream(IterableDataset):
     def __iter__(self) -> Iterator[LoadedBatch]:
         worker, workers = this_worker()
         skips = Skips(limit=self.allowed.samples)
-        epoch, readers = -1, {}
+        epoch = -1
+        readers: dict[tuple[int, int], LaneReader] = {}
         for turn in count(self.start.epoch * self.steps + self.start.step + worker, workers):
             if turn // self.steps != epoch:
                 epoch, readers = turn // self.steps, {}
@@ -148,7 +149,8 @@ class TrainStream(IterableDataset):
         self, step: int, epoch: int, readers: dict[tuple[int, int], LaneReader], skips: Skips
     ) -> tuple[Batch, dict[tuple[int, int], Place]]:
         """The rank's part of the batch of ``step``; ``readers`` of the epoch are kept."""
-        samples, places = [], {}
+        samples: list[Sample] = []
+        places = {}
         for name, lane in self._lanes_of(step % self.layout.workers).items():
             if name not in readers:
                 place = self.start.places.get(name, BEGIN) if epoch == self.start.epoch else BEGIN
@@ -172,12 +174,12 @@ class TrainStream(IterableDataset):
     def _collate(self, samples: list[Sample]) -> Batch:
         texts, seeds = [sample.text for sample in samples], [sample.seed for sample in samples]
         rows, names = [sample.row for sample in samples], [sample.name for sample in samples]
-        references = [sample.views.reference for sample in samples]
+        references = [view for sample in samples if (view := sample.views.reference) is not None]
         return Batch(
             image=self._images.stack([sample.views.target for sample in samples]),
             text=self.tokens(texts, seeds),
             index=torch.tensor(rows),
-            ref_image=None if references[0] is None else self._ref_images.stack(references),
+            ref_image=self._ref_images.stack(references) if references else None,
             ref_text=None if self.ref_tokens is None else self.ref_tokens(texts, seeds),
             ref_features=None if self.features is None else self.features(rows, texts, names),
         )
@@ -231,7 +233,7 @@ class LaneReader:
 
     def _end_turn(self) -> None:
         self._usable, self._barren = 0, 0 if self._usable else self._barren + 1
-        if self._barren > self._lane.count + _BARREN_TURNS:
+        if self._barren > self._lane.lanes + _BARREN_TURNS:
             raise NothingUsable(f"there is no usable sample in the training data; left out: {self._skips}")
 
 

@@ -62,7 +62,7 @@ class Evaluation:
                     found = self._zero_shot(model, name, pictures)
                     metrics |= {f"{name}-zeroshot-val-{key}": value for key, value in found.items()}
             if self.val is not None and self._due(self.config.evaluation.val_frequency, epoch, final):
-                metrics |= self._retrieval(model)
+                metrics |= self._retrieval(model, self.val)
         if metrics:
             self.log.info(f"Eval Epoch: {epoch} " + "\t".join(f"{k}: {round(v, 4)}" for k, v in metrics.items()))
             self.log.eval_result({"epoch": epoch, "step": step, **metrics})
@@ -73,36 +73,42 @@ class Evaluation:
         epochs = self.config.schedule.epochs
         return frequency > 0 and (final or epochs == 0 or epoch == epochs or epoch % frequency == 0)
 
-    def _retrieval(self, model: nn.Module) -> dict[str, float]:
-        run = self._precision
-        image, text, tokens = [], [], torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        with self.log.progress(len(self.val), "validation", unit="batch") as progress, torch.no_grad():
-            for pixels, captions in self.val:
+    def _retrieval(self, model: nn.Module, val: ValData) -> dict[str, float]:
+        run, scale = self._precision, model.logit_scale
+        assert isinstance(scale, Tensor), "open_clip's models have one"
+        images: list[Tensor] = []
+        texts: list[Tensor] = []
+        tokens = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        with self.log.progress(len(val), "validation", unit="batch") as progress, torch.no_grad():
+            for pixels, captions in val:
                 captions = captions.to(self.world.device, non_blocking=True)
                 pixels = self._pixels(pixels)
                 with run.autocast():
                     outputs = model(pixels, captions)
-                image.append(normalized(outputs["image_features"]))
-                text.append(normalized(outputs["text_features"]))
+                images.append(normalized(outputs["image_features"]))
+                texts.append(normalized(outputs["text_features"]))
                 if "logits" in outputs:
                     sums = caption_loss(outputs, getattr(model, "pad_id", 0))
                     tokens += torch.stack([part.double() for part in sums])
                 progress.update()
-            scale = model.logit_scale.exp().item()
-        image, text = gather_rows(image, self.world), gather_rows(text, self.world)
-        tokens = all_reduce_sum(tokens).tolist()
+            logit_scale = scale.exp().item()
+        image, text = gather_rows(images, self.world), gather_rows(texts, self.world)
+        caption_loss_sum, caption_tokens = all_reduce_sum(tokens).tolist()
         if not len(image):
             raise ValueError(f"--val-data {self.config.evaluation.val_data}: no samples in it")
         with self.log.progress(len(image) // self.world.world_size, "ranking", unit="row") as progress:
             share = (self.world.rank, self.world.world_size)
-            counts = merge(gather_object(count_pairs(image, text, scale, share=share, update=progress.update)))
-        metrics = summarize(counts, image, text, scale)
-        if tokens[1]:
-            metrics["val_generative_loss"] = tokens[0] / tokens[1]
+            counted = count_pairs(image, text, logit_scale, share=share, update=progress.update)
+            counts = merge(gather_object(counted))
+        metrics = summarize(counts, image, text, logit_scale)
+        if caption_tokens:
+            metrics["val_generative_loss"] = caption_loss_sum / caption_tokens
         return {**metrics, "num_samples": len(image)}
 
     def _zero_shot(self, model: nn.Module, name: str, pictures: ClassificationSet) -> dict[str, float]:
         run, world = self._precision, self.world
+        encode_image = model.encode_image
+        assert callable(encode_image), "open_clip's models have one"
         classifier = self._classifier(model, name, pictures)
         counts = torch.zeros(3, len(pictures.classnames), dtype=torch.float64, device=world.device)
         loader = self._loader(pictures)
@@ -110,7 +116,7 @@ class Evaluation:
             for pixels, labels in loader:
                 pixels = self._pixels(pixels)
                 with run.autocast():
-                    features = model.encode_image(pixels, normalize=True)
+                    features = encode_image(pixels, normalize=True)
                 counts += hits(normalized(features), labels.to(world.device, non_blocking=True), classifier)
                 progress.update()
         return accuracies(all_reduce_sum(counts))
@@ -133,7 +139,7 @@ class Evaluation:
                 progress.update(len(chunk))
         return torch.cat([rows for part in gather_object(columns) for rows in part]).T.to(world.device)
 
-    def _loader(self, pictures: ClassificationSet) -> DataLoader:
+    def _loader(self, pictures: ClassificationSet) -> DataLoader[tuple[Tensor, int]]:
         """This rank's share: every K-th picture."""
         share = pictures.pictures[self.world.rank :: self.world.world_size]
         return DataLoader(

@@ -29,6 +29,7 @@ def build_val(config: Config, world: World, target: Model) -> ValData | None:
     val = config.evaluation
     if val.val_data is None:
         return None
+    source: CsvSource | ShardSource
     if val.val_dataset_type == "csv":
         source = open_csv(val.val_data, config.data, config.run.seed)
     else:
@@ -68,7 +69,7 @@ class ValData:
                 yield image, text
 
 
-class ValStream(IterableDataset):
+class ValStream(IterableDataset[tuple[Tensor, Tensor, Skips]]):
     """One loader process's share of the validation samples."""
 
     def __init__(
@@ -90,7 +91,7 @@ class ValStream(IterableDataset):
         """How many batches that process makes of a sound set."""
         part = self._part(worker, workers)
         samples = self.source.count() if self.limit is None else min(self.source.count(), self.limit)
-        return -(-len(range(part.number, samples, part.count)) // self.batch_size)
+        return -(-len(range(part.number, samples, part.parts)) // self.batch_size)
 
     def _part(self, worker: int, workers: int) -> Part:
         return Part(worker * self.ranks + self.rank, workers * self.ranks)
@@ -99,8 +100,8 @@ class ValStream(IterableDataset):
         part = self._part(*this_worker())
         skips = Skips()
         samples = usable(self.source.in_order(part), skips)
-        if self.limit is not None:  # of positions 0, 1, ..., limit - 1 this part has those = number mod count
-            samples = islice(samples, len(range(part.number, self.limit, part.count)))
+        if self.limit is not None:  # of positions 0, 1, ..., limit - 1 this part has those = number mod parts
+            samples = islice(samples, len(range(part.number, self.limit, part.parts)))
         more = True
         while more:
             raws = list(islice(samples, self.batch_size))

@@ -108,8 +108,8 @@ def count(mask: Tensor, dim: int) -> Tensor:
 def merge(parts: list[PairCounts]) -> PairCounts:
     """The counts over all rows from those over every rank's share."""
     return PairCounts(
-        above=sum(part.above for part in parts),
-        tied=sum(part.tied for part in parts),
+        above=torch.stack([part.above for part in parts]).sum(0),
+        tied=torch.stack([part.tied for part in parts]).sum(0),
         lse=torch.logsumexp(torch.stack([part.lse for part in parts]), dim=0),
     )
 

@@ -54,7 +54,7 @@ class ClassificationSet:
     templates: Sequence[Callable[[str], str]]
 
 
-class Pictures(Dataset):
+class Pictures(Dataset[tuple[Tensor, int]]):
     """Decoded and transformed ``(image, label)`` of ``pictures``; ValueError naming one that cannot be decoded."""
 
     def __init__(self, pictures: Sequence[Labelled], transform: Callable[[Image.Image], Tensor]) -> None:
@@ -180,8 +180,8 @@ def _index_shard(shard: Path, classes: int, said: str) -> list[Labelled]:
             name, _, extension = member.name.rpartition(".")
             if f".{extension.lower()}" in PICTURES:
                 places[name] = (member.offset_data, member.size)
-            elif extension == "cls":
-                labels[name] = _class_number(tar.extractfile(member).read(), classes, f"{said}: {member.name}")
+            elif extension == "cls" and (file := tar.extractfile(member)) is not None:
+                labels[name] = _class_number(file.read(), classes, f"{said}: {member.name}")
     unpaired = sorted(places.keys() ^ labels.keys())
     if unpaired:
         raise ValueError(f"{said}: {unpaired[0]} in {shard.name} has no picture, or no .cls file")

@@ -58,7 +58,8 @@ def with_rows(sources: list[list[str]], sizes: Sequence[int]) -> Iterator[Shard]
 
 def at_positions(shards: list[Shard], counts: list[int]) -> list[Shard]:
     """Move each shard's first row behind the samples before it in the same range of rows."""
-    placed, seen = [], {}
+    placed: list[Shard] = []
+    seen: dict[int, int] = {}
     for shard, samples in zip(shards, counts):
         before = seen.get(shard.first_row, 0)
         placed.append(replace(shard, first_row=shard.first_row + before))
@@ -77,16 +78,16 @@ def count_all(urls: list[str], world: World, flag: str) -> list[int]:
 
     with ThreadPoolExecutor(_READERS) as pool:
         parts = gather_object(list(pool.map(attempt, urls[world.rank :: world.world_size])))
-    counts: list[int | str] = [0] * len(urls)
+    results: list[int | str] = [0] * len(urls)
     for rank, part in enumerate(parts):
-        counts[rank :: world.world_size] = part
-    failures = [result for result in counts if isinstance(result, str)]
+        results[rank :: world.world_size] = part
+    failures = [result for result in results if isinstance(result, str)]
     if failures:
         raise ValueError(
             f"{flag}: {len(failures)} of {len(urls)} shards cannot be counted, and it needs the sizes of all; "
             f"mend or remove {failures[0]}"
         )
-    return counts
+    return [result for result in results if isinstance(result, int)]
 
 
 class RowsMet:

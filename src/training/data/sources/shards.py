@@ -21,7 +21,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from training.data.samples import Fault
-from training.data.sources.tar import Member, PushbackStream, check_end, open_tar, read_tar
+from training.data.sources.tar import Member, PushbackStream, Readable, check_end, open_tar, read_tar
 
 UNREADABLE = (OSError, ValueError, ImportError, tarfile.TarError)  # what opening and reading a shard may raise
 
@@ -152,7 +152,7 @@ def count_samples(url: str) -> int:
     return samples
 
 
-def _members(tar: IO[bytes], offset: int) -> Iterator[Member]:
+def _members(tar: Readable, offset: int) -> Iterator[Member]:
     """The files of a tar that is at byte ``offset``. ReadError: what stops it."""
     try:
         yield from read_tar(tar, offset)
@@ -165,7 +165,9 @@ def _groups(members: Iterator[Member], position: int, url: str) -> Iterator[Grou
 
     ReadError, behind the last sample: what stops ``members``.
     """
-    name, found, begin, broken = None, {}, 0, None
+    name: str | None = None
+    found: dict[str, bytes] = {}
+    begin, broken = 0, None
     try:
         for path, data, offset in members:
             prefix, extension = base_plus_ext(path)
@@ -192,7 +194,7 @@ def _seekable(stream: IO[bytes]) -> bool:
     return hasattr(stream, "seekable") and stream.seekable()
 
 
-def _tar_in(stream: IO[bytes], offset: int) -> tuple[IO[bytes] | PushbackStream, int]:
+def _tar_in(stream: IO[bytes], offset: int) -> tuple[Readable, int]:
     """The tar in ``stream``, entered at byte ``offset`` if it can be, and the byte at which it stands then."""
     # webdataset's wrapper of a command asks at every read whether it has failed, and then what was read is lost.
     stream = getattr(stream, "stream", stream)

@@ -39,13 +39,13 @@ class Table:
 
     def stream(self, epoch: int, lane: Lane, place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Item]:
         """See ``samples.Source``."""
-        turn, rows = None, None
+        turn = lane.position(place.taken) // self.samples
+        rows = self._order(epoch, turn)
         for taken in count(place.taken):
             position = lane.position(taken)
             now, within = divmod(position, self.samples)
             if now != turn:
-                if turn is not None:
-                    yield Item(None, Place(taken=taken))
+                yield Item(None, Place(taken=taken))
                 turn, rows = now, self._order(epoch, now)
             visit = position if self.resampled else turn
             yield Item(self.sample(int(rows[within]), visit), Place(taken=taken + 1))
@@ -86,8 +86,8 @@ class CsvSource(Table):
         self.images, self.texts = images, texts
 
     def in_order(self, part: Part) -> Iterator[Item]:
-        """Every ``part.count``-th row from row ``part.number`` on, once, in the file's order."""
-        for row in range(part.number, self.samples, part.count):
+        """Every ``part.parts``-th row from row ``part.number`` on, once, in the file's order."""
+        for row in range(part.number, self.samples, part.parts):
             yield Item(self.sample(row, 0))
 
     def sample(self, row: int, turn: int) -> RawSample:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
-from typing import IO, NamedTuple
+from collections.abc import Generator, Iterator
+from typing import Literal, NamedTuple, Protocol
 
 _BLOCK = 512
 _FILE, _PAX = ord("0"), ord("x")
@@ -23,6 +23,13 @@ _TIMES = re.compile(rb"(\d+ (mtime|atime|ctime)=[-+.\de]+\n)*\0*")  # pax record
 _LARGEST_PAX = 2**16
 _CHUNK = 2**20
 _ZEROS = bytes(_BLOCK)
+
+
+class Readable(Protocol):
+    """What a tar is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next ``size`` bytes; fewer at the end alone."""
 
 
 class Member(NamedTuple):
@@ -39,7 +46,7 @@ class Header(NamedTuple):
     size: int
 
 
-def read_tar(stream: IO[bytes], offset: int = 0) -> Iterator[Member]:
+def read_tar(stream: Readable, offset: int = 0) -> Iterator[Member]:
     """The regular files of a tar from byte ``offset`` on, where a header begins, which is where ``stream`` is.
 
     Only ``read`` is asked of ``stream``, up to its end. tarfile.TarError and whatever else ``tarfile`` raises: the
@@ -53,12 +60,13 @@ def read_tar(stream: IO[bytes], offset: int = 0) -> Iterator[Member]:
         yield from _by_tarfile(source, handed_over)
 
 
-def open_tar(stream: IO[bytes], mode: str) -> tarfile.TarFile:
+def open_tar(stream: Readable, mode: Literal["r:*", "r|*", "r|"]) -> tarfile.TarFile:
     """``tarfile``'s reader of ``stream``, which raises ReadError at what is neither a header nor the end."""
-    return tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictInfo)
+    # typeshed asks for a whole file, though tarfile only reads from a stream.
+    return tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictInfo)  # type: ignore[call-overload]
 
 
-def check_end(stream: IO[bytes]) -> None:
+def check_end(stream: Readable) -> None:
     """ReadError: what follows, behind an archive's end, is not zeros."""
     while data := stream.read(_CHUNK):
         if data.count(0) != len(data):
@@ -68,10 +76,10 @@ def check_end(stream: IO[bytes]) -> None:
 class PushbackStream:
     """A stream to which bytes can be given back."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: Readable) -> None:
         self._read, self._back = stream.read, b""
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int, /) -> bytes:
         if not self._back:
             return self._read(size)
         data, self._back = self._back[:size], self._back[size:]
@@ -85,7 +93,7 @@ class _StrictInfo(tarfile.TarInfo):
     """A member's header; what is no header is an error, and not the end of the archive."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictInfo:
         """See ``tarfile``, to which HeaderError says that the archive ends."""
         try:
             return super().frombuf(buf, encoding, errors)
@@ -95,16 +103,18 @@ class _StrictInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error) if buf else "the end of the archive is missing") from None
 
 
-def _by_tarfile(source: PushbackStream, offset: int) -> Iterator[Member]:
+def _by_tarfile(source: Readable, offset: int) -> Iterator[Member]:
     with open_tar(source, "r|") as tar:
         for member in tar:
             if member.isreg():
-                yield Member(member.name, tar.extractfile(member).read(), offset + member.offset)
-            tar.members = []  # else it would remember all
+                file = tar.extractfile(member)
+                assert file is not None  # as it is for other kinds of members
+                yield Member(member.name, file.read(), offset + member.offset)
+            tar.members = []  # type: ignore[attr-defined]  # not in typeshed; else it would remember all
         check_end(tar.fileobj)
 
 
-def _plain(source: PushbackStream, start: int) -> Iterator[Member]:
+def _plain(source: PushbackStream, start: int) -> Generator[Member, None, int | None]:
     """Members up to the archive's end, or to one for ``tarfile``, whose offset is returned."""
     here = first = start
     times = b""  # pax headers of the member at ``first``

@@ -49,12 +49,18 @@ class Visit(NamedTuple):
     turn: int
 
 
+_Where = tuple[int, int, int]  # of a sample: visit, position in the shard, offset in the tar
+
+
 class Read(NamedTuple):
     """A sample, the ``faults`` that count with it, and (visit, position, offset) of the next one."""
 
     sample: RawSample | None
     faults: list[Fault]
-    next: tuple[int, int, int]
+    next: _Where
+
+
+_DELIVERED = Read(None, [], (0, 0, 0))  # in a window, instead of a sample that need not be kept any longer
 
 
 class ShardSource:
@@ -107,7 +113,7 @@ class ShardSource:
         return [kind, len(self.shards), names, self.window, *([self.steps] if self.sizes else [])]
 
     def in_order(self, part: Part) -> Iterator[Item]:
-        """Every ``part.count``-th sample from sample ``part.number`` on, once, in the order of the list."""
+        """Every ``part.parts``-th sample from sample ``part.number`` on, once, in the order of the list."""
         visits = [Visit(Piece(number), 0) for number in range(len(self.shards))]
         for position, (sample, faults, _) in enumerate(self._samples(visits)):
             if part.owns(position):
@@ -127,13 +133,13 @@ class ShardSource:
         shared = lane if self.by_sample else None
         reads = self._samples(self._visits(epoch, place.turn, lane), place, limit)
         while True:
-            block: list[Read | None] = list(islice(reads, self.window))
+            block = list(islice(reads, self.window))
             if not block or block[0].sample is None:
                 faults = block[0].faults if block and (shared is None or shared.owns(0)) else ()
                 return Item(None, Place(turn=place.turn + 1, before=place.before), faults)
             after = Place(place.turn, place.window + 1, place.before + len(block), *block[-1].next)
-            for taken, i in enumerate(permutation(len(block), *key, place.window)):
-                read, block[i] = block[i], None  # what has been read is no longer held here
+            for taken, i in enumerate(permutation(len(block), *key, place.window).tolist()):
+                read, block[i] = block[i], _DELIVERED
                 if taken < place.taken or (shared and not shared.owns(place.before + taken)):
                     continue
                 behind = place._replace(taken=taken + 1) if taken + 1 < len(block) else after
@@ -144,15 +150,15 @@ class ShardSource:
         """What the lane reads in a turn, in this order."""
         key = (self.seed, epoch, turn)
         if self.weights:
-            n = max(len(self.shards) // lane.count, 1)
+            n = max(len(self.shards) // lane.lanes, 1)
             drawn = draws(n, self.weights, *key, lane.number)
             return [Visit(Piece(shard), turn * n + i) for i, shard in enumerate(drawn)]
         shards = permutation(len(self.shards), *key)
         if self.by_sample:
             return [Visit(Piece(shard), turn) for shard in shards]
-        exactly = self.sizes is not None
-        pieces = deal_exactly(shards, self.sizes, lane, self.steps) if exactly else deal(shards, lane)
-        return [Visit(piece, turn) for piece in pieces]
+        if self.sizes is None:
+            return [Visit(piece, turn) for piece in deal(shards, lane)]
+        return [Visit(piece, turn) for piece in deal_exactly(shards, self.sizes, lane, self.steps)]
 
     def _samples(self, visits: Sequence[Visit], place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Read]:
         """The usable samples from ``place`` on, each with the faults up to the next one.
@@ -160,8 +166,9 @@ class ShardSource:
         The first also has those before it. Without any sample there is a single one that is None.
         NothingUsable: more than ``limit`` faults in a row.
         """
-        sample, faults = None, []
-        for found, where in self._found(visits, place):
+        sample: RawSample | None = None
+        faults: list[Fault] = []
+        for found in self._found(visits, place):
             if isinstance(found, Fault):
                 faults.append(found)
                 if len(faults) > limit:
@@ -169,13 +176,14 @@ class ShardSource:
                     skips.extend(faults)
                     skips.check()
                 continue
+            following, where = found
             if sample is not None:
                 yield Read(sample, faults, where)
                 faults = []
-            sample = found
+            sample = following
         yield Read(sample, faults, (len(visits), 0, 0))
 
-    def _found(self, visits: Sequence[Visit], place: Place) -> Iterator[tuple[RawSample | Fault, tuple[int, ...]]]:
+    def _found(self, visits: Sequence[Visit], place: Place) -> Iterator[Fault | tuple[RawSample, _Where]]:
         """The samples from ``place`` on with (visit, position, offset) of each, and between them the faults."""
         for number in range(place.visit, len(visits)):
             piece, turn = visits[number]
@@ -187,12 +195,12 @@ class ShardSource:
                 if not piece.holds(found.position):
                     continue
                 if isinstance(found, Damage):
-                    yield found.fault, ()
+                    yield found.fault
                     continue
                 try:
                     yield self._parse(found, piece.shard, turn), (number, found.position, found.offset)
                 except Unusable as fault:
-                    yield Fault(str(fault), f"{url}/{found.name}"), ()
+                    yield Fault(str(fault), f"{url}/{found.name}")
 
     def _parse(self, group: Group, number: int, turn: int) -> RawSample:
         shard, members = self.shards[number], group.members
@@ -232,20 +240,23 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
     All ranks have to call this together where ``--sample_index position`` or ``--epoch_policy exact`` make them
     count.
     """
+    assert config.train_data is not None, "the parser asks for --train-data"
     sources = expand_shards(config.train_data)
     sizes = config.data_sizes or (config.data_size,)
     keeps_rows = sizes[0] > 0
     shards = list(with_rows(sources, sizes))
+    samples = config.train_num_samples
+    assert samples is not None, "the parser asks for --train-num-samples"
     by_position, exact = keeps_rows and config.sample_index == "position", config.epoch_policy == "exact"
-    counts = None
+    counts: list[int] = []
     if by_position or exact:
         flag = "--sample_index position" if by_position else "--epoch_policy exact"
         counts = count_all([shard.url for shard in shards], world, flag)
     if by_position:
         shards = at_positions(shards, counts)
-    if exact and sum(counts) < config.train_num_samples:
+    if exact and sum(counts) < samples:
         raise ValueError(
-            f"--train-num-samples {config.train_num_samples}: the shards hold {sum(counts)} samples, and "
+            f"--train-num-samples {samples}: the shards hold {sum(counts)} samples, and "
             "--epoch_policy exact takes none twice; give at most as many"
         )
     weights = None
@@ -259,7 +270,7 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
         seed,
         sample_index=config.sample_index if keeps_rows else None,
         weights=weights,
-        by_sample=config.train_num_samples <= SPLIT_BY_SAMPLE,
+        by_sample=samples <= SPLIT_BY_SAMPLE,
         sizes=counts if exact else None,
         steps=steps,
     )
