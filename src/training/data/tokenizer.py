@@ -1,14 +1,14 @@
-"""Token ids of captions, the same as the model's tokenizer gives, for less.
+"""Token ids of captions: the same as the model's tokenizer returns, in less time.
 
 open_clip's ``SimpleTokenizer`` spends its time on repairing text (ftfy, HTML entities) and on splitting it, and
-keeps every word that it has ever merged. Two facts allow for less:
+keeps every word that it has ever merged. Two facts make this faster:
 
-- Printable ASCII without ``&`` has nothing to repair: ftfy mends encodings, control characters, widths, quotes and
-  entities, none of which are in it.
-- No token spans white space, and no part of a token depends on what is beyond it. So the ids of such a caption are
-  those of its words in a row, and words are few: the ids of the recent ones are kept.
+- Printable ASCII text without ``&`` needs no repair: ftfy repairs encodings, control characters, widths, quotes
+  and entities, and such text contains none of them.
+- No token spans white space, and no token depends on the text beyond the white space. So the ids of such a caption
+  are those of its words, one after the other. Captions use few different words: the ids of recent words are kept.
 
-Other captions, and those of other tokenizers, go through the tokenizer as they are.
+All other captions, and all captions for other tokenizers, go through the tokenizer itself.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from training.rng import isolated_rng, seed_all
 
 Tokenizer = Callable[[list[str]], Tensor]
 
-KEPT = 2**16  # words whose ids are kept, and as many whose merges are: some 30 MB per loader process
-_LONG = 64  # characters of a word that will hardly come again
+KEPT = 2**16  # words whose ids are kept, and as many whose merges are kept: about 30 MB per loader process
+_LONG = 64  # characters; a longer word will hardly occur again
 
 
 class Tokens:
     """Ids of captions, int64 [n, context length], equal to ``tokenizer(texts)``.
 
     A tokenizer that drops tokens at random (open_clip's ``reduction_mask``) draws from the global generators:
-    these are seeded for each caption, and restored.
+    these are seeded for each caption, and restored afterwards.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -61,10 +61,10 @@ class Tokens:
         return torch.from_numpy(rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_word": None}  # another process starts with no words
+        return self.__dict__ | {"_word": None}  # another process starts without words
 
     def _ids(self, tokenizer: SimpleTokenizer, text: str, enough: int) -> list[int]:
-        """The ids between start and end, of long texts no more than ``enough`` and a word's."""
+        """The ids between start and end. A text is cut after the word with which they exceed ``enough``."""
         if not text.isascii() or not text.isprintable() or "&" in text:
             return tokenizer.encode(text)
         if self._word is None:
@@ -83,15 +83,15 @@ class Tokens:
 
 
 def _as_simple(tokenizer: Tokenizer) -> SimpleTokenizer | None:
-    """``tokenizer`` if it is open_clip's own and as open_clip makes it."""
+    """``tokenizer`` if it is open_clip's ``SimpleTokenizer`` with the usual two special tokens, else None."""
     if isinstance(tokenizer, SimpleTokenizer) and type(tokenizer) is SimpleTokenizer:
-        # More than start and end of text are special tokens of a custom config: they may hold anything.
+        # A custom config may have special tokens besides start and end of text, and those may contain any text.
         return tokenizer if len(tokenizer.all_special_ids) == 2 else None
     return None
 
 
 def _forget_words(tokenizer: SimpleTokenizer) -> None:
-    """The tokenizer itself would keep all words of the training data, in every loader process."""
+    """Empty the tokenizer's own cache when it is large: it would grow to all words of the training data."""
     known = tokenizer.cache
     if len(known) > KEPT:
         special = [tokenizer.decoder[i] for i in tokenizer.all_special_ids]

@@ -6,16 +6,17 @@
 The order of an epoch (see ``order`` for lanes and turns):
 
 - Every turn visits the shards in a random order, fixed by (seed, epoch, turn).
-- Up to ``SPLIT_BY_SAMPLE`` samples per epoch, every lane reads all shards and decodes only its own samples, which
-  are dealt one by one. An epoch of N samples is then each of N samples once, whatever the shards' sizes, and the
-  global batches do not even depend on the lanes. Reading is cheap beside decoding at this size.
-- Beyond it the shards are dealt: each lane reads its own. Where lanes have unequal shares, one goes on with its
-  next turn while another does not finish; ``--epoch_policy exact`` counts the samples first and deals as many to
-  each as it delivers.
+- Up to ``SPLIT_BY_SAMPLE`` samples per epoch, every lane reads all shards and decodes only its own samples,
+  which are dealt one by one. An epoch of N samples then has each of N samples once, whatever the sizes of the
+  shards, and the global batches do not even depend on the lanes. Reading is cheap compared with decoding at this
+  size.
+- Above that, the shards are dealt: each lane reads its own. Where lanes have unequal shares, one lane continues
+  with its next turn while another does not finish; ``--epoch_policy exact`` counts the samples first and deals
+  to each lane as many as it delivers.
 - Samples are shuffled, undecoded, in windows of ``WINDOW``, by (seed, epoch, turn, lane, window).
-- ``--epoch_policy resample`` draws shards with replacement instead, each lane for itself.
+- With ``--epoch_policy resample`` each lane draws shards with replacement instead.
 
-What row a sample has: ``rows``.
+``rows`` describes which row a sample has.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 class Visit(NamedTuple):
-    """The samples of ``piece``, in one lane's list for a turn; ``turn`` tells visits of an epoch apart."""
+    """The samples of ``piece``, in a lane's list for a turn; ``turn`` distinguishes the visits of an epoch."""
 
     piece: Piece
     turn: int
@@ -53,7 +54,7 @@ _Where = tuple[int, int, int]  # of a sample: visit, position in the shard, offs
 
 
 class Read(NamedTuple):
-    """A sample, the ``faults`` that count with it, and (visit, position, offset) of the next one."""
+    """A sample, the ``faults`` that count with it, and (visit, position, offset) of the next sample."""
 
     sample: RawSample | None
     faults: list[Fault]
@@ -67,9 +68,9 @@ class ShardSource:
     """The stream of samples of a list of shards.
 
     ``sample_index``: 'key' or 'position'; None where the run keeps no rows, so that no json is needed.
-    ``weights``: one per shard to draw them with replacement; None to visit each once per turn.
+    ``weights``: one per shard, to draw shards with replacement; None to visit each shard once per turn.
     ``by_sample``: deal samples, not shards, to the lanes.
-    ``sizes``: samples per shard, to deal as many as the ``steps`` of an epoch take and none twice.
+    ``sizes``: samples per shard, to deal as many as the ``steps`` of an epoch take, and none twice.
     """
 
     def __init__(
@@ -107,20 +108,20 @@ class ShardSource:
         return f"{len(self.shards)} shards, {len(self.shards) / lanes:.4g} for each of {lanes} lanes"
 
     def identity(self) -> list[str | int]:
-        """See ``samples.Source``. Where the shards lie is not part of it: they may be moved."""
+        """See ``samples.Source``. The folder of the shards is not part of it, so they may be moved."""
         names = seed_of(*"\n".join(shard.url.rsplit("/", 1)[-1] for shard in self.shards).encode())
         kind = "drawn" if self.weights else "dealt by sample" if self.by_sample else "dealt"
         return [kind, len(self.shards), names, self.window, *([self.steps] if self.sizes else [])]
 
     def in_order(self, part: Part) -> Iterator[Item]:
-        """Every ``part.parts``-th sample from sample ``part.number`` on, once, in the order of the list."""
+        """Sample ``part.number`` and every ``part.parts``-th sample after it, once, in the order of the list."""
         visits = [Visit(Piece(number), 0) for number in range(len(self.shards))]
         for position, (sample, faults, _) in enumerate(self._samples(visits)):
             if part.owns(position):
                 yield Item(sample, faults=faults)
 
     def count(self) -> int:
-        """The number of samples; shards that cannot be read have none."""
+        """The number of samples; a shard that cannot be read counts as none."""
         total = 0
         for shard in self.shards:
             with suppress(*UNREADABLE):
@@ -128,7 +129,7 @@ class ShardSource:
         return total
 
     def _turn(self, epoch: int, lane: Lane, place: Place, limit: int) -> Generator[Item, None, Item]:
-        """The rest of a turn from ``place`` on. Returns its end."""
+        """The rest of a turn from ``place`` on. Returns the item that ends the turn."""
         key = (self.seed, epoch, place.turn) if self.by_sample else (self.seed, epoch, place.turn, lane.number)
         shared = lane if self.by_sample else None
         reads = self._samples(self._visits(epoch, place.turn, lane), place, limit)
@@ -142,8 +143,8 @@ class ShardSource:
                 read, block[i] = block[i], _DELIVERED
                 if taken < place.taken or (shared and not shared.owns(place.before + taken)):
                     continue
-                behind = place._replace(taken=taken + 1) if taken + 1 < len(block) else after
-                yield Item(read.sample, behind, read.faults)
+                place_after = place._replace(taken=taken + 1) if taken + 1 < len(block) else after
+                yield Item(read.sample, place_after, read.faults)
             place = after
 
     def _visits(self, epoch: int, turn: int, lane: Lane) -> list[Visit]:
@@ -163,7 +164,7 @@ class ShardSource:
     def _samples(self, visits: Sequence[Visit], place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Read]:
         """The usable samples from ``place`` on, each with the faults up to the next one.
 
-        The first also has those before it. Without any sample there is a single one that is None.
+        The first sample also has the faults before it. If there is no sample, the only ``Read`` has None for it.
         NothingUsable: more than ``limit`` faults in a row.
         """
         sample: RawSample | None = None
@@ -184,7 +185,7 @@ class ShardSource:
         yield Read(sample, faults, (len(visits), 0, 0))
 
     def _found(self, visits: Sequence[Visit], place: Place) -> Iterator[Fault | tuple[RawSample, _Where]]:
-        """The samples from ``place`` on with (visit, position, offset) of each, and between them the faults."""
+        """The samples from ``place`` on, each with its (visit, position, offset), and between them the faults."""
         for number in range(place.visit, len(visits)):
             piece, turn = visits[number]
             url = self.shards[piece.shard].url
@@ -228,17 +229,17 @@ class ShardSource:
         shard, other = self.shards[number], self.shards[self._rows.meet(row, number)]
         if other.url != shard.url:
             raise WrongRow(
-                f"--train-data: key {row - shard.first_row} is in {other.url} and in {shard.url}, so that two "
-                "samples would share a row of the sample state; give --data_size one size per :: source where "
-                "each counts for itself, use --sample_index position, or write distinct keys"
+                f"--train-data: key {row - shard.first_row} is in {other.url} and in {shard.url}, so two samples "
+                "would share a row of the sample state; give --data_size one size per :: source if each has keys "
+                "of its own, use --sample_index position, or write distinct keys"
             )
 
 
 def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> ShardSource:
-    """The source that the flags describe, for epochs of ``steps``. ValueError names the flag that is wrong.
+    """The source that the flags describe, for epochs of ``steps``. ValueError: the message names the wrong flag.
 
-    All ranks have to call this together where ``--sample_index position`` or ``--epoch_policy exact`` make them
-    count.
+    With ``--sample_index position`` or ``--epoch_policy exact`` the ranks count the samples, so that all ranks
+    have to call this together.
     """
     assert config.train_data is not None, "the parser asks for --train-data"
     sources = expand_shards(config.train_data)
@@ -257,14 +258,14 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
     if exact and sum(counts) < samples:
         raise ValueError(
             f"--train-num-samples {samples}: the shards hold {sum(counts)} samples, and "
-            "--epoch_policy exact takes none twice; give at most as many"
+            f"--epoch_policy exact takes none twice; give at most {sum(counts)}"
         )
     weights = None
     if config.epoch_policy == "resample":
         factors = config.train_data_upsampling_factors or (1.0,) * len(sources)
         weights = [factor for factor, source in zip(factors, sources, strict=True) for _ in source]
     if config.skip_webdataset_split_by_node:
-        seed = seed_of(seed, world.rank) >> 1  # ranks that read the same shards should not read them in step
+        seed = seed_of(seed, world.rank) >> 1  # ranks that read the same shards should read them in other orders
     return ShardSource(
         shards,
         seed,
@@ -277,6 +278,6 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
 
 
 def open_val_shards(val_data: str) -> ShardSource:
-    """The shards of ``--val-data``, for reading in order; they need no json. ValueError: there are none."""
+    """The shards of ``--val-data``, to be read in order; they need no json. ValueError: there are none."""
     urls = [url for source in expand_shards(val_data, "--val-data") for url in source]
     return ShardSource([Shard(url, 0, 0) for url in urls], 0, sample_index=None)
