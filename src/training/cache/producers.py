@@ -1,4 +1,4 @@
-"""What a run that writes a cache makes of samples: the reference's embeddings, or another model's captions."""
+"""What a run that writes a cache computes for samples: the reference's embeddings, or another model's captions."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from training.models.build import build_captioner, build_reference
 
 
 class Work(Protocol):
-    """A model at work. ``tokenizer`` is None where it does not look at captions."""
+    """A model that computes values to store. ``tokenizer`` is None where the model does not read captions."""
 
     view: FixedView
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The model's; token ids of captions are made with it."""
+        """The tokenizer of the captions that the model reads."""
 
     def __call__(self, images: Tensor, texts: Tensor | None, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Values [n, ...] by name of ``images`` [n, 3, H, W] and token ids [n, L] on the device, of these rows."""
+        """Values [n, ...] by name; ``images`` [n, 3, H, W] and token ids [n, L] are on the device."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def job(config: Config, world: World) -> Job:
 
 
 def _feature_type(config: Config, world: World) -> torch.dtype:
-    """float32 where the model runs in it, else float16, which resolves embeddings from bfloat16 and float16."""
+    """float32 where the model runs in it, else float16, which suffices for bfloat16 and float16 models."""
     chosen = precision.resolve(config.run.precision, world.device)
     return torch.float32 if (chosen.autocast_dtype or chosen.pixel_dtype) == torch.float32 else torch.float16
 
@@ -81,7 +81,7 @@ class FeatureWork:
 
     def __call__(self, images: Tensor, texts: Tensor | None, rows: np.ndarray) -> dict[str, np.ndarray]:
         """See ``Work``."""
-        assert texts is not None, "made with ``tokenizer``"
+        assert texts is not None, "this model reads captions"
         features = self.reference.features(Batch(images, texts, torch.from_numpy(rows)))
         return {"features": torch.stack(features, 1).to(self.dtype).cpu().numpy()}
 
@@ -95,7 +95,7 @@ class CaptionWork:
         built = build_captioner(config, world)
         if not isinstance(built.tokenizer, SimpleTokenizer):
             raise ValueError(
-                f"--cap_model {config.cache.cap_model}: captions are read with open_clip's own tokenizer, and "
+                f"--cap_model {config.cache.cap_model}: captions are decoded with open_clip's own tokenizer, and "
                 "this model has another one; choose a coca model without a Hugging Face text tower"
             )
         self.model, self.words, self.view = built.module, built.tokenizer, FixedView(built.preprocess)
