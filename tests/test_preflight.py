@@ -59,11 +59,11 @@ def test_shards_that_are_not_there(tmp_path):
         check(f"--epochs 0 --val-data {tmp_path}/{{5..7}}.tar")
     write_tar(tmp_path / "2.tar", [])
     with pytest.raises(
-        ValueError, match=r"3 of 4 shards are not there, .*0\.tar first, more than .* 0\.05 allows"
+        ValueError, match=r"3 of 4 shards are missing, the first is .*0\.tar; that is more than .* 0\.05 allows"
     ):
         check(train)
     assert check(f"{train} --max_bad_fraction 0.8") == [
-        f"--train-data: 3 of 4 shards are not there, {tmp_path}/0.tar first"
+        f"--train-data: 3 of 4 shards are missing, the first is {tmp_path}/0.tar"
     ]
 
 

@@ -1,4 +1,4 @@
-"""``python -m training.check_cache DIR``: what a store of cached values holds, and whether it is intact."""
+"""``python -m training.check_cache DIR``: what a store of cached values contains, and whether it is intact."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from training.cache.row_store import damaged, open_store
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print it; 0 where all is well, 1 where a file is damaged, 2 where there is no store."""
+    """Print the result. Returns 0 if all files are intact, 1 if a file is damaged, 2 if there is no store."""
     parser = argparse.ArgumentParser(prog="training.check_cache", description=__doc__.split(":", 1)[1].strip())
-    parser.add_argument("folder", help="what --cached_ref_features_dir or --cached_syn_texts_dir names")
+    parser.add_argument("folder", help="the folder that --cached_ref_features_dir or --cached_syn_texts_dir names")
     folder = Path(parser.parse_args(argv).folder)
     try:
         kind = json.loads((folder / "index.json").read_text())["kind"]

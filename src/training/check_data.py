@@ -1,8 +1,8 @@
-"""What is in a data set, and whether training on it would be safe: ``python -m training.check_data``.
+"""What a data set contains, and whether training on it would be safe: ``python -m training.check_data``.
 
     python -m training.check_data --train-data 'cc3m/{00000..00331}.tar' --data_size 2876999
 
-Every shard is read as training reads it and every image is decoded, in ``--workers`` processes. Printed are
+Every shard is read as training reads it and every image is decoded, in ``--workers`` processes. The program prints
 samples per shard, missing parts, range and duplicates of keys, image sizes, caption lengths, bad samples, and the
 values of ``--train-num-samples`` and ``--data_size`` that fit. Exit code 0: training would be safe, 1: it would
 not, 2: the command is wrong.
@@ -24,16 +24,16 @@ from training.data.sources.shards import expand_shards
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; the exit code."""
+    """Run the program. Returns the exit code."""
     given = _parser().parse_args(argv)
     sizes = given.data_size if isinstance(given.data_size, list) else [given.data_size]
     sizes = [] if sizes == [-1] else sizes
     try:
         if re.search(r"\.(csv|tsv)(::|$)", given.train_data):
-            raise ValueError(f"--train-data {given.train_data}: this looks at webdataset shards, not at csv files")
+            raise ValueError(f"--train-data {given.train_data}: this checks webdataset shards, not csv files")
         sources = expand_shards(given.train_data)
         if len(sizes) > 1 and len(sizes) != len(sources):
-            raise ValueError(f"--data_size: {len(sizes)} sizes for {len(sources)} sources, give one per :: source")
+            raise ValueError(f"--data_size: {len(sizes)} sizes for {len(sources)} sources; give one per :: source")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="training.check_data", description="What is in a data set, and whether training on it would be safe."
+        prog="training.check_data", description="What a data set contains, and whether it is safe to train on it."
     )
 
     def add(key: str, **options: Any) -> None:
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "sample_index",
         choices=("key", "position", "none"),
         default="key",
-        help="as in training; none: for a loss that keeps nothing per sample, whose shards need no json",
+        help="as in training; none: for a loss that keeps no values per sample, whose shards need no json",
     )
     add("max_bad_fraction", type=float, default=ALL["max_bad_fraction"].default)
     add("workers", type=int, default=os.cpu_count(), help="processes that read")

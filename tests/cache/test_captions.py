@@ -1,4 +1,4 @@
-"""Synthetic captions: sampled as the model says, the same whoever writes them, and drawn by seed in training."""
+"""Synthetic captions follow the model, are the same whichever process writes them, and are drawn by seed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def held(folder) -> dict[int, list[str]]:
 
 @torch.no_grad()
 def test_the_likeliest_tokens_are_those_of_one_pass_over_the_text(coca, monkeypatch):
-    """With the top token alone: what a pass over the whole caption says comes next, at every position."""
+    """With the top token alone, each token is the one that a pass over the whole caption predicts there."""
     monkeypatch.setattr(captioner, "TOP", 1)
     monkeypatch.setattr(captioner, "_words", lambda ids, _: ids)
     pixels = pictures(3)
@@ -59,7 +59,7 @@ def test_the_likeliest_tokens_are_those_of_one_pass_over_the_text(coca, monkeypa
 
 @torch.no_grad()
 def test_the_first_token_follows_its_distribution(coca, monkeypatch):
-    """For evenly spread numbers, tokens come as often as a softmax over the fifty likeliest says."""
+    """For evenly spread numbers, tokens occur as often as a softmax over the fifty most likely ones predicts."""
     monkeypatch.setattr(captioner, "_words", lambda ids, _: ids[1])
     pixels, n = pictures(1), 150
     uniform = ((torch.arange(n) + 0.5) / n).view(1, n, 1)
@@ -92,7 +92,7 @@ def test_random_numbers_are_uniform_and_fixed():
 
 
 def test_a_caption_ends_where_the_model_ends_it(coca):
-    """Nothing of the marks around a text, nor of what came after its end, is part of it."""
+    """Neither the special tokens around a text nor the tokens after its end are part of a caption."""
     ids = [WORDS.sot_token_id, *WORDS.encode("a red house"), WORDS.eot_token_id, *WORDS.encode("and more")]
     assert captioner._words(ids, WORDS) == "a red house"
     assert captioner._words(ids[: len(WORDS.encode("a red house")) + 1], WORDS) == "a red house"

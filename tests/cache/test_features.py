@@ -1,4 +1,4 @@
-"""Training on cached reference features is training on the live reference, or it ends with a sentence."""
+"""Training on cached reference features equals training on the live reference, or ends with an error message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CACHED = "--cached_ref_features_dir @features"
 
 
 class CacheLab(Lab):
-    """With square pictures, their features, and what a few commands need besides."""
+    """A lab with square pictures, their features, and other files that a few commands need."""
 
     @property
     def squares(self) -> str:
@@ -99,7 +99,7 @@ def test_the_features_matter(lab):
 
 
 def test_the_reference_is_not_built(lab):
-    """Neither where the flags do not say what it was, nor where they do."""
+    """Whether the flags name it or not."""
     for line in (CACHED, f"{CACHED} {REFERENCE}"):
         run = lab.run(lab.words(f"{FIXED} --gamma 0.5 {line}"))
         assert "reference tiny-vit-reference" not in run.log
@@ -140,7 +140,7 @@ def features_of(lab: Lab, line: str) -> torch.Tensor:
 
 
 def test_rows_by_position(lab, tmp_path):
-    """Keys that say nothing: by position the features are those of the place in the list."""
+    """The keys are of no use here: by position, features belong to the position in the list."""
     samples = [shards.sample(i, (48, 48), key=900 - i) for i in range(8)]
     data = shards.write_shards(tmp_path / "data", samples, per_shard=[3, 5])
     where = f"--train-data {data} --sample_index position"
@@ -165,7 +165,7 @@ def test_sources_with_rows_of_their_own(lab, tmp_path):
 
 
 def test_features_of_other_rows_are_noticed(lab, capsys):
-    """Without the offset rows 0 to 7 are there too, of other samples: their captions tell."""
+    """Without the offset, rows 0 to 7 exist too, but belong to other samples: their captions differ."""
     line = f"{FIXED} --train-data @more_squares --train-num-samples 8 {CACHED} --workers 1"
     sentence = fails(lab, line, capsys)
     assert re.search(r"sample \S+more/0000\d\.tar/0001\d\d \(row \d of the cache\) has another caption", sentence)
@@ -217,7 +217,7 @@ def published(lab) -> str:
 
 
 def test_published_files_are_found_by_key_and_not_by_file_name(lab, published):
-    """The same rows find features and sample state, whatever the samples are called and where they lie."""
+    """The same rows find features and sample state, whatever the names of the samples and of their shards."""
     samples = [shards.sample(i, (48, 48)) | {"__key__": f"{777 - i}"} for i in range(8)]
     data = shards.write_shards(lab.root / "renamed", samples, per_shard=8)
     line = f"{FIXED} --gamma 0.5 --train-data {data} --train-num-samples 8"
@@ -230,19 +230,17 @@ def test_published_files_are_found_by_key_and_not_by_file_name(lab, published):
 def test_a_row_of_zeros_is_missing(lab, published, capsys):
     line = f"{FIXED} --cached_ref_features_dir {published} --num_samples_per_shard 5 --workers 1"
     sentence = fails(lab, line, capsys)
-    assert "squares/00002.tar/000011 (row 11 of the cache) was never cached: it is zero in " in sentence
-    assert sentence.endswith("published/00000002.pt")
+    assert "squares/00002.tar/000011 (row 11 of the cache): its features in " in sentence
+    assert sentence.endswith("published/00000002.pt are zero: they were never cached")
 
 
 def test_rows_beyond_published_files(tmp_path):
     publish(tmp_path, {row: np.ones((2, 3)) for row in range(4)}, per_shard=4, width=3)
     features = PublishedFeatures(published_files(str(tmp_path)), per_shard=6, offset=100)
     assert features([103, 100], ["", ""], ["a", "b"]).tolist() == np.ones((2, 2, 3)).tolist()
-    with pytest.raises(WrongRow, match=r"sample b \(row 5 of the cache\) lies beyond the end of .*00000000\.pt"):
+    with pytest.raises(WrongRow, match=r"sample b \(row 5 of the cache\) is beyond the end of .*00000000\.pt"):
         features([103, 105], ["", ""], ["a", "b"])
-    with pytest.raises(
-        WrongRow, match=r"sample b \(row 6 of the cache\) would be in .* 00000001\.pt, which is not"
-    ):
+    with pytest.raises(WrongRow, match=r"sample b \(row 6 of the cache\) should be in 00000001\.pt, which is"):
         features([103, 106], ["", ""], ["a", "b"])
     with pytest.raises(WrongRow, match=r"sample a \(row -1 of the cache\)"):
         features([99, 100], ["", ""], ["a", "b"])
@@ -258,7 +256,7 @@ def test_what_is_no_published_cache_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"00000000\.pt cannot be read"):
         PublishedFeatures(published_files(str(tmp_path)), 4)
     (tmp_path / "other_features.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"other_features\.pt is not called by the number of its shard"):
+    with pytest.raises(ValueError, match=r"the name of other_features\.pt is not the number of a shard"):
         published_files(str(tmp_path))
 
 

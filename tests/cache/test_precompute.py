@@ -1,4 +1,4 @@
-"""Writing a cache: each sample once, whoever does it, and an interrupted run goes on."""
+"""Writing a cache: each sample once, however the work is shared, and an interrupted run can be finished."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def whole(lab) -> tuple[list[int], np.ndarray]:
 
 
 def test_values_are_the_references_under_its_evaluation_transform(lab, whole):
-    """Beside open_clip's transform and model: pictures are 48 x 40, the reference's view of them 48 x 48."""
+    """Compared with open_clip's transform and model: pictures are 48 x 40, the reference's view is 48 x 48."""
     rows, values = whole
     assert rows == list(range(16))
     module = tiny_models.build("tiny-vit-reference").eval()
@@ -70,7 +70,7 @@ def _write(argv: list[str]) -> None:
 
 
 def test_two_ranks_share_the_work_and_one_reads_it(lab, whole, tmp_path):
-    """What ranks write is what is looked for: both names and contents."""
+    """Two ranks write the same values as one run, and training reads them."""
     ranks(2).run(_write, words(lab, tmp_path / "two", "--workers 0"))
     assert len(list(tmp_path.glob("two/parts/*.json"))) == 2
     rows, values = held(tmp_path / "two")
@@ -90,7 +90,7 @@ def test_jobs_of_a_group_share_the_shards(lab, whole, tmp_path):
 
 
 def test_an_interrupted_run_goes_on(lab, whole, tmp_path, monkeypatch):
-    """Parts of one shard each; the third one's forward pass fails. The next run does the other two alone."""
+    """Each part has one shard, and the third forward pass fails. The next run only processes what is missing."""
     monkeypatch.setattr(precompute, "PART_BYTES", 1)
     forward, calls = FeatureWork.__call__, []
 
@@ -119,7 +119,7 @@ def test_an_unreadable_shard_is_named_and_can_be_mended(lab, tmp_path, capsys):
     (tmp_path / "data/00001.tar").write_bytes(sound[: len(sound) // 2 + 600])
     argv = words(lab, tmp_path / "store", f"--train-data {pattern} --batch-size 1")
     assert main(argv) == 2
-    assert "1 of 3 shards cannot be read, 00001.tar first" in capsys.readouterr().err
+    assert "1 of 3 shards cannot be read, the first is 00001.tar" in capsys.readouterr().err
     assert held(tmp_path / "store")[0] == [0, 1, 2, 3, 8, 9, 10, 11]
     (tmp_path / "data/00001.tar").write_bytes(sound)
     assert main(argv) == 0
@@ -145,10 +145,10 @@ def test_a_shard_without_usable_samples_is_done_too(lab, tmp_path):
 
 
 def test_parts_that_rank_0_cannot_see_are_noticed(tmp_path):
-    """As when each node has a folder of its own by that name."""
+    """As if each node had its own folder of that name."""
     writer = StoreWriter(tmp_path, "things", {})
     writer.write([(0, "0.tar")], np.array([3]), np.array([1], np.uint32), things=np.ones((1, 2)))
-    with pytest.raises(ValueError, match="1 of 3 shards are not there, though other ranks"):
+    with pytest.raises(ValueError, match="1 of 3 shards are missing, though other ranks"):
         precompute._index(writer, {0, 1, 2}, ["2.tar"])
     assert precompute._index(writer, {0, 2}, ["2.tar"]) == 1
 
@@ -158,7 +158,7 @@ def test_another_list_of_shards_is_refused_and_a_longer_one_goes_on(lab, tmp_pat
     other = first.replace("{00000..00002}", "{00001..00002}")
     assert main(words(lab, tmp_path / "store", f"--train-data {tmp_path}/data/00000.tar")) == 0
     assert main(words(lab, tmp_path / "store", f"--train-data {other}")) == 2
-    assert "has 00000.tar as number 0 of the shards, where --train-data has 00001.tar" in capsys.readouterr().err
+    assert "shard number 0 is 00000.tar there, and 00001.tar in --train-data" in capsys.readouterr().err
     assert main(words(lab, tmp_path / "store", f"--train-data {first}")) == 0
     assert held(tmp_path / "store")[0] == list(range(12))
 

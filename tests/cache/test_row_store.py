@@ -63,12 +63,12 @@ def test_a_row_that_is_not_there_is_named(tmp_path, row):
 def test_a_row_with_another_caption_is_refused(tmp_path):
     write(tmp_path, {0: [3, 5]})
     wrong = checksums(np.array([3, 4]))
-    with pytest.raises(WrongRow, match=r"^sample 1 has another caption than it had in "):
+    with pytest.raises(WrongRow, match=r"^sample 1 has another caption than in "):
         open_store(tmp_path, "things", "--flag").find(np.array([3, 5]), wrong, lambda i: f"sample {i}")
 
 
 def test_a_row_in_two_parts_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"row 5 comes twice, the second time in 4\.tar"):
+    with pytest.raises(ValueError, match=r"row 5 occurs twice, the second time in 4\.tar"):
         write(tmp_path, {0: [3, 5], 4: [5, 6]})
 
 
@@ -83,7 +83,7 @@ def test_writers_that_finish_one_after_the_other_are_all_indexed(tmp_path):
 
 
 def test_a_part_appears_whole_or_not_at_all(tmp_path):
-    """Its json comes last: without it the shards count as missing and their rows are not read."""
+    """Its json is written last: without it the shards count as missing, and their rows are not read."""
     write(tmp_path, {0: [1], 1: [2]})
     (tmp_path / "parts/00000001.json").unlink()
     writer = StoreWriter(tmp_path, "things", MADE)
@@ -107,7 +107,7 @@ def test_a_file_that_is_cut_or_gone_is_named(tmp_path):
     with pytest.raises(ValueError, match=rf"things.npy has {len(whole) - 1} bytes instead of {len(whole)}"):
         open_store(tmp_path, "things", "--flag")
     file.unlink()
-    with pytest.raises(ValueError, match=r"things\.npy is not there"):
+    with pytest.raises(ValueError, match=r"things\.npy is missing"):
         open_store(tmp_path, "things", "--flag")
 
 

@@ -168,6 +168,6 @@ def test_a_number_of_ranks_that_the_lanes_do_not_fit_goes_on_and_says_what_chang
     words[words.index("--lanes") + 1] = "1,1"
     words[words.index("--batch-size") + 1] = "8"
     run(lab, 1, [*words, "--resume", "latest"])
-    assert "whose order was another one: lanes ([2, 1] then, [1, 1] now)" in caplog.text
+    assert "the order of samples is different now: lanes ([2, 1] then, [1, 1] now)" in caplog.text
     _, log, counters = outcome(lab, "misfit")
     assert len(log) == counters["step"] == STEPS_PER_EPOCH * EPOCHS

@@ -161,6 +161,5 @@ def test_the_suggested_size_has_room_for_the_keys_that_are_out_of_range(tmp_path
 def test_csv_is_left_to_training(capsys):
     assert check_data.main(["--train-data", "pairs.tsv"]) == 2
     assert (
-        capsys.readouterr().err
-        == "error: --train-data pairs.tsv: this looks at webdataset shards, not at csv files\n"
+        capsys.readouterr().err == "error: --train-data pairs.tsv: this checks webdataset shards, not csv files\n"
     )

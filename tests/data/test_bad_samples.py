@@ -1,4 +1,4 @@
-"""Bad input on its way to the loss: what is good arrives, what is not is counted and named, up to a limit."""
+"""Bad input: good samples reach the loss, bad ones are counted and named, up to a limit."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def spoiled_set(folder, samples: int = 100) -> tuple[str, Counter]:
 
 @pytest.mark.parametrize("size", [92, 93, 150, 184])
 def test_counts_of_an_epoch_are_those_of_the_passes_it_has_delivered(tmp_path, size):
-    """And not of what was read ahead for the next batch or into the next pass."""
+    """Samples that were read ahead, for the next batch or in the next pass, do not count."""
     pattern, planted = spoiled_set(tmp_path)
     data = loaded(pattern, size, "--batch-size", size)
     for number in range(3):
@@ -174,7 +174,7 @@ def test_counts_of_an_epoch_are_those_of_the_passes_it_has_delivered(tmp_path, s
 
 
 def test_four_percent_are_less_than_five(tmp_path):
-    """A set that is smaller than a window, whose epochs end just behind a pass: no sample counts twice."""
+    """The set is smaller than a window, and its epochs end just after a pass: no sample counts twice."""
     members = [shards.sample(i, (8, 8)) for i in range(100)]
     for i in range(4):
         del members[25 * i]["txt"]
@@ -214,7 +214,7 @@ def be_no_tar(path) -> None:
 @pytest.mark.parametrize("change", [vanish, become_a_folder, be_cut, be_no_tar])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_shard_that_is_lost_inside_an_epoch(tmp_path, change, workers, monkeypatch, caplog):
-    """The run goes on with the rest; the shard is counted and named, once per pass, in the next epoch too."""
+    """The run continues with the rest; the shard is counted and named once per pass, in the next epoch too."""
     monkeypatch.setattr(webdataset, "SPLIT_BY_SAMPLE", 0)
     monkeypatch.setitem(webdataset.ShardSource.__init__.__kwdefaults__, "window", 5)
     pattern = shards.write_shards(tmp_path, [shards.sample(i, (8, 8)) for i in range(80)], 20)
@@ -270,7 +270,7 @@ def on_ranks(pattern: str, samples: int, *flags: object) -> list[tuple[list[list
 
 
 def test_bad_input_on_two_ranks(tmp_path):
-    """As many steps on both; each good sample once; what both have left out is what was planted."""
+    """Both take equally many steps, each good sample comes once, and exactly the planted faults are left out."""
     members = [shards.sample(i, (8, 8)) for i in range(30)]
     planted = Counter()
     for i, name in enumerate(

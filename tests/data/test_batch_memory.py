@@ -1,4 +1,4 @@
-"""Batches are laid out as their views are, and hold until they have been received."""
+"""Batches have the memory order of their views, and stay valid until they have been received."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes from headers agree with Pillow; gigapixels are refused unread."""
+"""Sizes from headers agree with Pillow; images of gigapixels are refused without decoding them."""
 
 from __future__ import annotations
 

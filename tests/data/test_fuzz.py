@@ -1,8 +1,8 @@
-"""Mutated shards, by the hundred: no crash, no hang, nothing of one sample beside something of another.
+"""Hundreds of mutated shards: no crash, no hang, and no sample with parts of another one.
 
-What may come out of a mutated tar is asked of Python's own ``tarfile``: it lists the members that are still to be
-found, and each sample that is read has to consist of members that stand together there under one name. Where a
-mutation moves no data, parts also have to carry the sample's own number.
+Python's own ``tarfile`` decides what may come out of a mutated tar: it lists the members that can still be found,
+and each sample that is read has to consist of consecutive members of that list with one name. Where a mutation
+moves no data, the parts also have to contain the sample's own number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ fuzz = settings(
 
 
 def original() -> list[dict]:
-    """Every part names its sample; the texts have sizes of their own, and some fill several blocks."""
+    """Every part contains its sample's number; the texts have different sizes, and some fill several blocks."""
     return [
         {
             "__key__": f"{i:03d}",
@@ -95,7 +95,7 @@ def members(data: bytes) -> list[tuple[str, bytes]]:
 
 
 def damaged(data: bytes) -> bool:
-    """Whether it does not end as a tar does, where ``tarfile`` gives up."""
+    """Whether the place where ``tarfile`` stops is not a valid end of a tar."""
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r|") as tar:
             for member in tar:
@@ -108,7 +108,7 @@ def damaged(data: bytes) -> bool:
 
 
 def groups(data: bytes) -> list[list[tuple[str, bytes]]]:
-    """(extension, content) of the members that stand together under one name."""
+    """(extension, content) of consecutive members with one name."""
     split = [
         (*re.fullmatch(r"((?:.*/)?[^/.]*)(?:\.(.*))?", name, re.DOTALL).groups(), c) for name, c in members(data)
     ]
@@ -117,7 +117,7 @@ def groups(data: bytes) -> list[list[tuple[str, bytes]]]:
 
 
 def triples(data: bytes) -> list[tuple[int, str, bytes]]:
-    """(key, text, image) of those groups that are whole, the first member of each kind."""
+    """(key, text, image) of the complete groups, with the first member of each kind."""
     found = []
     for group in groups(data):
         parts = dict(reversed(group))
@@ -132,7 +132,7 @@ def triples(data: bytes) -> list[tuple[int, str, bytes]]:
 
 
 def faults(data: bytes) -> int:
-    """How many there are: samples that are not whole, members that come twice, a bad end, an empty shard."""
+    """The number of faults: incomplete samples, members that occur twice, a bad end, an empty shard."""
     found = groups(data)
     twice = sum(len(group) - len(dict(group)) for group in found)
     return len(found) - len(triples(data)) + twice + (damaged(data) or not found)
@@ -212,7 +212,7 @@ def test_faults_that_move_nothing_mix_nothing(whole, path, change, start, stop, 
 @fuzz
 @given(st.permutations([(i, e) for i in range(3) for e in ("jpg", "txt", "json")]), st.integers(0, 9))
 def test_members_in_any_order(path, order, missing):
-    """Parts that are apart are no sample; no part finds its way to another name."""
+    """Parts that are not consecutive are no sample, and no part comes under another name."""
     parts = original()
     write_tar(
         path, [{"__key__": parts[i]["__key__"], e: parts[i][e]} for i, e in order[: len(order) - missing // 3]]

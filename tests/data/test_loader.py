@@ -88,10 +88,10 @@ def test_what_an_epoch_is_stands_in_the_log(tmp_path, caplog, monkeypatch):
 
     assert told(samples=30, workers=2) == (
         "6 shards, read by all 2 lanes and dealt by sample; lanes 1,2 (virtual ranks, workers); "
-        "an epoch is 30 samples in 8 steps of 4, 2 repeated to fill the last"
+        "an epoch has 30 samples in 8 steps of 4, 2 repeated to fill the last batch"
     )
     assert told("--epoch_policy", "exact", samples=30).endswith(
-        "30 samples in 7 steps of 4, 2 others left out of each epoch"
+        "30 samples in 7 steps of 4, 2 left out (different ones in each epoch)"
     )
     assert told(samples=24, ranks=2).endswith("24 samples in 3 steps of 8, none repeated, none left out")
     monkeypatch.setattr("training.data.sources.webdataset.SPLIT_BY_SAMPLE", 0)

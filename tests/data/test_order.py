@@ -31,7 +31,7 @@ def test_draws_follow_the_weights():
 def test_a_list_dealt_by_sample_fills_the_global_batches_in_order(ranks, workers, share):
     batch = ranks * share
     lanes = [Lane(p, ranks, q, workers, share) for q in range(workers) for p in range(ranks)]
-    assert [lane.number for lane in lanes] == list(range(lanes[0].count))
+    assert [lane.number for lane in lanes] == list(range(lanes[0].lanes))
     owner = {}
     for lane in lanes:
         own = [i for i in range(20 * batch) if lane.owns(i)]

@@ -1,4 +1,4 @@
-"""One order for every launch, and streams that are taken up again anywhere in it."""
+"""Every launch has the same order, and a stream can be resumed anywhere in it."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_stopped_stream_goes_on_exactly_under_another_launch(data, whole, kind
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_may_be_stopped_after_every_step(data, whole, kind):
-    """Every rank goes on behind its own last batch, whatever the other ones knew of it in between."""
+    """Every rank resumes after its own last batch, though other ranks only know an earlier place of its lanes."""
     (expected, _), state = whole(kind), None
     for step in range(len(expected)):
         streams = launch(data, kind, *((2, 0), (2, 0), (1, 0))[step % 3])
@@ -161,7 +161,7 @@ def test_a_stream_may_be_stopped_after_every_step(data, whole, kind):
 
 
 def test_resuming_reads_files_from_the_window_on_and_commands_without_decoding(data, whole, monkeypatch):
-    """What comes before the window is not read where the file can be entered, and never decoded."""
+    """What comes before the window is not read if the file can be read from there, and is never decoded."""
     opened = []
     read = webdataset.read_shard
     monkeypatch.setattr(webdataset, "read_shard", lambda *a: opened.append(a) or read(*a))
@@ -194,7 +194,7 @@ def test_a_launch_that_the_lanes_do_not_fit_goes_on_with_a_warning(data, caplog)
     c = config(data["dealt"], samples=SAMPLES, batch=2, workers=0)
     others = [build_train(c, world(r, 4), model(8), None) for r in range(4)]
     assert {other.resume(state, 0, 3) for other in others} == {3}
-    assert "lanes 2,2 do not fit: 4 ranks do not divide 2 virtual ones" in caplog.text
+    assert "the lanes 2,2 of the checkpoint do not fit: 4 ranks do not divide 2 virtual ranks" in caplog.text
     assert "some samples come twice in this epoch" in caplog.text
     assert len(run(others, 0, 3, others[0].steps_per_epoch)) == others[0].steps_per_epoch - 3
 
@@ -267,7 +267,7 @@ def test_the_state_of_all_ranks_is_gathered(data, kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["dealt", "by sample", "resample"])
 def test_every_launch_counts_the_same_bad_samples_stopped_or_not(tmp_path, kind):
-    """Each at its turn: what was read ahead at a stop does not count twice, nor a window that is read again."""
+    """What was read ahead when a run stops does not count twice, nor does a window that is read again."""
     samples = [sample(i, (8, 8)) for i in range(SAMPLES)]
     for i in range(0, SAMPLES, 6):
         del samples[i]["txt"]

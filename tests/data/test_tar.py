@@ -1,4 +1,4 @@
-"""Our reader of plain tars against Python's ``tarfile``, on sound archives and on broken ones."""
+"""Our reader of plain tars compared with Python's ``tarfile``, on intact archives and on damaged ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def archive(names: Iterable[str], format: int = tarfile.PAX_FORMAT, mtime: float
 def by_tarfile(data: bytes) -> tuple[list[tuple[str, bytes]], bool]:
     """(name, content) of the files that ``tarfile`` finds, and whether the archive is damaged.
 
-    It is where ``tarfile`` raises an error, or where it takes something else than zeros for the archive's end.
+    It is damaged if ``tarfile`` raises an error, or takes something other than zeros for the archive's end.
     """
     found = []
     try:
@@ -47,7 +47,7 @@ def by_tarfile(data: bytes) -> tuple[list[tuple[str, bytes]], bool]:
 
 
 class Pipe:
-    """What ``read_tar`` may rely on."""
+    """A stream with nothing but what ``read_tar`` may use."""
 
     def __init__(self, data: bytes) -> None:
         self.read = io.BytesIO(data).read

@@ -1,4 +1,4 @@
-"""Ids are those of the tokenizer, whatever the caption, and what is kept for that stays small."""
+"""Ids are those of the tokenizer for every caption, and the caches behind them stay small."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_bilinear_pixels_are_pillows():
 @pytest.mark.parametrize("size", [(423, 560), (100, 300), (1, 1)])
 @pytest.mark.parametrize("scale", [(0.9, 1.0), (0.08, 1.0)])
 def test_crops_are_distributed_like_torchvisions(size, scale):
-    """Means of 3000 crops agree within 4 standard errors; spreads and extremes about so."""
+    """Means of 3000 crops agree within 4 standard errors; spreads and extremes agree roughly."""
     n, ratio = 3000, (3 / 4, 4 / 3)
     rng = random.Random(7)
     ours = np.array([random_box(*size, scale, ratio, rng) for _ in range(n)], dtype=float)

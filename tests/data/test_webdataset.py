@@ -87,7 +87,7 @@ def test_shards_that_are_not_there(tmp_path):
     there, some = f"{tmp_path}/{{01..02}}.tar", f"{tmp_path}/{{00..04}}.tar"
     assert look_for_shards(there, "--train-data") == []
     assert look_for_shards(f"{there}::{some}", "--train-data") == [
-        f"--train-data: 3 of 5 shards are not there, {tmp_path}/00.tar first"
+        f"--train-data: 3 of 5 shards are missing, the first is {tmp_path}/00.tar"
     ]
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=rf"--val-data .*: there is no {folder}/03\.tar"):

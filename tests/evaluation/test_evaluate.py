@@ -1,4 +1,4 @@
-"""Evaluation of real models: against a plain computation on the whole set, on two ranks as on one."""
+"""Evaluation of real models: compared with a plain computation on the whole set, on one rank and on two."""
 
 import io
 import json
@@ -77,7 +77,7 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def run_evaluation(config, built: BuiltModel, world=MAIN, epoch=0, **options):
-    """A whole evaluation as the trainer does it; the metrics."""
+    """A whole evaluation, as the trainer does it. Returns the metrics."""
     with open_run(config, world, choose_folder(config, world)) as log:
         return open_evaluation(built, config, world, log, open_sets(config))(built.module, epoch, **options)
 
@@ -231,7 +231,7 @@ def test_bad_folders_are_refused(data, tmp_path):
 
 
 def test_errors_surface(data, trained, tmp_path):
-    """Neither a broken picture nor an interruption turns into a missing number."""
+    """Neither a broken picture nor an interruption is turned into a missing metric."""
     folder = write_folders(tmp_path / "classes", ["ant", "bee"])
     (tmp_path / "classes" / "bee" / "0.png").write_bytes(b"broken")
     config = config_of((data[0], data[1], folder), tmp_path / "a", "--val-num-samples", "2")

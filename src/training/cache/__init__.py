@@ -1,1 +1,1 @@
-"""What a frozen model computes once: reference features and synthetic captions, on disk, read by row."""
+"""What a frozen model computes once, on disk, read by row: reference features and synthetic captions."""

@@ -1,9 +1,9 @@
-"""Synthetic captions: a captioning model's own words for an image.
+"""Synthetic captions: what a captioning model writes about an image.
 
 ``--cache_syn_texts`` samples ``--num_syn_texts`` captions per image from an open_clip CoCa: token by token from
-the ``TOP`` likeliest under ``TEMPERATURE``, the published code's settings. The random numbers of a caption follow
-from (seed, row, number of the caption), so that it does not matter who writes it, beside which others.
-(open_clip's own ``generate`` draws from the global generator, and needs transformers before version 5.)
+the ``TOP`` most likely ones at ``TEMPERATURE``, the published code's settings. The random numbers of a caption
+follow from (seed, row, number of the caption), so that a caption does not depend on the process that writes it, or
+on its batch. (open_clip's own ``generate`` draws from the global generator, and needs transformers below 5.)
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from training.rng import generator
 TOP, TEMPERATURE = 50, 0.75
 
 
-SHORTEST, LONGEST = 5, 30  # tokens, of which the first says that a text begins
+SHORTEST, LONGEST = 5, 30  # tokens, including the one that begins a text
 
 
 @torch.no_grad()
 def sample_captions(
     model: nn.Module, pixels: Tensor, uniform: Tensor, tokenizer: SimpleTokenizer
 ) -> list[list[str]]:
-    """``k`` captions of each of the images ``pixels`` [n, 3, H, W] by an open_clip CoCa.
+    """``k`` captions for each of the images ``pixels`` [n, 3, H, W], by an open_clip CoCa.
 
-    ``uniform`` [n, k, L] has a number of [0, 1) for each token: caption j of image i depends on ``uniform[i, j]``.
+    ``uniform`` [n, k, L] has a number in [0, 1) for each token: caption j of image i depends on ``uniform[i, j]``.
     """
     seen = model(pixels)
     columns = [
@@ -64,7 +64,7 @@ def _sample(
 
 
 def random_numbers(rows: np.ndarray, captions: int, tokens: int, seed: int) -> Tensor:
-    """Numbers of [0, 1), float32 [rows, captions, tokens], each row's fixed by (seed, row)."""
+    """Numbers in [0, 1), float32 [rows, captions, tokens]; those of a row are fixed by (seed, row)."""
     drawn = [generator(seed, row, j).random_raw(tokens) for row in rows.tolist() for j in range(captions)]
     uniform = (np.array(drawn, np.uint64) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
     return torch.from_numpy(uniform).view(len(rows), captions, tokens)
@@ -76,6 +76,6 @@ def packed(captions: list[list[str]]) -> np.ndarray:
 
 
 def _words(ids: list[int], tokenizer: SimpleTokenizer) -> str:
-    """The text of token ids, without what marks its beginning and end."""
+    """The text of token ids, without the tokens that mark its beginning and end."""
     end = ids.index(tokenizer.eot_token_id) if tokenizer.eot_token_id in ids else len(ids)
     return tokenizer.decode([i for i in ids[1:end] if i not in tokenizer.all_special_ids]).strip()

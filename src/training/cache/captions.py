@@ -1,8 +1,8 @@
-"""Synthetic captions in training: a captioning model's words for each image, written once (``captioner``).
+"""Synthetic captions in training: what a captioning model wrote about each image, once (``captioner``).
 
-Training (``--cached_syn_texts_dir``) takes for each sample its own caption or one of the synthetic ones, all with
-the same chance, by a seed that follows from (seed, epoch, sample). The store (see ``row_store``) keeps them as
-utf-8, [captions per sample] strings of bytes for each row.
+With ``--cached_syn_texts_dir`` training uses for each sample its own caption or one of the synthetic ones, all
+with the same probability, by a seed that follows from (seed, epoch, sample). The store (see ``row_store``) keeps
+them as utf-8: for each row [captions per sample] strings of bytes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Captions:
 
 
 def open_captions(config: Config) -> Captions | None:
-    """What ``--cached_syn_texts_dir`` names, for a run that trains on it. ValueError: it holds something else."""
+    """The captions in ``--cached_syn_texts_dir``; None if the run trains on none. ValueError: they do not fit."""
     cache = config.cache
     if not cache.cached_syn_texts_dir or cache.writes or not config.trains:
         return None
@@ -55,6 +55,6 @@ def open_captions(config: Config) -> Captions | None:
     count = cache.num_syn_texts or held
     if count > held:
         raise ValueError(
-            f"--num_syn_texts {count}: {store.folder} has {held} captions per sample; give at most as many"
+            f"--num_syn_texts {count}: {store.folder} has {held} captions per sample; give at most {held}"
         )
     return Captions(store, count, cache.syn_texts_offset)

@@ -1,18 +1,19 @@
 """Cached embeddings of the reference, found by a sample's row, so that the reference itself need not be built.
 
-``--cached_ref_features_dir`` names either layout:
+``--cached_ref_features_dir`` names one of two layouts:
 
 - ours, a folder that ``--cache_ref_model_features`` has written (see ``row_store``): float16 or float32 [2, d] per
-  row, image and text, with the model they came from and a checksum of each caption;
-- the published one, files ``SHARD:08d.pt`` of a tensor [n, 2, d], in which row r is entry r mod S of shard r div S
-  with S = ``--num_samples_per_shard``. Rows that were never cached are zeros there. It may be a folder, or a
-  pattern with braces or wildcards.
+  row, image and text, with the model that computed them and a checksum of each caption;
+- the published one, files ``SHARD:08d.pt`` with a tensor [n, 2, d] each, in which row r is entry r mod S of
+  shard r div S with S = ``--num_samples_per_shard``. Rows that were never cached are zeros there. The flag's
+  value may be a folder, or a pattern with braces or wildcards.
 
 Row r of the run is row r - ``--ref_features_offset`` of the cache. (A cache of A::B serves a run on B alone with
-minus A's ``--data_size`` as offset.) Whatever is missing, zero or not finite is an error that names the sample.
+minus A's ``--data_size`` as offset.) A row that is missing, zero or not finite is an error that names the sample.
 
-Loader processes look features up and send them with the batch: the time that a disk takes is spent beside the
-training step, and on the way to a GPU they travel with the images, from page-locked memory and in their own type.
+Loader processes look up the features and send them with the batch: the disk is read during the training step,
+and on the way to a GPU the features travel with the images, from page-locked memory and in the type they are
+stored in.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from training.models import pretrained
 
 KIND = "reference features"
 FLAG = "--cached_ref_features_dir"
-_OPEN = 4096  # published files that a process has mapped at a time; the system allows some 65,000 in all
+_OPEN = 4096  # published files that a process maps at a time; the system allows about 65,000 mappings in all
 
 
 class StoredFeatures:
@@ -50,9 +52,9 @@ class StoredFeatures:
         """See ``FeatureSource``."""
         places = np.asarray(rows, dtype=np.int64) - self.offset
         checksums = np.fromiter(map(caption_checksum, texts), np.uint32, len(places))
-        say = _sayer(places, names)
-        found = self.store.gather("features", self.store.find(places, checksums, say))
-        _check_values(found, say, str(self.store.folder))
+        name_of = _namer(places, names)
+        found = self.store.gather("features", self.store.find(places, checksums, name_of))
+        _check_values(found, name_of, str(self.store.folder))
         return torch.from_numpy(found)
 
     def describe(self) -> str:
@@ -73,32 +75,32 @@ class PublishedFeatures:
         first = self._open(min(self.files))
         self.width, self.dtype = first.shape[2], first.dtype
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": {}}  # another process maps for itself
 
     def __call__(self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str]) -> Tensor:
         """See ``FeatureSource``."""
         places = np.asarray(rows, dtype=np.int64) - self.offset
-        say = _sayer(places, names)
+        name_of = _namer(places, names)
         shards, entries = np.divmod(places, self.per_shard)
         found = np.empty((len(places), 2, self.width), self.dtype)
         for shard in np.unique(shards).tolist():
             wanted = np.flatnonzero(shards == shard)
             if shard not in self.files:
-                raise WrongRow(f"{say(int(wanted[0]))} would be in {FLAG} as {shard:08d}.pt, which is not there")
+                raise WrongRow(f"{name_of(int(wanted[0]))} should be in {shard:08d}.pt, which is missing")
             held = self._open(shard)
             beyond = entries[wanted] >= len(held)
             if beyond.any():
-                raise WrongRow(f"{say(int(wanted[beyond.argmax()]))} lies beyond the end of {self.files[shard]}")
+                raise WrongRow(f"{name_of(int(wanted[beyond.argmax()]))} is beyond the end of {self.files[shard]}")
             found[wanted] = held[entries[wanted]]
-        _check_values(found, say, lambda i: self.files[int(shards[i])])
+        _check_values(found, name_of, lambda i: self.files[int(shards[i])])
         return torch.from_numpy(found)
 
     def describe(self) -> str:
         """See ``FeatureSource``."""
         return (
             f"{len(self.files):,} files of 2 x {self.width} {self.dtype} in the published layout, "
-            f"{self.per_shard} rows each, {self.files[min(self.files)]} first"
+            f"{self.per_shard} rows each, the first is {self.files[min(self.files)]}"
         )
 
     def _open(self, shard: int) -> np.ndarray:
@@ -107,7 +109,7 @@ class PublishedFeatures:
             path = self.files[shard]
             try:
                 tensor = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-            except Exception as error:  # torch.load raises anything on a broken file
+            except Exception as error:  # torch.load may raise any exception on a broken file
                 raise ValueError(f"{FLAG}: {path} cannot be read ({pretrained.one_line(error)})") from error
             shape = tuple(getattr(tensor, "shape", ()))
             width = getattr(self, "width", None)
@@ -128,9 +130,10 @@ class PublishedFeatures:
 
 
 def open_features(config: Config) -> FeatureSource | None:
-    """What ``--cached_ref_features_dir`` names, for a run that trains on it; None where the run has no cache.
+    """The features in ``--cached_ref_features_dir``; None if the run does not train on any.
 
-    ValueError: there is nothing to read, or ``--ref_model`` and its weights are not those that it came from.
+    ValueError: there is nothing to read, or the features were computed by another model or other weights than
+    ``--ref_model`` names.
     """
     cache = config.cache
     if not cache.cached_ref_features_dir or cache.writes or not config.trains:
@@ -153,26 +156,26 @@ def published_files(given: str) -> dict[int, str]:
     for path in paths:
         name = Path(path).name
         if not re.fullmatch(r"\d+\.pt", name):
-            raise ValueError(f"{FLAG} {given}: {name} is not called by the number of its shard, like 00000012.pt")
+            raise ValueError(f"{FLAG} {given}: the name of {name} is not the number of a shard, like 00000012.pt")
         if int(Path(path).stem) in files:
-            raise ValueError(f"{FLAG} {given}: {path} and {files[int(Path(path).stem)]} are of the same shard")
+            raise ValueError(f"{FLAG} {given}: {path} and {files[int(Path(path).stem)]} are for the same shard")
         files[int(Path(path).stem)] = path
     if not files:
         raise ValueError(
-            f"{FLAG} {given}: neither an index.json nor files like 00000012.pt are there; write features with "
+            f"{FLAG} {given}: it has neither an index.json nor files like 00000012.pt; write features with "
             "--cache_ref_model_features"
         )
     return files
 
 
 def model_identity(reference: ReferenceConfig) -> dict[str, str]:
-    """What the flags say of the reference: architecture and weights, a file's by its contents."""
+    """The reference that the flags name: architecture and weights; a file is identified by its contents."""
     weights = reference.ref_model_checkpoint, reference.ref_model_pretrained
     return pretrained.identity(reference.ref_model, "--ref_model", *weights)
 
 
 def _check_model(store: RowStore, reference: ReferenceConfig) -> None:
-    """ValueError: the flags name another model than the features came from. What they leave open is no matter."""
+    """ValueError: the flags name another model than the features came from. What they leave open may differ."""
     if not reference.ref_model:
         return
     wanted_of = model_identity(reference)
@@ -183,19 +186,19 @@ def _check_model(store: RowStore, reference: ReferenceConfig) -> None:
             flag = "--ref_model" if key == "model" else "the reference's weights"
             raise ValueError(
                 f"{FLAG} {store.folder}: its features were made with {key} {store.identity[key]}, not {wanted}; "
-                f"mend {flag}, leave it out, or cache the features of that model"
+                f"correct {flag}, leave it out, or cache the features of that model"
             )
 
 
-def _sayer(places: np.ndarray, names: Sequence[str]) -> Callable[[int], str]:
+def _namer(places: np.ndarray, names: Sequence[str]) -> Callable[[int], str]:
     return lambda i: f"{FLAG}: sample {names[i]} (row {places[i]} of the cache)"
 
 
-def _check_values(found: np.ndarray, say: Callable[[int], str], where: str | Callable[[int], str]) -> None:
+def _check_values(found: np.ndarray, name_of: Callable[[int], str], where: str | Callable[[int], str]) -> None:
     """WrongRow: a vector of zeros, or one that is not finite."""
     squares = np.einsum("nid,nid->ni", found, found, dtype=np.float32)
     good = ((squares > 0) & np.isfinite(squares)).all(axis=1)
     if not good.all():
         i = int(good.argmin())
-        what = "was never cached: it is zero" if not found[i].any(axis=1).all() else "is not finite"
-        raise WrongRow(f"{say(i)} {what} in {where if isinstance(where, str) else where(i)}")
+        what = "zero: they were never cached" if not found[i].any(axis=1).all() else "not finite"
+        raise WrongRow(f"{name_of(i)}: its features in {where if isinstance(where, str) else where(i)} are {what}")

@@ -1,9 +1,10 @@
-"""The run that goes through the training data once and keeps what a frozen model makes of each sample.
+"""The run that goes through the training data once and stores what a frozen model computes for each sample.
 
-The unit of work is a training shard (of a csv file a block of rows). Job ``--cache_rank`` of
-``--cache_group_size`` has one stretch of the list; what of it is not in the store yet is dealt to the job's ranks,
-in rounds, and a rank's loader processes take shards in turn. Ranks write parts of whole shards as they go (see
-``row_store``). What an interrupted run has written stays, and the next one takes the rest, on any number of ranks.
+The unit of work is a training shard (for a csv file, a block of rows). Job ``--cache_rank`` of
+``--cache_group_size`` has one stretch of the list. Those units of it that are not in the store yet are dealt to
+the job's ranks, in rounds, and a rank's loader processes take units in turn. Ranks write parts of whole units as
+they proceed (see ``row_store``). What an interrupted run has written is kept, and the next run, on any number of
+ranks, writes the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from training.cache import producers
 from training.cache.producers import Work
 from training.cache.row_store import StoreWriter, caption_checksum
 from training.config.params import Config
-from training.data.bad_samples import Skips
+from training.data.bad_samples import Skips, usable
 from training.data.lanes import Part
 from training.data.loader import open_loader
 from training.data.samples import RawSample
@@ -42,39 +43,48 @@ log = logging.getLogger(__name__)
 
 BLOCK = 512  # rows of a csv file that are one unit of work
 PART_BYTES = 2**28
-ROUND = 256  # shards per rank between two meetings of the ranks, which wait for each other at most 30 minutes
+ROUND = 256  # shards per rank between two exchanges of the ranks, which wait for each other at most 30 minutes
 UNREADABLE = "unreadable shard"  # as ``shards.read_shard`` reports it
 
 
-class Unit(NamedTuple):
-    """One piece of the data: a ``shard``, or the rows ``first`` to ``stop`` of a ``table``."""
+class ShardUnit(NamedTuple):
+    """One piece of the data: a ``shard``."""
 
     number: int
     name: str
-    shard: Shard | None = None
-    sample_index: str = "key"
-    table: CsvSource | None = None
-    first: int = 0
-    stop: int = 0
+    shard: Shard
+    sample_index: str
 
     def read(self, skips: Skips) -> Iterator[RawSample]:
-        """Its samples, each once; what is wrong with them goes to ``skips``."""
-        if self.table is not None:
-            yield from (self.table.sample(row, 0) for row in range(self.first, self.stop))
-            return
-        for item in ShardSource([self.shard], 0, sample_index=self.sample_index).in_order(Part(0, 1)):
-            skips.extend(item.faults)
-            if item.sample is not None:
-                yield item.sample
+        """Its samples, each once; its faults are counted in ``skips``."""
+        source = ShardSource([self.shard], 0, sample_index=self.sample_index)
+        return usable(source.in_order(Part(0, 1)), skips)
+
+
+class TableUnit(NamedTuple):
+    """One piece of the data: the rows ``first`` to ``stop`` of a ``table``."""
+
+    number: int
+    name: str
+    table: CsvSource
+    first: int
+    stop: int
+
+    def read(self, skips: Skips) -> Iterator[RawSample]:
+        """Its samples, each once."""
+        return (self.table.sample(row, 0) for row in range(self.first, self.stop))
+
+
+Unit = ShardUnit | TableUnit
 
 
 def write(config: Config, world: World, run_log: RunLog) -> None:
-    """Write what is missing. ValueError: a store of something else; in the end, shards that cannot be read."""
+    """Write what is missing. ValueError: the store has other values; at the end, shards that cannot be read."""
     asked, cache = producers.job(config, world), config.cache
     units = _stretch(_units(config, world), cache.cache_rank, cache.cache_group_size)
     writer = StoreWriter(Path(asked.folder), asked.kind, asked.identity)
     missing = collectives.on_main(lambda: _missing(units, writer))
-    run_log.info(f"{writer.kind} of {len(missing)} of {len(units)} shards are to be written to {writer.folder}")
+    run_log.info(f"writing {writer.kind} of {len(missing)} of {len(units)} shards to {writer.folder}")
     failed: list[str] = []
     if missing:
         work = asked.begin()
@@ -87,49 +97,58 @@ def write(config: Config, world: World, run_log: RunLog) -> None:
                 for names in collectives.gather_object(_write_units(mine, work, writer, config, world, bar)):
                     failed += names
     rows = collectives.on_main(lambda: _index(writer, {unit.number for unit in missing}, failed))
-    run_log.info(f"{writer.folder} holds {writer.kind} of {rows:,} samples")
+    run_log.info(f"{writer.folder} contains {writer.kind} of {rows:,} samples")
     if failed:
         raise ValueError(
-            f"--train-data: {len(failed)} of {len(missing)} shards cannot be read, {failed[0]} first; the rest is "
-            "written, run again when they are mended"
+            f"--train-data: {len(failed)} of {len(missing)} shards cannot be read, the first is {failed[0]}; all "
+            "others are written: repair the unreadable ones and run the same command again"
         )
 
 
 def _index(writer: StoreWriter, wanted: set[int], failed: Sequence[str]) -> int:
-    """Make the store readable; its rows. ValueError: what other ranks wrote is not there, or nothing is."""
+    """Make the store readable. Returns its number of rows.
+
+    ValueError: shards that other ranks have written are missing, or the store has no rows.
+    """
     rows = writer.index()
     lost = len(wanted - writer.done().keys()) - len(failed)
     if lost > 0:
         raise ValueError(
-            f"{writer.folder}: {lost} of {len(wanted)} shards are not there, though other ranks have written "
-            "them: give a folder that all nodes share"
+            f"{writer.folder}: {lost} of {len(wanted)} shards are missing, though other ranks have written them: "
+            "give a folder that all nodes share"
         )
     if not rows and not failed:
-        raise ValueError("--train-data: it holds no usable sample, python -m training.check_data says why")
+        raise ValueError(
+            "--train-data: it contains no usable sample; run python -m training.check_data to see why"
+        )
     return rows
 
 
 def _units(config: Config, world: World) -> list[Unit]:
-    """All of the training data in pieces. All ranks call it together."""
+    """All of the training data, in units. All ranks call it together."""
     settings = replace(config.data, epoch_policy="wrap", train_num_samples=1)
     if settings.dataset_type == "webdataset":
         shards = open_shards(settings, config.run.seed, world, steps=1).shards
         names = [shard.url.rsplit("/", 1)[-1] for shard in shards]
-        return [Unit(i, name, shard, settings.sample_index) for i, (name, shard) in enumerate(zip(names, shards))]
+        return [
+            ShardUnit(i, name, shard, settings.sample_index)
+            for i, (name, shard) in enumerate(zip(names, shards, strict=True))
+        ]
+    assert settings.train_data is not None, "the parser asks for --train-data"
     table = open_csv(settings.train_data, settings, config.run.seed)
     cuts = [(first, min(first + BLOCK, table.samples)) for first in range(0, table.samples, BLOCK)]
-    return [Unit(i, f"rows {a}-{b - 1}", table=table, first=a, stop=b) for i, (a, b) in enumerate(cuts)]
+    return [TableUnit(i, f"rows {a}-{b - 1}", table, a, b) for i, (a, b) in enumerate(cuts)]
 
 
 def _missing(units: Sequence[Unit], writer: StoreWriter) -> list[Unit]:
-    """Those that are not in the store. ValueError: it holds something else, or shards of another list."""
+    """The units that are not in the store. ValueError: it has other values, or shards of another list."""
     done = writer.done()
     for unit in units:
         if done.get(unit.number, unit.name) != unit.name:
             raise ValueError(
-                f"{writer.folder} has {done[unit.number]} as number {unit.number} of the shards, where "
-                f"--train-data has {unit.name}: give the list that it was begun with (new shards at its end), or "
-                "another folder"
+                f"{writer.folder}: shard number {unit.number} is {done[unit.number]} there, and {unit.name} in "
+                "--train-data: give the list that the folder was begun with (new shards at its end), or another "
+                "folder"
             )
     return [unit for unit in units if unit.number not in done]
 
@@ -142,7 +161,7 @@ def _stretch(units: Sequence[Unit], number: int, count: int) -> Sequence[Unit]:
 def _write_units(
     units: Sequence[Unit], work: Work, writer: StoreWriter, config: Config, world: World, bar: ProgressBar
 ) -> list[str]:
-    """Go through ``units`` and write parts; the names of those that cannot be read."""
+    """Process ``units`` and write parts. Returns the names of the units that cannot be read."""
     workers = min(config.data.workers, len(units))
     stream = CacheStream(units, work.view, work.tokenizer, config.run.batch_size)
     loader = open_loader(stream, workers, world.device)
@@ -157,7 +176,7 @@ def _write_units(
         bar.update(len(chunk.ended) + len(chunk.failed))
     pending.write()
     if skips.counts:
-        log.warning("left out: %s", skips)
+        log.warning("samples left out: %s", skips)
     return [pending.names[number] for number in sorted(pending.failed)]
 
 
@@ -166,9 +185,9 @@ def _write_units(
 
 @dataclass(frozen=True)
 class CacheBatch:
-    """Samples from one loader process. ``units``, ``rows``, ``checksums``: [n]; ``images`` None where n is 0.
+    """Samples from one loader process. ``units``, ``rows``, ``checksums``: [n]; ``images`` is None where n is 0.
 
-    The units ``ended`` have no more samples, those ``failed`` could not be read to their end.
+    The units in ``ended`` have no more samples; those in ``failed`` could not be read to their end.
     """
 
     images: Tensor | None
@@ -181,12 +200,12 @@ class CacheBatch:
     skips: Skips
 
     def pin_memory(self) -> CacheBatch:
-        """A copy in page-locked memory; ``DataLoader`` calls this by its name."""
+        """A copy in page-locked memory; ``DataLoader`` calls this method by its name."""
         pinned = {name: getattr(self, name) for name in ("images", "texts")}
         return replace(self, **{name: t.pin_memory() for name, t in pinned.items() if t is not None})
 
 
-class CacheStream(IterableDataset):
+class CacheStream(IterableDataset[CacheBatch]):
     """The samples of ``units``, each once, in batches that may span several units."""
 
     def __init__(
@@ -241,7 +260,7 @@ class _Pending:
         self._bytes = 0
 
     def add(self, chunk: CacheBatch, values: dict[str, np.ndarray]) -> None:
-        """Take over a chunk's values, and write a part if there is enough for one."""
+        """Add a chunk's values, and write a part if there are enough for one."""
         columns = {"rows": chunk.rows, "checksums": chunk.checksums, **values}
         for unit in np.unique(chunk.units).tolist():
             mine = chunk.units == unit
@@ -255,15 +274,15 @@ class _Pending:
             self.write()
 
     def write(self) -> None:
-        """A part of the units that have ended; the others' values are kept."""
+        """Write a part with the units that have ended; the values of the others are kept."""
         if not self._ended:
             return
-        nothing = {"rows": np.empty(0, np.int64), "checksums": np.empty(0, np.uint32)}
+        nothing: dict[str, np.ndarray] = {"rows": np.empty(0, np.int64), "checksums": np.empty(0, np.uint32)}
         pieces = [piece for unit in sorted(self._ended) for piece in self._held.pop(unit, ())] or [nothing]
         columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         _, first = np.unique(columns["rows"], return_index=True)
-        if len(first) < len(columns["rows"]):
-            log.warning("%d samples have the row of another one; it is kept", len(columns["rows"]) - len(first))
+        if repeated := len(columns["rows"]) - len(first):
+            log.warning("%d samples have the row of another one; only the first of each row is kept", repeated)
         self.writer.write(
             [(unit, self.names[unit]) for unit in self._ended],
             **{name: column[first] for name, column in columns.items()},

@@ -1,4 +1,4 @@
-"""What a run that writes a cache makes of samples: the reference's embeddings, or another model's captions."""
+"""What a run that writes a cache computes for samples: the reference's embeddings, or another model's captions."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ from training.models.build import build_captioner, build_reference
 
 
 class Work(Protocol):
-    """A model at work. ``tokenizer`` is None where it does not look at captions."""
+    """A model that computes values to store. ``tokenizer`` is None where the model does not read captions."""
 
     view: FixedView
-    tokenizer: Tokenizer | None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the captions that the model reads."""
 
     def __call__(self, images: Tensor, texts: Tensor | None, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Values [n, ...] by name of ``images`` [n, 3, H, W] and token ids [n, L] on the device, of these rows."""
+        """Values [n, ...] by name; ``images`` [n, 3, H, W] and token ids [n, L] are on the device."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,20 @@ class Job:
 def job(config: Config, world: World) -> Job:
     """What the flags ask for; nothing is built yet."""
     cache = config.cache
-    made = {"precision": config.run.precision}
+    made: dict[str, str | int] = {"precision": config.run.precision}
     if cache.writes == "captions":
-        model = pretrained.identity(cache.cap_model, "--cap_model", cache.cap_model_pretrained)
-        made |= model | {"captions per sample": cache.num_syn_texts, "seed": config.run.seed}
-        return Job(captions.KIND, cache.cached_syn_texts_dir, made, lambda: CaptionWork(config, world))
+        count = cache.num_syn_texts
+        assert count is not None, "the parser has a default for runs that write"
+        made |= pretrained.identity(cache.cap_model, "--cap_model", cache.cap_model_pretrained)
+        made |= {"captions per sample": count, "seed": config.run.seed}
+        return Job(captions.KIND, cache.cached_syn_texts_dir, made, lambda: CaptionWork(config, world, count))
     dtype = _feature_type(config, world)
     made |= features.model_identity(config.reference) | {"dtype": str(dtype).removeprefix("torch.")}
     return Job(features.KIND, cache.cached_ref_features_dir, made, lambda: FeatureWork(config, world, dtype))
 
 
 def _feature_type(config: Config, world: World) -> torch.dtype:
-    """float32 where the model runs in it, else float16, which resolves embeddings from bfloat16 and float16."""
+    """float32 where the model runs in it, else float16, which suffices for bfloat16 and float16 models."""
     chosen = precision.resolve(config.run.precision, world.device)
     return torch.float32 if (chosen.autocast_dtype or chosen.pixel_dtype) == torch.float32 else torch.float16
 
@@ -67,6 +72,7 @@ class FeatureWork:
 
     def __init__(self, config: Config, world: World, dtype: torch.dtype) -> None:
         built, self.dtype = build_reference(config, world), dtype
+        assert built is not None, "a run that writes features has a reference"
         pixels, autocast = built.preprocess, precision.resolve(config.run.precision, world.device).autocast_dtype
         self.reference = Reference(built.module, pixels.mean, pixels.std, autocast)
         if config.model.torchcompile:
@@ -75,6 +81,7 @@ class FeatureWork:
 
     def __call__(self, images: Tensor, texts: Tensor | None, rows: np.ndarray) -> dict[str, np.ndarray]:
         """See ``Work``."""
+        assert texts is not None, "this model reads captions"
         features = self.reference.features(Batch(images, texts, torch.from_numpy(rows)))
         return {"features": torch.stack(features, 1).to(self.dtype).cpu().numpy()}
 
@@ -84,17 +91,17 @@ class CaptionWork:
 
     tokenizer = None
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, count: int) -> None:
         built = build_captioner(config, world)
         if not isinstance(built.tokenizer, SimpleTokenizer):
             raise ValueError(
-                f"--cap_model {config.cache.cap_model}: captions are read with open_clip's own tokenizer, and "
+                f"--cap_model {config.cache.cap_model}: captions are decoded with open_clip's own tokenizer, and "
                 "this model has another one; choose a coca model without a Hugging Face text tower"
             )
         self.model, self.words, self.view = built.module, built.tokenizer, FixedView(built.preprocess)
         self.mean, self.std = built.preprocess.mean, built.preprocess.std
         self.precision = precision.resolve(config.run.precision, world.device)
-        self.count, self.seed = config.cache.num_syn_texts, config.run.seed
+        self.count, self.seed = count, config.run.seed
         self.tokens = min(captioner.LONGEST, built.context_length) - 1
 
     def __call__(self, images: Tensor, texts: Tensor | None, rows: np.ndarray) -> dict[str, np.ndarray]:

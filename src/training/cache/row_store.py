@@ -1,24 +1,25 @@
-"""Values per sample on disk, made once and read by row: the layout under cached features and synthetic captions.
+"""Values per sample on disk, written once and read by row: the layout of cached features and synthetic captions.
 
-    DIR/index.json              what is there; written last, so that a reader finds all of it or nothing
-    DIR/table-DIGEST.npy        uint32 [rows, 2]: 1 + position of each row (0: not there), checksum of its caption
+    DIR/index.json              what the store contains; written last, so that a reader finds all of it or nothing
+    DIR/table-DIGEST.npy        uint32 [rows, 2]: 1 + position of each row (0: missing), checksum of its caption
     DIR/parts/N.rows.npy        int64 [n, 2]: the rows of a part in ascending order, and the same checksums
     DIR/parts/N.VALUES.npy      [n, ...]: their values, in this order
-    DIR/parts/N.json            what the part holds; written last, so that a part is whole or not there
+    DIR/parts/N.json            what the part contains; written last, so that a part is complete or not there
 
 How it scales (DFN: 255M rows, of which 192M exist; 2 vectors of 512 float16 are 2 KiB per row, 390 GB):
 
-- Writers need no lock. A part has one writer, is complete before its name appears, and holds what several training
-  shards gave, some 256 MB: a few thousand files in all, so that a process may map every one.
-- Rows may come in any order and with gaps; neither costs space. What a dense array would do by arithmetic the
-  table does for 8 bytes per row (2 GB for DFN, mapped once per node): position p of all parts laid end to end lies
-  in the part whose range holds p. A lookup is one read of the table and one of the values.
-- The files are ``.npy`` whose header fills a page, so that a row of 2 or 4 KiB lies in one page and one read
-  brings it. They are mapped with ``MADV_RANDOM``: else the kernel reads 128 KiB around every row. The pages of a
-  batch are asked for before the first is touched (``MADV_WILLNEED``), so that a disk has all its reads at once.
-- Nothing is checked per byte at the start: sizes are, and every lookup compares the caption's checksum. Values of
-  another data set, of other rows or of rewritten captions are thus an error and not a bad model.
-  ``python -m training.check_cache DIR`` verifies the checksums of all files.
+- Writers need no lock. A part has one writer, is complete before its name appears, and contains the values of
+  several training shards, about 256 MB: a few thousand files in all, so that a process may map every one.
+- Rows may come in any order and with gaps; neither costs space. A dense array would compute the position of a row;
+  the table stores it, in 8 bytes per row (2 GB for DFN, mapped once per node): position p of all parts laid end to
+  end is in the part whose range contains p. A lookup is one read of the table and one of the values.
+- The files are ``.npy`` files whose header fills a page, so that a row of 2 or 4 KiB lies in one page and needs
+  one read. They are mapped with ``MADV_RANDOM``: otherwise the kernel reads 128 KiB around every row. The pages
+  of a batch are requested before the first is used (``MADV_WILLNEED``), so that the disk gets all requests at
+  once.
+- At the start only the sizes of files are checked, not their bytes. Every lookup compares the caption's
+  checksum, so that values of another data set, of other rows or of rewritten captions are an error and not a bad
+  model. ``python -m training.check_cache DIR`` verifies the checksums of all files.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _BLOCK = 2**24  # bytes that are written at a time
 
 
 class StoredPart(NamedTuple):
-    """One part as its json has it. ``shards``: [number, name] of each training shard that is in it, all of it."""
+    """One part, as in its json. ``shards``: [number, name] of each training shard that is completely in it."""
 
     name: str
     rows: int
@@ -52,7 +53,7 @@ class StoredPart(NamedTuple):
 
 
 def caption_checksum(text: str) -> int:
-    """CRC-32 of a caption, which tells whether a row is still the sample that it was."""
+    """CRC-32 of a caption, which shows whether a row still belongs to the same sample."""
     return zlib.crc32(text.encode(errors="surrogatepass"))
 
 
@@ -62,7 +63,7 @@ def caption_checksum(text: str) -> int:
 class StoreWriter:
     """Writes parts of a store of ``kind`` whose values were made as ``identity`` says (plain values, for json).
 
-    Processes that write at the same time have shards of their own: the lowest shard number names the part.
+    Processes that write at the same time must have different shards: the lowest shard number is the part's name.
     """
 
     def __init__(self, folder: Path, kind: str, identity: Mapping[str, Any]) -> None:
@@ -71,7 +72,7 @@ class StoreWriter:
     def done(self) -> dict[int, str]:
         """The training shards that are in the store, number -> name.
 
-        ValueError: what is there is of another kind, or was made in another way.
+        ValueError: the store is of another kind, or was made in another way.
         """
         self._indexed_table()
         shards: dict[int, str] = {}
@@ -83,7 +84,7 @@ class StoreWriter:
     def write(
         self, shards: Sequence[tuple[int, str]], rows: np.ndarray, checksums: np.ndarray, **values: np.ndarray
     ) -> None:
-        """One part, of these ``shards``: ``rows`` int64 [n], their captions' checksums, ``values`` [n, ...]."""
+        """Write one part, of ``shards``: ``rows`` int64 [n], their captions' checksums, ``values`` [n, ...]."""
         folder, name = self.folder / "parts", f"{min(shards)[0]:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         order = np.argsort(rows, kind="stable")
@@ -93,7 +94,7 @@ class StoreWriter:
         _write_json(folder / f"{name}.json", {"format": FORMAT, "kind": self.kind, **part})
 
     def index(self) -> int:
-        """Make what is there readable, the parts of other writers too; how many rows that is.
+        """Make all finished parts readable, those of other writers too. Returns the number of rows.
 
         ValueError: two parts have the same row.
         """
@@ -107,13 +108,13 @@ class StoreWriter:
             _write_json(self.folder / "index.json", index | {"parts": listed})
             if before not in (None, table["name"]):
                 (self.folder / before).unlink(missing_ok=True)
-            # Another writer may have finished a part, and its index, in between: then this one's was the older.
+            # Another writer may have finished a part, and its index, in between: this index is then out of date.
             if [part.name for part in _parts(self.folder, self.kind)] == [part.name for part in parts]:
                 break
         return sum(part.rows for part in parts)
 
     def _indexed_table(self) -> str | None:
-        """The table that readers find now. Only this one may go later: another may be about to be indexed."""
+        """The table that readers use now. Only this one may be deleted: another one may be about to be indexed."""
         index = self.folder / "index.json"
         if not index.exists():
             return None
@@ -134,8 +135,8 @@ class StoreWriter:
             taken[1:] |= places[1:] == places[:-1]
             if taken.any():
                 raise ValueError(
-                    f"{self.folder}: row {places[taken.argmax()]} comes twice, the second time in "
-                    f"{part.shards[0][1]} or a shard behind it; samples need rows of their own"
+                    f"{self.folder}: row {places[taken.argmax()]} occurs twice, the second time in "
+                    f"{part.shards[0][1]} or a later shard; every sample needs a row of its own"
                 )
             table[places, 0] = np.arange(position, position + len(rows))
             table[places, 1] = rows[:, 1]
@@ -161,20 +162,21 @@ def _compare(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -
     if different:
         was = ", ".join(f"{key} {held.get(key)}" for key in different)
         now = ", ".join(f"{key} {wanted[key]}" for key in different)
-        raise ValueError(f"{folder} was begun with {was}, and this run has {now}: give another folder for it")
+        raise ValueError(f"{folder} was begun with {was}, and this run has {now}: give this run another folder")
 
 
 def _write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
-    """Write ``array`` as .npy, whole or not at all; its size in bytes, and its checksum."""
+    """Write ``array`` as .npy, completely or not at all. Returns its size in bytes and its checksum."""
     array = np.ascontiguousarray(array)
     described = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
     magic = np.lib.format.magic(1, 0)
-    header = repr(described).encode().ljust(_PAGE - len(magic) - 3) + b"\n"
-    data = memoryview(array).cast("B") if array.size else memoryview(b"")
+    text = repr(described).encode().ljust(_PAGE - len(magic) - 3) + b"\n"
+    header = memoryview(magic + len(text).to_bytes(2, "little") + text)
+    data = array.data.cast("B") if array.size else memoryview(b"")
     blocks = (data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK))
     written = hashlib.blake2b(digest_size=16)
     with replacing(path) as file:
-        for block in (magic + len(header).to_bytes(2, "little") + header, *blocks):
+        for block in (header, *blocks):
             written.update(block)
             file.write(block)
     return {"bytes": path.stat().st_size, "blake2b": written.hexdigest()}
@@ -205,28 +207,28 @@ class RowStore:
         return self.__dict__ | {"_maps": {}}  # another process maps for itself
 
     def __len__(self) -> int:
-        """The rows that are there."""
+        """The number of rows in the store."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def find(self, rows: np.ndarray, checksums: np.ndarray, say: Callable[[int], str]) -> np.ndarray:
+    def find(self, rows: np.ndarray, checksums: np.ndarray, name_of: Callable[[int], str]) -> np.ndarray:
         """The positions of ``rows`` (int64 [n]) with these captions, for ``gather``.
 
-        WrongRow: the first one that is not there or has another caption; ``say(i)`` names the i-th sample.
+        WrongRow: a row is missing or has another caption; ``name_of(i)`` names the i-th sample in the message.
         """
         table = self._map(self._table)
         within = (rows >= 0) & (rows < len(table.array))
         if not within.all():
-            raise WrongRow(f"{say(int(within.argmin()))} is not in {self.folder}")
+            raise WrongRow(f"{name_of(int(within.argmin()))} is not in {self.folder}")
         table.expect(rows)
         entries = table.array[rows]
         good = entries[:, 0] > 0
         if not good.all():
-            raise WrongRow(f"{say(int(good.argmin()))} is not in {self.folder}")
+            raise WrongRow(f"{name_of(int(good.argmin()))} is not in {self.folder}")
         good = entries[:, 1] == checksums
         if not good.all():
             raise WrongRow(
-                f"{say(int(good.argmin()))} has another caption than it had in {self.folder}: that store is of "
-                "other data, or of data whose rows or captions were changed"
+                f"{name_of(int(good.argmin()))} has another caption than in {self.folder}: that store belongs to "
+                "other data, or rows or captions have been changed since"
             )
         return entries[:, 0].astype(np.int64) - 1
 
@@ -253,7 +255,7 @@ class RowStore:
         return mapped.array[position - start]
 
     def shape(self, key: str) -> tuple[np.dtype, tuple[int, ...]]:
-        """Type and shape of one row's values, by the first part that has any."""
+        """Type and shape of one row's values, from the first part that has rows."""
         array = self._values(key, int(np.searchsorted(self._ends, 0, side="right")))[0].array
         return array.dtype, array.shape[1:]
 
@@ -268,44 +270,43 @@ class RowStore:
 
 
 def open_store(folder: str | Path, kind: str, flag: str) -> RowStore:
-    """The store of ``kind`` in ``folder``. ValueError, with ``flag``: there is none, or a file is not whole."""
+    """The store of ``kind`` in ``folder``. ValueError, with ``flag``: there is none, or a file is incomplete."""
     folder = Path(folder)
     try:
         index = json.loads((folder / "index.json").read_text())
     except FileNotFoundError:
-        begun = (
-            ": caching was begun and not finished, run it again to go on" if (folder / "parts").is_dir() else ""
-        )
-        raise ValueError(f"{flag} {folder}: there is no index.json{begun}") from None
+        begun = (folder / "parts").is_dir()
+        cure = "; caching was begun and not finished, run the same command again to finish it" if begun else ""
+        raise ValueError(f"{flag} {folder}: there is no index.json{cure}") from None
     except ValueError as error:
         raise ValueError(f"{flag} {folder}: index.json cannot be read ({error})") from None
     _check_format(folder, index, kind)
     store = RowStore(folder, index)
     if not len(store):
-        raise ValueError(f"{flag} {folder}: the store holds no rows")
+        raise ValueError(f"{flag} {folder}: the store contains no rows")
     for name, file in store.files.items():
         path = folder / name
         size = path.stat().st_size if path.exists() else None
         if size != file["bytes"]:
-            state = "is not there" if size is None else f"has {size} bytes instead of {file['bytes']}"
-            raise ValueError(f"{flag} {folder}: {name} {state}; copy the store again, or make it anew")
+            state = "is missing" if size is None else f"has {size} bytes instead of {file['bytes']}"
+            raise ValueError(f"{flag} {folder}: {name} {state}; copy the store again, or write it again")
     return store
 
 
 def damaged(store: RowStore) -> list[str]:
-    """The files whose contents are not what was written. Reads all of them."""
+    """The files whose contents are not what was written. All files are read."""
     return [name for name, file in store.files.items() if digest(store.folder / name) != file["blake2b"]]
 
 
 def _check_format(folder: Path, held: Any, kind: str) -> None:
     if not isinstance(held, dict) or "kind" not in held or held.get("format") != FORMAT:
-        raise ValueError(f"{folder}: not a store of this program, or of another version of it")
+        raise ValueError(f"{folder} is not a store of this program, or was written by another version of it")
     if held["kind"] != kind:
         raise ValueError(f"{folder} holds {held['kind']}, not {kind}: give the folder of {kind}")
 
 
 class _Mapped:
-    """A .npy file in memory that is read here and there."""
+    """A .npy file, mapped into memory and read at random positions."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -320,7 +321,7 @@ class _Mapped:
         self._row = self.array.nbytes // max(len(self.array), 1)
 
     def expect(self, rows: np.ndarray) -> None:
-        """Let the kernel fetch the pages of ``rows`` at once; reading them one by one would wait for each."""
+        """Let the kernel fetch the pages of ``rows`` together; reading them one by one would wait for each."""
         begin = self._start + rows * self._row
         first, last = begin // mmap.PAGESIZE, (begin + self._row - 1) // mmap.PAGESIZE
         pages = np.unique(np.concatenate([first, last]))

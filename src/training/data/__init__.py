@@ -1,1 +1,1 @@
-"""From shards and csv files to batches on the device, in an order that a seed decides and a checkpoint resumes."""
+"""From shards and csv files to batches on the device, in an order fixed by a seed, which a checkpoint resumes."""

@@ -1,4 +1,4 @@
-"""What is in a data set, and whether training on it would be safe: every shard is read as training reads it.
+"""What a data set contains, and whether training on it would be safe: every shard is read as training reads it.
 
 ``check_data.py`` is its command line.
 """
@@ -22,18 +22,18 @@ from training.data.sources.shards import Shard
 from training.data.sources.webdataset import ShardSource
 from training.data.worker import decode_or_skip
 
-ROWS = 2**62  # more than any key: where no --data_size bounds them
+ROWS = 2**62  # more than any key; used where no --data_size limits them
 SHARD_REASONS = ("unreadable shard", "empty shard")
-NO_SAMPLES = (*SHARD_REASONS, "duplicate member")  # what is counted beside samples
+NO_SAMPLES = (*SHARD_REASONS, "duplicate member")  # reasons that do not count samples
 KEY_REASONS = ("missing json", "json is not valid", "json without key", "key is not an integer")
 SHOWN = 20  # shards or keys that are listed one by one
 
 
 @dataclass
 class ShardReport:
-    """One shard: its faults, and of each good sample the key, width, height and characters of the caption.
+    """One shard: its faults, and for each good sample its key, width, height and the length of its caption.
 
-    ``largest``: of all keys, also those for which ``--data_size`` has no row.
+    ``largest``: the largest key, including keys for which ``--data_size`` has no row.
     """
 
     url: str
@@ -49,23 +49,23 @@ class ShardReport:
 
     @property
     def samples(self) -> int:
-        """Good and bad ones."""
+        """The good and the bad samples."""
         return len(self.good) + self.bad
 
     @property
     def unreadable(self) -> bool:
-        """Whether training would miss samples of it without knowing how many."""
+        """Whether training would miss an unknown number of its samples."""
         return any(reason in self.skips.counts for reason in SHARD_REASONS)
 
 
-class Checks(Dataset):
-    """The report of every shard; reading happens where one is asked for, in the loader's processes.
+class Checks(Dataset[ShardReport]):
+    """The report of every shard. A shard is read when its report is requested, in the loader's processes.
 
     ``sizes``: ``--data_size``, empty without it; ``sample_index``: 'key', 'position' or 'none'.
     """
 
     def __init__(self, sources: Sequence[list[str]], sizes: Sequence[int], sample_index: str) -> None:
-        # Keys beyond --data_size are read too, since they say how large it should be.
+        # Keys beyond --data_size are read too, since they show how large it should be.
         self.shards = list(with_rows(list(sources), (ROWS,)))
         self.source = [number for number, urls in enumerate(sources) for _ in urls]
         self.by_key = sample_index == "key"
@@ -84,6 +84,7 @@ class Checks(Dataset):
     def _rows(self, shard: Shard, report: ShardReport, size: int) -> Iterator[tuple[int, int, int, int]]:
         source = ShardSource([shard], 0, sample_index="key" if self.by_key else None)
         for raw in usable(source.in_order(Part(0, 1)), report.skips):
+            assert isinstance(raw.image, bytes), "shards hold encoded images"
             key = raw.row - shard.first_row
             report.largest = max(report.largest, key)
             if self.by_key and key >= size:
@@ -94,7 +95,7 @@ class Checks(Dataset):
 
 @dataclass
 class Summary:
-    """All shards together. ``problems`` are what makes training unsafe, ``remarks`` what is worth knowing."""
+    """The reports of all shards. ``problems`` make training unsafe; ``remarks`` are worth knowing."""
 
     reports: list[ShardReport]
     sizes: tuple[int, ...]
@@ -119,7 +120,7 @@ class Summary:
             self._judge_positions()
 
     def _duplicates(self, apart: bool) -> np.ndarray:
-        """(key, shard, other shard) [n, 3] of samples with one key; ``apart``: each source has keys of its own."""
+        """(key, shard, other shard) [n, 3] of samples with equal keys; ``apart``: each source has its own keys."""
         if self.sample_index != "key":
             return np.empty((0, 3), np.int64)
         keys, sources = self.good[:, 0], self.source_of if apart else np.zeros_like(self.source_of)
@@ -149,14 +150,12 @@ class Summary:
 
     def _judge_keys(self) -> None:
         if outside := self.skips.counts["key out of range"]:
-            bound = f"--data_size {'::'.join(map(str, self.sizes))}" if self.sizes else "zero"
-            self.problems.append(
-                f"{outside:,} keys are negative or not below {bound}: training would leave them out"
-            )
+            beyond = f" or not below --data_size {'::'.join(map(str, self.sizes))}" if self.sizes else ""
+            self.problems.append(f"{outside:,} keys are negative{beyond}: training would leave them out")
         if keyless := sum(self.skips.counts[reason] for reason in KEY_REASONS):
             self.remarks.append(
-                f"{keyless:,} samples have no key: --sample_index position serves data without keys, none asks "
-                "only for what a loss without values per sample needs"
+                f"{keyless:,} samples have no usable key: --sample_index position is for data without keys, and "
+                "none checks only what a loss without values per sample needs"
             )
         if len(self.duplicates) and not self.sizes and self._between_sources().all():
             self.remarks.append("sources share keys: give --data_size one size per source, as suggested")
@@ -174,7 +173,7 @@ class Summary:
                 self.problems.append(f"--data_size {size} is less than the {samples:,} samples of source {number}")
 
     def _between_sources(self) -> np.ndarray:
-        """Which of the duplicates are in shards of two sources."""
+        """Which of the duplicates are in shards of two different sources."""
         source = np.array([report.source for report in self.reports])
         return source[self.duplicates[:, 1]] != source[self.duplicates[:, 2]]
 
@@ -196,7 +195,7 @@ class Summary:
         return f"{flags} --data_size {'::'.join(map(str, rows)) if apart else max(rows)}"
 
     def lines(self) -> Iterator[str]:
-        """What is printed."""
+        """The lines to print."""
         samples = np.array([report.samples for report in self.reports])
         yield f"shards             {len(self.reports):,}"
         yield f"samples            {samples.sum():,}, of which {len(self.good):,} can be used"
@@ -218,7 +217,7 @@ class Summary:
         yield f"safe to train      {'no' if self.problems else 'yes'}"
 
     def _odd_shards(self, samples: np.ndarray) -> Iterator[str]:
-        """All of a few shards, else those that have faults or are far from the usual size."""
+        """All shards if there are few, else those with faults or far from the usual size."""
         usual = np.median(samples)
         odd = [
             r
@@ -235,7 +234,7 @@ class Summary:
         for key, first, second in self.duplicates[:SHOWN]:
             yield f"  key {key} is in {self.reports[first].url} and in {self.reports[second].url}"
         if len(self.duplicates) > SHOWN:
-            yield f"  and {len(self.duplicates) - SHOWN:,} more keys twice"
+            yield f"  and {len(self.duplicates) - SHOWN:,} more keys that occur twice"
 
 
 def check(
@@ -246,7 +245,7 @@ def check(
     max_bad_fraction: float = 0.05,
     workers: int = 0,
 ) -> Summary:
-    """Read all shards of ``sources`` (lists of urls) and judge them, with a progress bar on stderr."""
+    """Read all shards of ``sources`` (lists of urls) and assess them, with a progress bar on stderr."""
     checks = Checks(sources, sizes, sample_index)
     loader = DataLoader(checks, batch_size=None, num_workers=min(workers, len(checks)), prefetch_factor=None)
     reports, seen = [], 0

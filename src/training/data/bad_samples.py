@@ -1,10 +1,10 @@
-"""Samples that cannot be used: counted, named, and how many of them end a run.
+"""Samples that cannot be used: they are counted and named, and too many of them end the run.
 
-Bad samples are left out, counted by reason and named. Each is counted when the order comes to it, together with
-the good one beside it: what has been read ahead, or is read once more after a resume, changes no count. Too many
-end the run. Two guards see to that: a loader process gives up where a whole allowance of bad samples comes in a
-row (``NothingUsable``: it would search on without a word), and the run ends where the allowance is used up within
-a window of samples (``Tolerance``).
+Bad samples are left out, counted by reason and named. Each is counted when the order reaches it, together with the
+good sample next to it: samples that are read ahead, or read again after a resume, change no count. Two checks end
+the run: a loader process gives up when it meets more bad samples in a row than a window may have
+(``NothingUsable``; otherwise it would search on silently), and the run ends when a window of samples has more bad
+ones than it may have (``Tolerance``).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from training.data.samples import Fault, Item, RawSample
 
 log = logging.getLogger(__name__)
 
-WINDOW = range(1_000, 100_000)  # shortest and longest window of samples that bad ones are a share of
+WINDOW = range(1_000, 100_000)  # shortest and longest window, in samples; bad samples may be a share of it
 
 
 class NothingUsable(ValueError):
-    """The data is readable by name only: what came was left out, without a usable sample in between."""
+    """Too much data in a row was left out, without a usable sample in between."""
 
 
 class TooManyBad(ValueError):
@@ -33,32 +33,32 @@ class TooManyBad(ValueError):
 class WrongRow(ValueError):
     """A sample and its row do not belong together.
 
-    Two samples share the row, or what is stored under it is missing or another sample's.
+    Two samples share the row, or the values stored under it are missing or belong to another sample.
     """
 
 
 class Allowance(NamedTuple):
-    """``--max_bad_fraction``: of any ``window`` samples in a row, ``fraction`` may be bad."""
+    """``--max_bad_fraction``: of any ``window`` samples in a row, the share ``fraction`` may be bad."""
 
     fraction: float = 1.0
     window: int = WINDOW.start
 
     @property
     def samples(self) -> int:
-        """How many bad samples a window may hold."""
+        """How many bad samples a window may have."""
         return int(self.fraction * self.window)
 
 
 def allowance(fraction: float, samples_per_epoch: int) -> Allowance:
-    """The window is an epoch of one rank, within ``WINDOW``: long, so that one spoiled shard is no disaster."""
+    """The window is an epoch of one rank, within ``WINDOW``: so long that one bad shard does not end the run."""
     return Allowance(fraction, min(max(samples_per_epoch, WINDOW.start), WINDOW.stop))
 
 
 @dataclass
 class Skips:
-    """Samples left out, by reason, and the first name of each reason; a lane's own count.
+    """Samples that were left out, counted by reason, with the first name of each reason.
 
-    More than ``limit`` in a row are too many; whoever finds a good one sets ``in_a_row`` back.
+    More than ``limit`` in a row are too many; the code that finds a good sample sets ``in_a_row`` to 0.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -78,19 +78,19 @@ class Skips:
             self.add(*fault)
 
     def merge(self, other: Skips) -> None:
-        """Add what another one has counted; the earlier example of a reason stays."""
+        """Add the counts of ``other``; the earlier example of a reason is kept."""
         self.counts.update(other.counts)
         self.examples = {**other.examples, **self.examples}
 
     def check(self) -> None:
-        """NothingUsable: far too many in a row."""
+        """NothingUsable: there are more than ``limit`` in a row."""
         if self.in_a_row > self.limit:
             raise NothingUsable(
                 f"--max_bad_fraction: {self.in_a_row} samples or shards in a row are unusable; left out: {self}"
             )
 
     def take(self) -> Skips:
-        """What has been counted since the last call."""
+        """The counts since the last call."""
         taken = Skips(self.counts.copy(), self.examples.copy())
         self.counts.clear()
         self.examples.clear()
@@ -102,10 +102,10 @@ class Skips:
 
 
 class Tolerance:
-    """Ends the run where too much of the data is bad.
+    """Ends the run when too much of the data is bad.
 
-    Bad samples are compared with what a full window may hold, so that three bad ones among the first ten do not
-    end a run, and a flood of them does at once.
+    Bad samples are compared with what a full window may have, so that three bad ones among the first ten do not
+    end a run, while a flood of them ends it at once.
     """
 
     def __init__(self, allowed: Allowance) -> None:
@@ -114,7 +114,7 @@ class Tolerance:
         self._bad = self._seen = 0
 
     def update(self, used: int, skips: Skips) -> None:
-        """TooManyBad: the samples ``used`` and left out since the last call make it so."""
+        """Add the samples ``used`` and left out since the last call. TooManyBad: the window has too many."""
         bad = skips.counts.total()
         self._recent.append((bad, used + bad))
         self._bad += bad
@@ -126,13 +126,13 @@ class Tolerance:
         if self._bad > self.allowed.samples and self.allowed.fraction < 1:
             raise TooManyBad(
                 f"--max_bad_fraction {self.allowed.fraction:g}: {self._bad} of the last {self._seen} samples are "
-                f"unusable, more than {self.allowed.samples} in {self.allowed.window}; lately: {skips}. "
-                "Mend the data (python -m training.check_data names what is wrong with it), or allow more"
+                f"unusable, more than {self.allowed.samples} in {self.allowed.window}; the latest are {skips}. "
+                "Repair the data (python -m training.check_data lists its faults), or raise the fraction"
             )
 
 
 class SkipLog:
-    """The run's count of skipped samples. Logs it when a reason is new and whenever the total has doubled."""
+    """The run's count of skipped samples. It is logged when a reason is new and whenever the total has doubled."""
 
     def __init__(self, allowed: Allowance | None = None) -> None:
         self.total = Skips()
@@ -141,9 +141,9 @@ class SkipLog:
         self._next_report = 1
 
     def update(self, skips: Skips, used: int = 0) -> None:
-        """Add what a lane has left out while it delivered ``used`` samples, and log if it is time to.
+        """Add what a lane has left out while it delivered ``used`` samples, and log the count if it is time.
 
-        TooManyBad: that makes too many.
+        TooManyBad: the window then has too many bad samples.
         """
         if skips.counts:
             new_reason = bool(skips.counts.keys() - self.total.counts.keys())
@@ -157,7 +157,7 @@ class SkipLog:
         self._tolerance.update(used, skips)
 
     def take_epoch(self) -> Skips:
-        """What has been left out since the last call."""
+        """The samples left out since the last call."""
         return self._epoch.take()
 
 

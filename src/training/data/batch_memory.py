@@ -1,11 +1,11 @@
-"""Memory that batches of images pass through: a loader process's, which the receiver shares, and the receiver's.
+"""Memory for batches of images: that of a loader process, shared with the receiver, and the receiver's own.
 
-To have pages of memory made for every batch takes longer than to fill them. So both ends use theirs again.
+Allocating new pages of memory for every batch takes longer than filling them. So both sides reuse their memory.
 
-A loader process keeps a few blocks of shared memory and uses them in turns. The receiver copies a batch out (to
-page-locked memory on the way to a GPU) before its block comes round again: a process is never asked for more than
-``PREFETCH`` batches (``prefetch_factor`` of ``DataLoader``) beyond the last one received, so one block more is
-enough. A block of the receiver is used again when nobody holds the batch that was in it.
+A loader process keeps a few blocks of shared memory and uses them in turn. The receiver copies a batch out (to
+page-locked memory on the way to a GPU) before its block is used again: a process is never asked for more than
+``PREFETCH`` batches (``prefetch_factor`` of ``DataLoader``) beyond the last one received, so one additional block
+is enough. A block of the receiver is used again when nothing refers to the batch that was in it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-PREFETCH = 2  # batches that each loader process works ahead
-_KEPT = 4  # blocks of a receiver: one that comes, one in use, and some that are still looked at
+PREFETCH = 2  # batches that each loader process prepares ahead
+_KEPT = 4  # blocks of a receiver: one being filled, one in use, and some whose batches are still referred to
 
 
 class BatchMemory:
-    """Blocks of shared memory, used in turns, in a loader process; elsewhere every batch has its own memory.
+    """Blocks of shared memory, used in turn, in a loader process; elsewhere every batch has its own memory.
 
-    ``shared`` True: as in a loader process, wherever it is.
+    ``shared``: use shared blocks outside a loader process too.
     """
 
     def __init__(self, shared: bool = False) -> None:
@@ -36,7 +36,7 @@ class BatchMemory:
     def stack(self, views: list[Tensor]) -> Tensor:
         """``views`` [3, H, W] of one shape as [n, 3, H, W], in the memory order of the first, which is packed.
 
-        In a loader process it holds until ``PREFETCH`` more have been made.
+        In a loader process the result is valid until ``PREFETCH`` more have been made.
         """
         channels_last = not views[0].is_contiguous()
         packed = [view.permute(1, 2, 0) for view in views] if channels_last else views
@@ -57,17 +57,17 @@ class BatchMemory:
 @dataclass
 class _Block:
     memory: np.ndarray
-    user: weakref.ref[np.ndarray]  # what the tensors in it keep alive
+    user: weakref.ref[np.ndarray]  # kept alive by the tensors in the block
 
 
 class ReceivedMemory:
-    """Copies of batches that hold as long as someone holds them, in memory of earlier ones that nobody does."""
+    """Copies of batches that stay valid while something refers to them; the memory of others is reused."""
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor``, whose elements fill its memory, in the same order."""
+        """A copy of ``tensor`` in the same memory order. The elements of ``tensor`` have to fill its memory."""
         blocks = [block for block in self._blocks if len(block.memory) == tensor.nbytes]
         block = next((block for block in blocks if block.user() is None), None)
         if block is None and len(blocks) == _KEPT:

@@ -1,4 +1,4 @@
-"""Which data a run trains on, as the flags say: shards, a csv file, or synthetic samples."""
+"""Which data a run trains on, according to the flags: shards, a csv file, or synthetic samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.data.bad_samples import allowance
 from training.data.lanes import Layout, default_layout
 from training.data.loader import TrainData
 from training.data.samples import CaptionSource, FeatureSource, Source
-from training.data.sources.tables import SyntheticSource, open_csv
+from training.data.sources.tables import CsvSource, SyntheticSource, open_csv
 from training.data.sources.webdataset import open_shards
 from training.data.tokenizer import Tokenizer
 from training.data.transforms import TrainView
@@ -27,10 +27,15 @@ _PROBE = ["", "a photo of a cat", "Ünïcode, CAPITALS & (punctuation)!", "12345
 
 
 class Model(Protocol):
-    """What the data path asks of a model (``models.BuiltModel``)."""
+    """What the data path needs of a model (``models.BuiltModel``)."""
 
-    preprocess: PreprocessCfg
-    tokenizer: Tokenizer
+    @property
+    def preprocess(self) -> PreprocessCfg:
+        """Size, mean, std, interpolation and resize mode of its images."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """List of n captions -> token ids, int64 [n, L]."""
 
 
 def build_train(
@@ -41,16 +46,18 @@ def build_train(
     features: FeatureSource | None = None,
     captions: CaptionSource | None = None,
 ) -> TrainData:
-    """The training data of this rank. All ranks call it together. ValueError names the flag that is wrong.
+    """The training data of this rank. All ranks call it together. ValueError: the message names the wrong flag.
 
-    ``features``, ``captions``: the reference's embeddings and further captions, where they come with the data.
+    ``features``, ``captions``: the reference's embeddings and additional captions, where they are stored on disk.
     """
     data, run = config.data, config.run
     samples = samples_per_epoch(config)
     steps = _steps(samples, config, world.world_size)
     layout = _layout(config, world)
     source = _open(config, world, target, steps)
-    needs_ref_text = reference is not None and not same_tokens(target.tokenizer, reference.tokenizer)
+    ref_tokenizer = None
+    if reference is not None and not same_tokens(target.tokenizer, reference.tokenizer):
+        ref_tokenizer = reference.tokenizer
     stream = TrainStream(
         source,
         TrainView(
@@ -60,7 +67,7 @@ def build_train(
             data.rand_augment,
         ),
         target.tokenizer,
-        reference.tokenizer if needs_ref_text else None,
+        ref_tokenizer,
         features,
         captions,
         seed=run.seed,
@@ -74,8 +81,8 @@ def build_train(
     )
     if samples < run.batch_size * world.world_size and world.is_main:
         log.warning(
-            "an epoch of %d samples does not fill one global batch of %d: each batch holds samples several times, "
-            "which a contrastive loss takes for pairs that do not match; give a smaller --batch-size",
+            "an epoch of %d samples does not fill one global batch of %d: each batch contains samples several "
+            "times, and a contrastive loss treats copies as pairs that do not match; give a smaller --batch-size",
             *(samples, run.batch_size * world.world_size),
         )
     train = TrainData(
@@ -86,7 +93,7 @@ def build_train(
         fixed=data.lanes is not None,
     )
     log.info(
-        "training data: %s; lanes %s (virtual ranks, workers); an epoch is %d samples in %d steps of %d, %s",
+        "training data: %s; lanes %s (virtual ranks, workers); an epoch has %d samples in %d steps of %d, %s",
         *(source.describe(stream.lanes), layout, samples, steps, run.batch_size * world.world_size),
         _remainder(train.samples_per_epoch - samples),
     )
@@ -94,24 +101,24 @@ def build_train(
 
 
 def samples_per_epoch(config: Config) -> int:
-    """What an epoch is to see: ``--train-num-samples``, or all rows of the csv file (which is read for it)."""
+    """Samples of an epoch: ``--train-num-samples``, or all rows of the csv file (which is read to count them)."""
     data = config.data
     if data.train_num_samples is not None:
         return data.train_num_samples
     assert data.dataset_type == "csv", "the parser asks for --train-num-samples"
-    return open_csv(data.train_data, data, config.run.seed).count()
+    return _open_csv(config).count()
 
 
 def steps_per_epoch(config: Config, world_size: int) -> int:
-    """Steps of one global batch that an epoch has, known without opening shards.
+    """Steps of an epoch, each of one global batch; known without opening shards.
 
-    ceil(samples / global batch); with ``--epoch_policy exact`` without the last one that would not be full.
+    ceil(samples / global batch); with ``--epoch_policy exact`` floor, since the last batch would not be full.
     """
     return _steps(samples_per_epoch(config), config, world_size)
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers give the same ids, and as many, for a probe of texts: then one serves both models."""
+    """Whether two tokenizers give the same ids, and as many, for some test texts: then one serves both models."""
     ours, theirs = a(_PROBE), b(_PROBE)
     return ours.shape == theirs.shape and torch.equal(ours, theirs)
 
@@ -122,17 +129,17 @@ def _steps(samples: int, config: Config, world_size: int) -> int:
         return math.ceil(samples / batch)
     if samples < batch:
         raise ValueError(
-            f"--epoch_policy exact: an epoch of {samples} samples has no full batch of {batch}; give a smaller "
-            "--batch-size, or --epoch_policy wrap"
+            f"--epoch_policy exact: an epoch of {samples} samples does not fill a batch of {batch}; give a "
+            "smaller --batch-size, or --epoch_policy wrap"
         )
     return samples // batch
 
 
 def _remainder(beyond: int) -> str:
-    """What becomes of the samples that do not fill a batch, from how many places there are beyond the samples."""
+    """What happens to the samples that do not fill a batch; ``beyond``: places in batches minus samples."""
     if beyond < 0:
-        return f"{-beyond} others left out of each epoch"
-    return f"{beyond} repeated to fill the last" if beyond else "none repeated, none left out"
+        return f"{-beyond} left out (different ones in each epoch)"
+    return f"{beyond} repeated to fill the last batch" if beyond else "none repeated, none left out"
 
 
 def _own_shards(config: Config) -> bool:
@@ -147,9 +154,9 @@ def _layout(config: Config, world: World) -> Layout:
     layout = Layout(*lanes)
     misfit = layout.misfit(ranks, config.data.workers, config.run.batch_size * ranks)
     if misfit is None and _own_shards(config) and layout.ranks != ranks:
-        misfit = f"with --skip_webdataset_split_by_node there are as many virtual ranks as ranks, {ranks}"
+        misfit = f"--skip_webdataset_split_by_node needs as many virtual ranks as there are ranks, {ranks}"
     if misfit:
-        raise ValueError(f"--lanes {layout}: {misfit}; give multiples of the ranks and of --workers")
+        raise ValueError(f"--lanes {layout}: {misfit}; give multiples of the number of ranks and of --workers")
     return layout
 
 
@@ -158,20 +165,27 @@ def _open(config: Config, world: World, target: Model, steps: int) -> Source:
     if data.dataset_type == "webdataset":
         return open_shards(data, seed, world, steps)
     if data.dataset_type == "csv":
-        source = open_csv(data.train_data, data, seed)
+        source = _open_csv(config)
         rows = source.count()
         if 0 < data.data_size < rows:
             raise ValueError(
                 f"--data_size {data.data_size}: {data.train_data} has {rows} rows, and "
-                "each has its place in the sample state; give at least as many"
+                f"each needs a row of its own in the sample state; give at least {rows}"
             )
         if data.epoch_policy == "exact" and (data.train_num_samples or 0) > rows:
             raise ValueError(
                 f"--train-num-samples {data.train_num_samples}: {data.train_data} has {rows} rows, and "
-                "--epoch_policy exact takes none twice; give at most as many"
+                f"--epoch_policy exact takes none twice; give at most {rows}"
             )
         return source
-    size = target.preprocess.size
-    samples = data.train_num_samples if data.data_size < 0 else min(data.train_num_samples, data.data_size)
+    size, samples = target.preprocess.size, data.train_num_samples
+    assert samples is not None, "the parser asks for --train-num-samples"
+    if data.data_size >= 0:
+        samples = min(samples, data.data_size)
     shape = (size, size) if isinstance(size, int) else tuple(size)
     return SyntheticSource(samples, shape, seed, resampled=data.epoch_policy == "resample")
+
+
+def _open_csv(config: Config) -> CsvSource:
+    assert config.data.train_data is not None, "the parser asks for --train-data"
+    return open_csv(config.data.train_data, config.data, config.run.seed)

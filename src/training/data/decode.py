@@ -1,16 +1,17 @@
-"""From an encoded image to RGB pixels, and how large it is before anything is decoded.
+"""From an encoded image to RGB pixels, and the size of an image before anything is decoded.
 
-A picture of a gigapixel is refused by its header. JPEG headers are read here (a few microseconds, as every
-training sample goes through it), other formats are opened by Pillow, which reads no pixels until they are asked
-for.
+An image of a gigapixel is refused because of its header. JPEG headers are read here, in a few microseconds, since
+every training sample goes through it. Other formats are opened by Pillow, which reads no pixels until they are
+needed.
 
-``decode`` gives a Pillow image, ``decode_pixels`` a tensor; the pixels are the same. Both use libjpeg-turbo, which
-writes rows of RGB bytes: tensors are [3, H, W] by their shape and H, W, 3 in memory (channels last).
+``decode`` returns a Pillow image, ``decode_pixels`` a tensor; the pixels are the same. Both use libjpeg-turbo,
+which writes rows of RGB bytes: tensors are [3, H, W] by their shape and H, W, 3 in memory (channels last).
 """
 
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from training.data.samples import Unusable
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # where Pillow begins to warn: a quarter of a gigabyte as RGB
+# Above it Pillow warns: a quarter of a gigabyte as RGB. Pillow has None where a program has lifted its limit.
+MAX_PIXELS: int = Image.MAX_IMAGE_PIXELS or sys.maxsize
 
 _JPEG = b"\xff\xd8\xff"
 _LENGTHLESS = frozenset([0x01, *range(0xD0, 0xD9)])  # TEM, RST0 to RST7, SOI
@@ -40,7 +42,7 @@ def check_size(image: bytes | str) -> None:
 
 
 def image_size(image: bytes | str) -> tuple[int, int]:
-    """(width, height) in pixels, as the header says. Where there is no sound header, Pillow's error comes out.
+    """(width, height) in pixels, from the header. Where there is no valid header, Pillow's error is raised.
 
     Unusable: so large that Pillow does not open it.
     """
@@ -57,7 +59,7 @@ def image_size(image: bytes | str) -> tuple[int, int]:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """From the frame header (ITU-T T.81, B.2.2); None where the segments before it are not in order."""
+    """From the frame header (ITU-T T.81, B.2.2); None where the segments before it are malformed."""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -75,35 +77,34 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 def decode(image: bytes | str | Image.Image) -> Image.Image:
     """An RGB image from its encoded bytes or its path. Grey, CMYK and palette are converted, alpha is dropped.
 
-    Whatever is wrong with the file, Pillow's own error comes out; its decoders raise many kinds.
+    If the file is broken, Pillow's own error is raised; its decoders raise many kinds.
     """
     if not isinstance(image, Image.Image):
         image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB Pillow would warn
+        image = image.convert("RGBA")  # Pillow would warn about a direct conversion to RGB
     return image.convert("RGB")
 
 
 def decode_pixels(image: bytes | str | Image.Image) -> Tensor:
-    """The same as a tensor, uint8 [3, H, W], channels last; JPEGs without Pillow."""
+    """The same as a tensor, uint8 [3, H, W], channels last; JPEGs are decoded without Pillow."""
     if isinstance(image, str):
         image = Path(image).read_bytes()
     if isinstance(image, bytes) and image.startswith(_JPEG) and (decode_jpeg := jpeg_decoder()) is not None:
-        with suppress(RuntimeError):  # Pillow reads some more, and says better what is wrong with the rest
+        with suppress(RuntimeError):  # Pillow reads some of these, and has clearer errors for the rest
             return decode_jpeg(image)
     return torch.from_numpy(np.array(decode(image))).permute(2, 0, 1)
 
 
 @cache
 def jpeg_decoder() -> Callable[[bytes], Tensor] | None:
-    """torchvision's: bytes to uint8 [3, H, W]; None where there is none.
+    """torchvision's decoder: bytes to uint8 [3, H, W]; None if torchvision has none.
 
-    It is deprecated since torchvision 0.29, to be removed, and it has always been missing from builds without
-    libjpeg.
+    It is deprecated since torchvision 0.29 and will be removed, and builds without libjpeg never had it.
     """
 
     def decode_jpeg(image: bytes) -> Tensor:
-        # A copy, since torch takes no memory that it may not write to.
+        # A copy, since torch does not accept read-only memory.
         return torchvision.io.decode_jpeg(torch.frombuffer(bytearray(image), dtype=torch.uint8), mode=mode)
 
     file = io.BytesIO()

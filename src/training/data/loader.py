@@ -1,10 +1,10 @@
 """From the batches that loader processes prepare to batches on the device.
 
-The W processes of a rank (``stream``) prepare its batches in turn. A rank yields exactly ``steps_per_epoch``
-full batches per epoch, as many as every other rank. With each batch comes where its lanes then stand, so that the
-stream can be taken up behind any batch (``TrainData.state_dict``, ``resume``).
+The W processes of a rank (see ``worker``) prepare its batches in turn. A rank yields exactly ``steps_per_epoch``
+full batches per epoch, as many as every other rank. Each batch comes with the places of its lanes after it, so
+that the stream can be resumed after any batch (``TrainData.state_dict``, ``resume``).
 
-The processes run through the epochs without stopping, so an epoch does not begin with empty queues.
+The processes run through the epochs without stopping, so that an epoch does not begin with empty queues.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -30,14 +30,16 @@ from training.data.worker import LoadedBatch, TrainStream
 from training.distributed.collectives import gather_object
 from training.distributed.signals import end_with_trainer, leave_to_trainer
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 
 class TrainData:
     """The training data of one rank.
 
-    ``steps_per_epoch`` batches of this rank's ``batch_size`` make an epoch; ``samples_per_epoch`` counts the
-    places in all ranks' batches. ``fixed``: the user asked for these lanes, whatever a checkpoint says.
+    An epoch has ``steps_per_epoch`` batches of this rank's ``batch_size``; ``samples_per_epoch`` is the number of
+    samples in the batches of all ranks. ``fixed``: the user asked for these lanes, so a checkpoint's are not used.
     """
 
     def __init__(
@@ -49,17 +51,17 @@ class TrainData:
         self._stream, self._device, self._fixed = stream, device, fixed
         self._world_size, self._workers = world_size, workers
         self._loader = open_loader(stream, workers, device, stream.seed)
-        self._must_copy = workers > 0 and device.type != "cuda"  # there page-locked memory is a copy
+        self._must_copy = workers > 0 and device.type != "cuda"  # on a GPU page-locked memory is a copy
         self._chunks: Iterator[LoadedBatch] | None = None
         self._fetched = (0, 0)  # the epoch and step that the next chunk is for
-        self._progress = Progress()  # behind the last batch handed out
+        self._progress = Progress()  # after the last batch handed out
 
     def epoch(self, epoch: int, step: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from ``step`` on, on the device (``index`` on the CPU).
 
-        From where the last batch or ``resume`` left off they go on. Anywhere else they begin the epoch's order
-        anew, and ``step`` only says how many are left.
-        NothingUsable: the data holds no usable sample, or far too many bad ones in a row; TooManyBad, WrongRow.
+        If the last batch or ``resume`` ended at this step, the order continues there. Otherwise the order of the
+        epoch starts at its beginning, and ``step`` only determines how many batches are left.
+        NothingUsable: the data has no usable sample, or far too many bad ones in a row; TooManyBad, WrongRow.
         """
         if (self._progress.epoch, self._progress.step) != (epoch, step):
             self._progress = Progress(epoch, step)
@@ -80,7 +82,7 @@ class TrainData:
 
     def close(self) -> None:
         """End the loader processes."""
-        self._chunks = None  # nobody else holds it
+        self._chunks = None  # the only reference to the iterator
 
     def _start(self) -> Iterator[LoadedBatch]:
         _loading.add(self)
@@ -88,14 +90,14 @@ class TrainData:
         return _copies(chunks, self._workers) if self._must_copy else chunks
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, of all ranks, in plain values. Collective."""
+        """Where the streams of all ranks stand, in plain values. Collective."""
         return pack(self._identity(), gather_object(self._progress))
 
     def resume(self, state: Mapping[str, Any] | None, epoch: int, step: int) -> int:
-        """Go on ``step`` steps into ``epoch``, where ``state`` was kept; the step to go on with, usually the same.
+        """Resume ``step`` steps into ``epoch``, where ``state`` was saved. Returns the step to resume at.
 
-        Takes over the run's lanes. Where they do not fit, or the order is another one, the run goes on all the
-        same, and the log says what is different.
+        This is usually ``step``. The lanes of the checkpoint are taken over. If they do not fit, or if the order
+        of samples is a different one, the run continues nevertheless, and the log says what differs.
         """
         held = state or {}
         self._take_over(held)
@@ -104,30 +106,32 @@ class TrainData:
             old, new = held.get("global_batch", self._identity().global_batch), self._identity().global_batch
             step = min(step * old // new, self.steps_per_epoch - 1)
             log.warning(
-                "the checkpoint was saved inside epoch %d, whose order was another one: %s. The epoch's last %d "
-                "steps take the present order from its beginning, so some samples come twice in this epoch and "
-                "others not at all; the next epochs are whole",
+                "the checkpoint was saved inside epoch %d, and the order of samples is different now: %s. The "
+                "last %d steps of the epoch follow the new order from its beginning, so some samples come twice "
+                "in this epoch and others not at all; the following epochs are complete",
                 *(epoch, difference, self.steps_per_epoch - step),
             )
         elif held and difference:
-            log.warning("from here on samples come in another order than the checkpoint's run had: %s", difference)
+            log.warning(
+                "from here on, the order of samples differs from that of the checkpoint's run: %s", difference
+            )
         places = {} if difference or not step else self._stream.own(unpack(held).places)
         self._progress = Progress(epoch, step, places)
         self.close()
         return step
 
     def _take_over(self, held: Mapping[str, Any]) -> None:
-        """Use the lanes of a checkpoint, if this launch can."""
+        """Use the lanes of a checkpoint if they fit this launch."""
         if "lanes" not in held or self._fixed:
             return
         layout, stream = Layout(*held["lanes"]), self._stream
         misfit = layout.misfit(self._world_size, self._workers, self._identity().global_batch)
         if stream.own_shards and layout.ranks != self._world_size:
-            misfit = f"{self._world_size} ranks cannot read the shards of {layout.ranks}"
+            misfit = f"with --skip_webdataset_split_by_node {self._world_size} ranks cannot replace {layout.ranks}"
         if misfit:
             log.warning(
-                "the run's lanes %s do not fit: %s. From here on it has the lanes %s: its batches are not those "
-                "that it would have had without the change, and batches before and after are of two orders",
+                "the lanes %s of the checkpoint do not fit: %s. The run continues with the lanes %s: from here on "
+                "its batches are not those that it would have had without the change, and follow another order",
                 *(layout, misfit, stream.layout),
             )
         elif layout != stream.layout:
@@ -141,10 +145,13 @@ class TrainData:
     def _fetch(self, arrived: deque[LoadedBatch]) -> Iterator[Batch]:
         epoch, start = self._fetched
         for step in range(start, self.steps_per_epoch):
+            assert self._chunks is not None, "``epoch`` starts the processes"
             chunk = next(self._chunks)
             if chunk.failure is not None:
                 self.close()
-                raise type(chunk.failure)(str(chunk.failure))  # one that ``chunk``, here, does not hold
+                # A new error: the original would refer to this frame, and this frame refers to ``chunk``.
+                raise type(chunk.failure)(str(chunk.failure))
+            assert chunk.batch is not None, "a chunk without a batch has a failure"
             self._fetched = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             arrived.append(replace(chunk, batch=None))
             yield chunk.batch
@@ -153,7 +160,7 @@ class TrainData:
 def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """``batches`` on ``device``.
 
-    On a GPU the next batch is copied from pinned memory beside the computation on the last one.
+    On a GPU the next batch is copied from page-locked memory during the computation on the last one.
     """
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
@@ -171,7 +178,7 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def _hand_over(batch: Batch, copies: torch.cuda.Stream, device: torch.device) -> Batch:
-    """Let the current stream wait for the copies; their memory is not reused before it has read them."""
+    """Make the current stream wait for the copies. Their memory is not reused before that stream has read them."""
     current = torch.cuda.current_stream(device)
     current.wait_stream(copies)
     for f in fields(batch):
@@ -181,10 +188,10 @@ def _hand_over(batch: Batch, copies: torch.cuda.Stream, device: torch.device) ->
     return batch
 
 
-def open_loader(stream: IterableDataset, workers: int, device: torch.device, seed: int = 0) -> DataLoader:
+def open_loader(stream: IterableDataset[T], workers: int, device: torch.device, seed: int = 0) -> DataLoader[T]:
     """What ``stream`` yields in ``workers`` processes, in page-locked memory on the way to a GPU.
 
-    The processes end with this one, and leave to it what a launcher's signals ask for.
+    The processes end with this one, and leave it to this one to react to a launcher's signals.
     """
     return DataLoader(
         stream,
@@ -193,12 +200,12 @@ def open_loader(stream: IterableDataset, workers: int, device: torch.device, see
         pin_memory=device.type == "cuda",
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(seed),  # else it would draw from the run's generator
+        generator=torch.Generator().manual_seed(seed),  # otherwise it would draw from the run's generator
     )
 
 
 def _copies(chunks: Iterator[LoadedBatch], workers: int) -> Iterator[LoadedBatch]:
-    """Chunks in memory of this process. The received ones are held on to, so that their blocks stay mapped."""
+    """Chunks in memory of this process. The last ones received are kept, so that their blocks stay mapped."""
     held: deque[LoadedBatch] = deque(maxlen=workers * (PREFETCH + 1))
     memory, ref_memory = ReceivedMemory(), ReceivedMemory()
     for chunk in chunks:
@@ -211,7 +218,7 @@ _loading: WeakSet[TrainData] = WeakSet()
 
 @atexit.register
 def _end_processes() -> None:
-    """At the program's end, before multiprocessing waits for processes that leave its signal to the trainer."""
+    """At exit, end the loader processes before multiprocessing waits for them: they ignore its signal."""
     for data in list(_loading):
         data.close()
 
@@ -219,4 +226,4 @@ def _end_processes() -> None:
 def _start_worker(_: int) -> None:
     leave_to_trainer()
     end_with_trainer()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core already

@@ -1,9 +1,9 @@
 """How the shards of an epoch are dealt to the lanes, as pure functions of (seed, epoch, turn, lane).
 
-An epoch starts at turn 0, one pass over the data. A lane that has come to the end of its share goes on with turns
-1, 2, …, each in an order of its own, until the epoch's steps are full: no lane runs dry. (Where data has fewer
-samples, they are dealt one by one: ``Lane.owns``. What a lane does with its share of the shards is the source's:
-``sources.webdataset``.)
+An epoch starts with turn 0, one pass over the data. A lane that reaches the end of its share continues with turns
+1, 2, …, each in an order of its own, until the epoch's steps are full: no lane runs out of samples. (Small data
+sets are dealt one sample at a time instead, see ``Lane.owns``. What a lane does with its share of the shards is
+decided by the source, see ``sources.webdataset``.)
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Piece(NamedTuple):
         return self.of == ENDLESS and position >= self.stop
 
 
-def deal(shards: Sequence[int], lane: Lane) -> list[Piece]:
-    """The lane's share of ``shards``: whole ones as long as all lanes get as many, then parts of the rest.
+def deal(shards: Sequence[int] | np.ndarray, lane: Lane) -> list[Piece]:
+    """The lane's share of ``shards``: whole shards as long as all lanes get equally many, then parts of the rest.
 
-    Of the R = len(shards) mod L last ones each lane gets the R/L-th part, cut by position in the shard (L parts
-    per shard, R of them in a row per lane), so that a lane opens two of them at most and none stays empty.
+    Each of the last R = len(shards) mod L shards is cut by position into L parts, and each of the L lanes gets R
+    consecutive parts. A lane therefore opens at most two of these shards, and no lane is left without samples.
     """
-    number, lanes = lane.number, lane.count
+    number, lanes = lane.number, lane.lanes
     evenly = len(shards) // lanes * lanes
     pieces = [Piece(shard) for shard in shards[number:evenly:lanes]]
     rest = shards[evenly:]
@@ -53,11 +53,11 @@ def deal(shards: Sequence[int], lane: Lane) -> list[Piece]:
     return pieces
 
 
-def deal_exactly(shards: Sequence[int], sizes: Sequence[int], lane: Lane, steps: int) -> list[Piece]:
-    """As many samples as the lane delivers in ``steps``, and no other lane the same ones.
+def deal_exactly(shards: Sequence[int] | np.ndarray, sizes: Sequence[int], lane: Lane, steps: int) -> list[Piece]:
+    """As many samples as the lane delivers in ``steps``, none of which goes to another lane.
 
-    ``sizes``: samples per shard number. The shards in a row are cut into the lanes' shares by sample, so that a
-    lane opens two shards in part at most.
+    ``sizes``: samples per shard number. The sequence of shards is cut into the lanes' shares by sample, so that a
+    lane reads at most two shards in part.
     """
     begin = sum(Lane(0, lane.ranks, w, lane.workers, lane.batch).samples(steps) for w in range(lane.worker))
     begin += lane.rank * lane.samples(steps)

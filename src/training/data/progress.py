@@ -1,7 +1,7 @@
 """Where the lanes of a run stand: the part of its state that is about data, as plain values for a checkpoint.
 
-A place is one of a certain order. So the state says what that order follows from (``Identity``), and a run whose
-order is another one can tell.
+A place is valid in one order of samples only. So the state contains what that order depends on (``Identity``), and
+a run with a different order can notice it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from training.data.lanes import Layout
 class Place(NamedTuple):
     """Where a lane stands in an epoch: ``taken`` samples into window ``window`` of turn ``turn``.
 
-    ``before`` counts the epoch's samples ahead of this window. The window's first one is at ``position`` of the
-    ``visit``-th shard of the turn, where its header begins at byte ``offset`` of the tar. Sources that have all
-    their samples at hand use ``taken`` alone.
+    ``before`` is the number of the epoch's samples before this window. The first sample of the window is at
+    ``position`` of the ``visit``-th shard of the turn, and its header begins at byte ``offset`` of the tar.
+    Sources that can read any sample directly only use ``taken``.
     """
 
     turn: int = 0
@@ -48,7 +48,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Identity:
-    """What an order depends on: places are those of another order where any of it differs."""
+    """What the order of samples depends on. If any of it differs, places belong to another order."""
 
     layout: Layout
     seed: int
@@ -57,12 +57,13 @@ class Identity:
     source: Sequence[str | int]
 
     def difference(self, state: Mapping[str, Any]) -> str | None:
-        """What makes ``state``, of ``pack``, that of another order; None: it is of this one."""
+        """What differs from this order in ``state``, which ``pack`` made; None if it is of this order."""
         theirs, ours = self._fields(state), self._fields(self.held())
         names = [f"{name} ({theirs[name]} then, {ours[name]} now)" for name in ours if theirs[name] != ours[name]]
         return ", ".join(names) or None
 
     def held(self) -> dict[str, Any]:
+        """The same as plain values."""
         return {
             "version": VERSION,
             "lanes": list(self.layout),

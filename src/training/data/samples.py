@@ -1,4 +1,4 @@
-"""What a source of samples (shards, a csv file, noise) hands to a loader process."""
+"""What a source of samples (shards, a csv file, synthetic noise) hands to a loader process."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from training.data.progress import BEGIN, Place
 class RawSample(NamedTuple):
     """One sample before decoding.
 
-    ``image`` is an encoded image, the path of one, or the picture itself; ``row`` its row of the sample state
-    (negative where the run keeps no state: then only a name of the sample); ``turn`` tells the visits of one epoch
-    apart; ``name`` is for messages.
+    ``image`` is an encoded image, the path of one, or a Pillow image; ``row`` is its row of the sample state
+    (where the run keeps no state, a negative number that only identifies the sample); ``turn`` distinguishes the
+    visits of the sample in one epoch; ``name`` is for messages.
     """
 
     image: bytes | str | Image.Image
@@ -29,16 +29,16 @@ class RawSample(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Something that is left out, a sample, a shard or a part of one: the ``reason`` it counts under, its name."""
+    """Something left out, a sample, a shard or a part of one: its name, and the ``reason`` it counts under."""
 
     reason: str
     name: str
 
 
 class Item(NamedTuple):
-    """What a stream of samples consists of: a ``sample``, the faults that count with it, and the place behind.
+    """One element of a stream: a ``sample``, the ``faults`` that count with it, and the ``place`` after it.
 
-    ``sample`` None: a turn is over, and ``faults`` are those of a turn without any usable sample.
+    ``sample`` is None at the end of a turn; ``faults`` are then those of a turn without any usable sample.
     """
 
     sample: RawSample | None
@@ -51,14 +51,14 @@ class Unusable(Exception):
 
 
 class FeatureSource(Protocol):
-    """Embeddings of a frozen model that come with the data, by row. Picklable: loader processes get a copy."""
+    """Embeddings of a frozen model, stored by row. Picklable: loader processes get a copy."""
 
     width: int
 
     def __call__(self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str]) -> Tensor:
-        """[n, 2, d], image and text, of these rows of the run, whose captions are ``texts``.
+        """Embeddings [n, 2, d], image and text, of these rows of the run, whose captions are ``texts``.
 
-        WrongRow: the first sample, called as in ``names``, whose embeddings are not there.
+        WrongRow: the embeddings of a sample are missing; the message calls it by its entry in ``names``.
         """
 
     def describe(self) -> str:
@@ -66,12 +66,12 @@ class FeatureSource(Protocol):
 
 
 class CaptionSource(Protocol):
-    """Further captions of samples, by row. Picklable: loader processes get a copy."""
+    """Additional captions of samples, stored by row. Picklable: loader processes get a copy."""
 
     def draw(self, row: int, text: str, name: str, seed: int) -> str:
-        """``text``, the sample's own caption, or one of the others of its ``row``; by ``seed`` (64 bits).
+        """``text``, the sample's own caption, or an additional one of its ``row``, chosen by ``seed`` (64 bits).
 
-        WrongRow: there are none of this row and caption; ``name`` says which sample that is.
+        WrongRow: there are none for this row and ``text``; the message calls the sample ``name``.
         """
 
     def describe(self) -> str:
@@ -84,12 +84,12 @@ class Source(Protocol):
     def stream(self, epoch: int, lane: Lane, place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Item]:
         """The lane's samples of an epoch from ``place`` on, turn after turn without an end.
 
-        Of a turn every fault comes with exactly one sample of one lane; another stream may go on at any place.
-        NothingUsable: more than ``limit`` faults were read in a row.
+        Every fault of a turn comes with exactly one sample of one lane. A new stream can start at the place of any
+        item. NothingUsable: more than ``limit`` faults were read in a row.
         """
 
     def describe(self, lanes: int) -> str:
-        """One line for the log: what there is and how it is dealt to ``lanes`` lanes."""
+        """One line for the log: what the source has, and how it is dealt to ``lanes`` lanes."""
 
     def identity(self) -> list[str | int]:
-        """What the order follows from besides seed, lanes, steps and batch size: a place is one of this order."""
+        """What the order depends on besides seed, lanes, steps and batch size; places belong to this order."""

@@ -1,28 +1,28 @@
 """From a decoded image to the views that the target and the reference see.
 
 The target's train transform is open_clip's for its preprocess config and ``--aug-cfg``: a random resized crop,
-then perhaps changes of color, then "to tensor, normalize". The last two are left to the device: a view is uint8.
-Crop and resize stay in uint8 tensors, as decoding does (``decode``), and torch's antialiased resize takes and
-gives rows of RGB bytes: images and views are [3, H, W] by their shape and H, W, 3 in memory (channels last), and
-nothing is transposed on the way to the device.
+then possibly changes of color, then "to tensor, normalize". The last two are left to the device: a view is uint8.
+Crop and resize work on uint8 tensors, as decoding does (``decode``). torch's antialiased resize takes and returns
+rows of RGB bytes: images and views are [3, H, W] by their shape and H, W, 3 in memory (channels last), and nothing
+is transposed on the way to the device.
 
-Pixels are those of open_clip's transform of the same crop, up to rounding: both decoders are libjpeg-turbo, both
-resizes are Pillow's filter in fixed-point arithmetic. What tensors cannot express, open_clip's own transforms do
-on Pillow images: changes of color (after the crop, on the small picture), and all of ``use_timm=True``, whose
-result is used as it is: float, normalized.
+The pixels are those of open_clip's transform of the same crop, up to rounding: both decoders are libjpeg-turbo,
+and both resizes are Pillow's filter in fixed-point arithmetic. What tensors cannot express is done by
+open_clip's own transforms on Pillow images: changes of color (after the crop, on the small picture), and
+everything under ``use_timm=True``, whose result is used as it is: float and normalized.
 
-The reference sees the same view: the same crop of the same image and the same color changes, through its own size
-and interpolation.
+The reference sees the same view: the same crop of the same image and the same changes of color, at its own size
+and with its own interpolation.
 
-Random numbers belong to the sample and follow from its ``seed``. The crop is drawn from a generator of its own.
-Transforms that run as they are draw from the global generators, the same numbers whatever the size of the view:
-these are seeded for the target, again for the reference, and then restored.
+Random numbers belong to the sample and follow from its ``seed``. The crop is drawn from a separate generator.
+open_clip's own transforms draw from the global generators, and draw the same numbers whatever the size of the
+view: the global generators are seeded for the target, seeded again for the reference, and restored afterwards.
 
-A model that looks at each image once, so that what it computes can be kept, has one fixed view of it
+A model that looks at each image once, so that its results can be stored, has one fixed view of the image
 (``FixedView``): the largest centred part with the shape of the model's input, resized to it. That is open_clip's
-evaluation transform on decoded pixels, so a square image gives the very pixels that training with ``--aug-cfg
-scale=(1.0,1.0)`` gives the reference. Where the model's config does not crop (``resize_mode`` squash or longest),
-open_clip's own transform is used.
+evaluation transform on decoded pixels, so a square image gives exactly the pixels that the reference gets in
+training with ``--aug-cfg scale=(1.0,1.0)``. Where the model's config does not crop (``resize_mode`` squash or
+longest), open_clip's own transform is used.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _TRIES = 10  # crops drawn before a fixed one is taken, as in torchvision
 class Views(NamedTuple):
     """One sample as the target and as the reference see it, uint8 or normalized float, [3, H, W] each.
 
-    ``reference`` is None where ``target`` serves both, or without a reference.
+    ``reference`` is None where ``target`` serves both models, and where there is no reference.
     """
 
     target: Tensor
@@ -73,7 +73,7 @@ class TrainView:
     """Random views of an image for the target and, with ``reference``, for the reference model.
 
     ``aug_cfg`` are the fields of open_clip's ``AugmentationCfg``; ``rand_augment`` adds torchvision's RandAugment.
-    ValueError: an unknown field of ``aug_cfg``.
+    ValueError: ``aug_cfg`` has an unknown field.
     """
 
     def __init__(
@@ -86,24 +86,27 @@ class TrainView:
         augmentation = _augmentation(aug_cfg or {})
         steps = _steps(target, augmentation, rand_augment)
         self._in_timm = augmentation.use_timm
-        self._target = _View(steps) if self._in_timm else _CropView(steps)
-        self._reference = None
+        self._target: _View | _CropView
+        self._reference: _View | _CropView | None = None
         if self._in_timm:
-            log.info("--aug-cfg asks for timm's transforms: images are normalized in the loader, as float")
-        elif slow := ", ".join(self._target.color_steps):
-            log.info("augmentation by %s goes through Pillow images, after the crop", slow)
-        if not self._in_timm and jpeg_decoder() is None:
-            log.warning("this torchvision decodes no JPEGs: Pillow does, to the same pixels, in more time")
+            self._target = _View(steps)
+            log.info("--aug-cfg use_timm=True: timm transforms images, and the loader normalizes them as float")
+        else:
+            self._target = _CropView(steps)
+            if slow := ", ".join(self._target.color_steps):
+                log.info("augmentation by %s is done on Pillow images, after the crop", slow)
+            if jpeg_decoder() is None:
+                log.warning("this torchvision cannot decode JPEGs: Pillow does, to the same pixels but slower")
         if reference is not None and not _same_pixels(target, reference, on_device=not self._in_timm):
             steps = _steps(reference, augmentation, rand_augment)
             self._reference = _View(steps) if self._in_timm else _CropView(steps, _interpolation(reference))
 
     def decode(self, image: bytes | str | Image.Image) -> Tensor | Image.Image:
-        """What a view of ``image`` is made from: an RGB image as ``decode`` or ``decode_pixels`` gives it."""
+        """What a view of ``image`` is made from: an RGB image as ``decode`` or ``decode_pixels`` returns it."""
         return decode(image) if self._in_timm else decode_pixels(image)
 
     def __call__(self, image: Tensor | Image.Image, seed: int) -> Views:
-        """Views of what ``decode`` gave, fixed by ``seed`` (64 bits)."""
+        """Views of what ``decode`` returned, fixed by ``seed`` (64 bits)."""
         return Views(self._target(image, seed), None if self._reference is None else self._reference(image, seed))
 
 
@@ -115,21 +118,23 @@ class FixedView:
         self._whole = None if preprocess.resize_mode == "shortest" else eval_transform(preprocess)
 
     def decode(self, image: bytes | str | Image.Image) -> Tensor | Image.Image:
-        """What ``__call__`` takes."""
+        """The image as ``__call__`` takes it."""
         return decode_pixels(image) if self._whole is None else decode(image)
 
     def __call__(self, image: Tensor | Image.Image) -> Tensor:
-        """The view of what ``decode`` gave."""
-        if self._whole is not None:
-            return self._whole(image)
-        return resized_crop(image, centred(*image.shape[1:], self.size), self.size, self.mode)
+        """The view of what ``decode`` returned."""
+        if isinstance(image, Tensor):
+            height, width = image.shape[1:]
+            return resized_crop(image, centred(height, width, self.size), self.size, self.mode)
+        assert self._whole is not None, "``decode`` returns a Pillow image only then"
+        return self._whole(image)
 
     def __str__(self) -> str:
         return f"centre, {self.size[0]} x {self.size[1]}, {self.mode}" if self._whole is None else "whole"
 
 
 def centred(height: int, width: int, shape: tuple[int, int]) -> Box:
-    """The largest box with the sides' ratio of ``shape`` = (h, w) in the middle of an image."""
+    """The largest box with the aspect ratio of ``shape`` = (h, w), in the middle of an image."""
     h, w = min(height, round(width * shape[0] / shape[1])), min(width, round(height * shape[1] / shape[0]))
     h, w = max(h, 1), max(w, 1)
     return Box((height - h) // 2, (width - w) // 2, h, w)
@@ -141,13 +146,16 @@ def eval_transform(preprocess: PreprocessCfg) -> Callable[[Image.Image], Tensor]
 
 
 def random_box(height: int, width: int, scale: Sequence[float], ratio: Sequence[float], rng: random.Random) -> Box:
-    """A crop distributed as torchvision's ``RandomResizedCrop``: ``scale`` of the area, ``ratio`` of its sides."""
-    # Of Random's methods only this one promises the same numbers under every release of Python.
+    """A crop distributed as torchvision's ``RandomResizedCrop``.
+
+    ``scale``: smallest and largest share of the image's area; ``ratio``: smallest and largest width / height.
+    """
+    # The only method of Random that is documented to return the same numbers in every release of Python.
     draw = rng.random
     low, span = math.log(ratio[0]) / 2, math.log(ratio[1] / ratio[0]) / 2
     for _ in range(_TRIES):
         side = math.sqrt(height * width * (scale[0] + (scale[1] - scale[0]) * draw()))
-        stretch = math.exp(low + span * draw())  # the root of w / h
+        stretch = math.exp(low + span * draw())  # the square root of w / h
         w, h = round(side * stretch), round(side / stretch)
         if 0 < w <= width and 0 < h <= height:
             return Box(int(draw() * (height - h + 1)), int(draw() * (width - w + 1)), h, w)
@@ -166,44 +174,49 @@ def resized_crop(image: Tensor, box: Box, size: tuple[int, int], mode: str) -> T
     """
     top, left, height, width = box
     rows = image.permute(1, 2, 0)[top : top + height, left : left + width].unsqueeze(0)
-    # torch's fast path for RGB bytes wants them packed, with strides that say so; whole rows are already.
+    # torch's fast path for RGB bytes needs packed memory and its strides; whole rows are packed already.
     part = rows.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     return F.interpolate(part, size, mode=mode, antialias=True).squeeze(0)
 
 
-class _View:
-    """One model's view of a Pillow image by the transforms ``steps`` as they are."""
+_Step = Callable[[Any], Any]  # one of torchvision's, of an image or of its pixels
 
-    def __init__(self, steps: list[Callable]) -> None:
+
+class _View:
+    """One model's view by the transforms ``steps``, unchanged."""
+
+    def __init__(self, steps: list[_Step]) -> None:
         self._steps = tv.Compose(steps)
 
-    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+    def __call__(self, image: Tensor | Image.Image, seed: int) -> Tensor:
         with isolated_rng():
             seed_all(seed)
             return self._steps(image)
 
 
 class _CropView:
-    """One model's view of decoded pixels: the crop of ``steps`` on tensors, their changes of color as they are.
+    """One model's view of decoded pixels: the crop of ``steps`` on tensors, their changes of color unchanged.
 
     open_clip trains with bicubic crops whatever the config says; ``mode`` is for a frozen model, which was
-    evaluated with its own.
+    evaluated with its own interpolation.
     """
 
-    def __init__(self, steps: list[Callable], mode: str = "bicubic") -> None:
+    def __init__(self, steps: list[_Step], mode: str = "bicubic") -> None:
         crop, _to_rgb, *colors, _to_tensor, _normalize = steps
         assert isinstance(crop, tv.RandomResizedCrop) and isinstance(_normalize, tv.Normalize), steps
         self._scale, self._ratio, self._size, self._mode = crop.scale, crop.ratio, tuple(crop.size), mode
         self._colors = _View([tvf.to_pil_image, *colors, tvf.pil_to_tensor]) if colors else None
         self.color_steps = [type(step).__name__ for step in colors]
 
-    def __call__(self, image: Tensor, seed: int) -> Tensor:
-        box = random_box(*image.shape[1:], self._scale, self._ratio, random.Random(seed))
+    def __call__(self, image: Tensor | Image.Image, seed: int) -> Tensor:
+        assert isinstance(image, Tensor), "``TrainView.decode`` returns pixels"
+        height, width = image.shape[1:]
+        box = random_box(height, width, self._scale, self._ratio, random.Random(seed))
         view = resized_crop(image, box, self._size, self._mode)
         return view if self._colors is None else self._colors(view, seed)
 
 
-def _steps(preprocess: PreprocessCfg, augmentation: AugmentationCfg, rand_augment: bool) -> list[Callable]:
+def _steps(preprocess: PreprocessCfg, augmentation: AugmentationCfg, rand_augment: bool) -> list[_Step]:
     """open_clip's train transform of a Pillow image, with RandAugment before "to tensor"."""
     steps = list(image_transform_v2(preprocess, is_train=True, aug_cfg=augmentation).transforms)
     if rand_augment:
@@ -220,14 +233,14 @@ def _augmentation(aug_cfg: Mapping[str, Any]) -> AugmentationCfg:
     jitter = augmentation.color_jitter
     if augmentation.color_jitter_prob and not augmentation.use_timm and np.shape(jitter) != (4,):
         raise ValueError(
-            f"--aug-cfg color_jitter={jitter}: with color_jitter_prob it has to be four numbers, "
+            f"--aug-cfg color_jitter={jitter}: with color_jitter_prob it must be four numbers, "
             "(brightness, contrast, saturation, hue)"
         )
     return augmentation
 
 
 def _same_pixels(target: PreprocessCfg, reference: PreprocessCfg, on_device: bool) -> bool:
-    """Whether the target's view serves the reference: it normalizes uint8 itself and takes floats as they are."""
+    """Whether the target's view serves the reference: it normalizes uint8 itself and takes floats unchanged."""
     if _size(target) != _size(reference):
         return False
     if on_device:

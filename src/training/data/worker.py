@@ -1,7 +1,7 @@
-"""What one loader process does: from the samples of its lanes to batches, with the lanes' places behind each.
+"""What one loader process does: it makes batches of its lanes' samples, each with the lanes' places after it.
 
-Every process of a rank prepares whole batches, every W-th, with the lanes (see ``order`` and ``lanes``) whose
-steps those are. It runs through the epochs without stopping.
+Every one of the W processes of a rank prepares whole batches, every W-th of them, from the lanes that serve those
+steps (see ``lanes`` and ``order``). It runs through the epochs without stopping.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from training.rng import sample_seed
 
 T = TypeVar("T")
 
-LONGEST_TEXT = 4096  # characters that are tokenized: CLIP's tokenizer takes minutes over a word of 100 kB
-_SMALL = ("text", "index", "ref_text")  # of a batch, int64
-_BARREN_TURNS = 20  # beyond one per lane, passes without a usable sample before a lane gives up
+LONGEST_TEXT = 4096  # characters that are tokenized: CLIP's tokenizer takes minutes for a word of 100 kB
+_SMALL = ("text", "index", "ref_text")  # tensors of a batch, int64
+_BARREN_TURNS = 20  # turns without a usable sample, in addition to one per lane, before a lane gives up
 
 
 class Sample(NamedTuple):
@@ -45,9 +45,9 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """One batch of a rank, with the samples left out on the way to it and the places of its lanes behind it.
+    """One batch of a rank, with the samples left out on the way to it and the places of its lanes after it.
 
-    ``failure`` says why there is no batch and nothing more will come.
+    ``failure`` is the reason why there is no batch; no further one follows.
     """
 
     batch: Batch | None
@@ -56,11 +56,11 @@ class LoadedBatch:
     failure: ValueError | None = None
 
     def pin_memory(self) -> LoadedBatch:
-        """A copy in page-locked memory; ``DataLoader`` calls this by its name."""
+        """A copy in page-locked memory; ``DataLoader`` calls this method by its name."""
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
     def copy(self, memory: ReceivedMemory, ref_memory: ReceivedMemory) -> LoadedBatch:
-        """One that holds when the loader process uses its memory again, with the images in these memories."""
+        """A copy with its images in these memories, valid when the loader process uses its own memory again."""
         if self.batch is None:
             return self
         image, ref_image = memory.copy(self.batch.image), self.batch.ref_image
@@ -68,9 +68,9 @@ class LoadedBatch:
         return replace(self, batch=replace(self.batch, image=image, ref_image=ref_image))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Ids and rows go from process to process as arrays, in the message.
+        """Ids and rows go from process to process as arrays, inside the message.
 
-        A tensor goes through shared memory, whose descriptor takes longer to hand over than so little to copy.
+        A tensor would go through shared memory: handing over its descriptor takes longer than copying so little.
         """
         if self.batch is None:
             return self.__dict__
@@ -85,11 +85,11 @@ class LoadedBatch:
         self.__dict__.update(state)
 
 
-class TrainStream(IterableDataset):
-    """The endless row of batches that one loader process prepares: every W-th from ``start`` on.
+class TrainStream(IterableDataset[LoadedBatch]):
+    """The endless sequence of batches that one loader process prepares: every W-th from ``start`` on.
 
     ``rank`` of ``ranks`` has ``batch_size`` samples of each of an epoch's ``steps``. ``own_shards``: every rank
-    reads all of the source by itself, as the only virtual rank.
+    reads the whole source by itself, as if it were the only virtual rank.
     """
 
     def __init__(
@@ -122,18 +122,19 @@ class TrainStream(IterableDataset):
 
     @property
     def lanes(self) -> int:
-        """Among how many lanes the source is shared out."""
+        """The number of lanes that the source is dealt to."""
         return self.layout.workers * (1 if self.own_shards else self.layout.ranks)
 
     def own(self, places: Mapping[tuple[int, int], Place]) -> dict[tuple[int, int], Place]:
-        """Those of this rank's lanes: where the others' stand, it will not know for long."""
+        """The places of this rank's lanes; the rank does not learn how the lanes of others advance."""
         own = {name for worker in range(self.layout.workers) for name in self._lanes_of(worker)}
         return {name: place for name, place in places.items() if name in own}
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         worker, workers = this_worker()
         skips = Skips(limit=self.allowed.samples)
-        epoch, readers = -1, {}
+        epoch = -1
+        readers: dict[tuple[int, int], LaneReader] = {}
         for turn in count(self.start.epoch * self.steps + self.start.step + worker, workers):
             if turn // self.steps != epoch:
                 epoch, readers = turn // self.steps, {}
@@ -147,8 +148,9 @@ class TrainStream(IterableDataset):
     def _batch(
         self, step: int, epoch: int, readers: dict[tuple[int, int], LaneReader], skips: Skips
     ) -> tuple[Batch, dict[tuple[int, int], Place]]:
-        """The rank's part of the batch of ``step``; ``readers`` of the epoch are kept."""
-        samples, places = [], {}
+        """The rank's part of the batch of ``step``, and the places of its lanes after it. Adds to ``readers``."""
+        samples: list[Sample] = []
+        places = {}
         for name, lane in self._lanes_of(step % self.layout.workers).items():
             if name not in readers:
                 place = self.start.places.get(name, BEGIN) if epoch == self.start.epoch else BEGIN
@@ -172,28 +174,28 @@ class TrainStream(IterableDataset):
     def _collate(self, samples: list[Sample]) -> Batch:
         texts, seeds = [sample.text for sample in samples], [sample.seed for sample in samples]
         rows, names = [sample.row for sample in samples], [sample.name for sample in samples]
-        references = [sample.views.reference for sample in samples]
+        references = [view for sample in samples if (view := sample.views.reference) is not None]
         return Batch(
             image=self._images.stack([sample.views.target for sample in samples]),
             text=self.tokens(texts, seeds),
             index=torch.tensor(rows),
-            ref_image=None if references[0] is None else self._ref_images.stack(references),
+            ref_image=self._ref_images.stack(references) if references else None,
             ref_text=None if self.ref_tokens is None else self.ref_tokens(texts, seeds),
             ref_features=None if self.features is None else self.features(rows, texts, names),
         )
 
 
 class LaneReader:
-    """The decoded samples of one lane in one epoch; ``place`` is where it stands behind the last one taken."""
+    """The decoded samples of one lane in one epoch; ``place`` is where it stands after the last one taken."""
 
     def __init__(self, stream: TrainStream, epoch: int, lane: Lane, place: Place, skips: Skips) -> None:
         self.place = place
         self._stream, self._epoch, self._lane, self._skips = stream, epoch, lane, skips
         self._items = stream.source.stream(epoch, lane, place, skips.limit)
-        self._usable = self._barren = 0  # samples of this turn; turns in a row without any
+        self._usable = self._barren = 0  # usable samples of this turn; turns in a row without any
 
     def take(self, n: int) -> list[Sample]:
-        """The next ``n`` samples. NothingUsable, WrongRow: what is wrong with the data."""
+        """The next ``n`` samples. NothingUsable, WrongRow: the data cannot be used."""
         samples: list[Sample] = []
         while len(samples) < n:
             if (sample := self._next()) is not None:
@@ -201,11 +203,11 @@ class LaneReader:
         return samples
 
     def finish(self) -> None:
-        """Count, at the end of the lane's epoch, the bad samples that the turn has before its next good one."""
+        """At the end of the lane's epoch, count the bad samples that come before the next good one of the turn."""
         self._next()
 
     def _next(self) -> Sample | None:
-        """The next good sample; None at a turn's end."""
+        """The next good sample; None at the end of a turn."""
         for item in self._items:
             self.place = item.place
             self._skips.extend(item.faults)
@@ -231,12 +233,12 @@ class LaneReader:
 
     def _end_turn(self) -> None:
         self._usable, self._barren = 0, 0 if self._usable else self._barren + 1
-        if self._barren > self._lane.count + _BARREN_TURNS:
-            raise NothingUsable(f"there is no usable sample in the training data; left out: {self._skips}")
+        if self._barren > self._lane.lanes + _BARREN_TURNS:
+            raise NothingUsable(f"--train-data: it contains no usable sample; left out: {self._skips}")
 
 
 def decode_or_skip(raw: RawSample, skips: Skips, decoder: Callable[..., T]) -> T | None:
-    """What ``decoder`` makes of the image of ``raw``; None where it cannot, which is counted in ``skips``."""
+    """What ``decoder`` returns for the image of ``raw``; None where it fails, which is counted in ``skips``."""
     try:
         if not isinstance(raw.image, Image.Image):
             check_size(raw.image)
@@ -244,12 +246,12 @@ def decode_or_skip(raw: RawSample, skips: Skips, decoder: Callable[..., T]) -> T
     except Unusable as fault:
         skips.add(str(fault), raw.name)
         return None
-    except Exception as error:  # a decoder raises anything on a broken file
+    except Exception as error:  # a decoder may raise any exception on a broken file
         skips.add("undecodable image", f"{raw.name}: {error}")
         return None
 
 
 def this_worker() -> tuple[int, int]:
-    """(number of this loader process, how many there are); (0, 1) in the run's own process."""
+    """(number of this loader process, number of loader processes); (0, 1) in the run's own process."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)

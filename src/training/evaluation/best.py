@@ -11,7 +11,7 @@ _LOWER_IS_BETTER = ("loss", "rank")  # clip_val_loss, image_to_text_mean_rank, .
 
 
 def update(best: Best, metrics: Mapping[str, float | None], epoch: int) -> dict[str, list[float]]:
-    """``best`` (metric -> [value, epoch]) and the ``metrics`` after ``epoch``; of equals the first stays."""
+    """``best`` (metric -> [value, epoch]) and ``metrics`` after ``epoch``; the first of equal values is kept."""
     found = {name: list(entry) for name, entry in best.items()}
     for name, value in metrics.items():
         if name in _COUNTS or value is None or value != value:

@@ -1,9 +1,9 @@
 """In-run evaluation, on all ranks at once: retrieval on ``--val-data``, zero-shot accuracy on ``--imagenet-val``
 and ``--imagenet-v2``.
 
-Every rank embeds its share of the samples, each sample once. For retrieval the features are then gathered and the
-ranks share out the M x M comparisons; for zero-shot they share out the class prompts, and counts are summed. So K
-ranks report what one would. Whatever fails is raised.
+Every rank embeds its share of the samples, each sample once. For retrieval the features are then gathered, and
+the ranks share the M x M comparisons; for zero-shot they share the class prompts, and the counts are summed. So
+K ranks report the same values as one. Errors are raised.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Evaluation:
     sets: dict[str, ClassificationSet]
 
     def __call__(self, model: nn.Module, epoch: int, step: int = 0, *, final: bool = False) -> dict[str, float]:
-        """Evaluate ``model`` (not wrapped) after ``epoch`` whole epochs and ``step`` steps, on what is due then.
+        """Evaluate ``model`` (not wrapped) after ``epoch`` complete epochs and ``step`` steps, on all that is due.
 
-        Metric name -> value, the names of the published code; also logged, sent to the writers as ``val/NAME`` and
-        appended to ``eval_results.jsonl``. Empty where nothing is due.
+        Returns metric name -> value, under the names of the published code; empty if nothing is due. They are also
+        logged, sent to the writers as ``val/NAME`` and appended to ``eval_results.jsonl``.
         """
         metrics: dict[str, float] = {}
         with evaluating(model):
@@ -62,47 +62,53 @@ class Evaluation:
                     found = self._zero_shot(model, name, pictures)
                     metrics |= {f"{name}-zeroshot-val-{key}": value for key, value in found.items()}
             if self.val is not None and self._due(self.config.evaluation.val_frequency, epoch, final):
-                metrics |= self._retrieval(model)
+                metrics |= self._retrieval(model, self.val)
         if metrics:
             self.log.info(f"Eval Epoch: {epoch} " + "\t".join(f"{k}: {round(v, 4)}" for k, v in metrics.items()))
             self.log.eval_result({"epoch": epoch, "step": step, **metrics})
         return metrics
 
     def _due(self, frequency: int, epoch: int, final: bool) -> bool:
-        """0: never. Else every ``frequency`` epochs, after the last one, and where the run only evaluates."""
+        """With 0 never; else every ``frequency`` epochs, after the last one, and where the run only evaluates."""
         epochs = self.config.schedule.epochs
         return frequency > 0 and (final or epochs == 0 or epoch == epochs or epoch % frequency == 0)
 
-    def _retrieval(self, model: nn.Module) -> dict[str, float]:
-        run = self._precision
-        image, text, tokens = [], [], torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        with self.log.progress(len(self.val), "validation", unit="batch") as progress, torch.no_grad():
-            for pixels, captions in self.val:
+    def _retrieval(self, model: nn.Module, val: ValData) -> dict[str, float]:
+        run, scale = self._precision, model.logit_scale
+        assert isinstance(scale, Tensor), "open_clip's models have a logit scale"
+        images: list[Tensor] = []
+        texts: list[Tensor] = []
+        tokens = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        with self.log.progress(len(val), "validation", unit="batch") as progress, torch.no_grad():
+            for pixels, captions in val:
                 captions = captions.to(self.world.device, non_blocking=True)
                 pixels = self._pixels(pixels)
                 with run.autocast():
                     outputs = model(pixels, captions)
-                image.append(normalized(outputs["image_features"]))
-                text.append(normalized(outputs["text_features"]))
+                images.append(normalized(outputs["image_features"]))
+                texts.append(normalized(outputs["text_features"]))
                 if "logits" in outputs:
                     sums = caption_loss(outputs, getattr(model, "pad_id", 0))
                     tokens += torch.stack([part.double() for part in sums])
                 progress.update()
-            scale = model.logit_scale.exp().item()
-        image, text = gather_rows(image, self.world), gather_rows(text, self.world)
-        tokens = all_reduce_sum(tokens).tolist()
+            logit_scale = scale.exp().item()
+        image, text = gather_rows(images, self.world), gather_rows(texts, self.world)
+        caption_loss_sum, caption_tokens = all_reduce_sum(tokens).tolist()
         if not len(image):
-            raise ValueError(f"--val-data {self.config.evaluation.val_data}: no samples in it")
+            raise ValueError(f"--val-data {self.config.evaluation.val_data}: it contains no usable sample")
         with self.log.progress(len(image) // self.world.world_size, "ranking", unit="row") as progress:
             share = (self.world.rank, self.world.world_size)
-            counts = merge(gather_object(count_pairs(image, text, scale, share=share, update=progress.update)))
-        metrics = summarize(counts, image, text, scale)
-        if tokens[1]:
-            metrics["val_generative_loss"] = tokens[0] / tokens[1]
+            counted = count_pairs(image, text, logit_scale, share=share, update=progress.update)
+            counts = merge(gather_object(counted))
+        metrics = summarize(counts, image, text, logit_scale)
+        if caption_tokens:
+            metrics["val_generative_loss"] = caption_loss_sum / caption_tokens
         return {**metrics, "num_samples": len(image)}
 
     def _zero_shot(self, model: nn.Module, name: str, pictures: ClassificationSet) -> dict[str, float]:
         run, world = self._precision, self.world
+        encode_image = model.encode_image
+        assert callable(encode_image), "open_clip's models have an image encoder"
         classifier = self._classifier(model, name, pictures)
         counts = torch.zeros(3, len(pictures.classnames), dtype=torch.float64, device=world.device)
         loader = self._loader(pictures)
@@ -110,7 +116,7 @@ class Evaluation:
             for pixels, labels in loader:
                 pixels = self._pixels(pixels)
                 with run.autocast():
-                    features = model.encode_image(pixels, normalize=True)
+                    features = encode_image(pixels, normalize=True)
                 counts += hits(normalized(features), labels.to(world.device, non_blocking=True), classifier)
                 progress.update()
         return accuracies(all_reduce_sum(counts))
@@ -133,7 +139,7 @@ class Evaluation:
                 progress.update(len(chunk))
         return torch.cat([rows for part in gather_object(columns) for rows in part]).T.to(world.device)
 
-    def _loader(self, pictures: ClassificationSet) -> DataLoader:
+    def _loader(self, pictures: ClassificationSet) -> DataLoader[tuple[Tensor, int]]:
         """This rank's share: every K-th picture."""
         share = pictures.pictures[self.world.rank :: self.world.world_size]
         return DataLoader(
@@ -141,7 +147,7 @@ class Evaluation:
             batch_size=self.config.run.batch_size // self.config.run.accum_freq,
             num_workers=self.config.data.workers,
             pin_memory=self.world.device.type == "cuda",
-            generator=torch.Generator(),  # the loader draws a seed, not from the generator of training
+            generator=torch.Generator(),  # otherwise the loader would draw a seed from the generator of training
         )
 
     def _pixels(self, pixels: Tensor) -> Tensor:
@@ -155,14 +161,14 @@ class Evaluation:
 
 
 def open_sets(config: Config) -> dict[str, ClassificationSet]:
-    """The sets for zero-shot accuracy that the flags name; ValueError where one is not what it should be."""
+    """The sets for zero-shot accuracy that the flags name. ValueError: one of them is not valid."""
     return {name: open_set(folder, flag) for name, (flag, folder) in config.evaluation.zero_shot.items()}
 
 
 def open_evaluation(
     built: BuiltModel, config: Config, world: World, log: RunLog, sets: dict[str, ClassificationSet]
 ) -> Evaluation:
-    """With ``sets`` from ``open_sets``, and ``--val-data``; ValueError where that is not what it should be."""
+    """The evaluation on ``sets`` (from ``open_sets``) and ``--val-data``. ValueError: the latter is not valid."""
     return Evaluation(built, config, world, log, build_val(config, world, built), sets)
 
 

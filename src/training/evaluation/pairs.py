@@ -1,4 +1,4 @@
-"""The pairs of ``--val-data``, each of them once and on one rank."""
+"""The pairs of ``--val-data``, each of them once and on one rank only."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from training.distributed.process_group import World
 
 
 def build_val(config: Config, world: World, target: Model) -> ValData | None:
-    """The pairs of ``--val-data`` for this rank, None without them. ValueError names the flag that is wrong."""
+    """The pairs of ``--val-data`` for this rank; None without it. ValueError: the message names the wrong flag."""
     val = config.evaluation
     if val.val_data is None:
         return None
+    source: CsvSource | ShardSource
     if val.val_dataset_type == "csv":
         source = open_csv(val.val_data, config.data, config.run.seed)
     else:
@@ -49,7 +50,7 @@ class ValData:
     """Pairs for evaluation: every sample of the set on exactly one rank, in batches (image, text).
 
     image: float [n, 3, H, W], normalized; text: int64 [n, L]; n ≤ batch size. Ranks may have different numbers of
-    samples, and none. Iterate as often as you like.
+    samples, or none. It can be iterated any number of times.
     """
 
     def __init__(self, stream: ValStream, *, workers: int, device: torch.device) -> None:
@@ -58,7 +59,7 @@ class ValData:
         self._loader = open_loader(stream, workers, device)
 
     def __len__(self) -> int:
-        """This rank's batches; skipped samples may make them fewer. Reads the headers of the shards."""
+        """The number of this rank's batches; skipped samples may reduce it. Reads the headers of the shards."""
         return sum(self._stream.batches(worker, self._workers) for worker in range(self._workers))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -68,7 +69,7 @@ class ValData:
                 yield image, text
 
 
-class ValStream(IterableDataset):
+class ValStream(IterableDataset[tuple[Tensor, Tensor, Skips]]):
     """One loader process's share of the validation samples."""
 
     def __init__(
@@ -87,10 +88,10 @@ class ValStream(IterableDataset):
         self.rank, self.ranks = rank, ranks
 
     def batches(self, worker: int, workers: int) -> int:
-        """How many batches that process makes of a sound set."""
+        """How many batches that process makes if no sample is bad."""
         part = self._part(worker, workers)
         samples = self.source.count() if self.limit is None else min(self.source.count(), self.limit)
-        return -(-len(range(part.number, samples, part.count)) // self.batch_size)
+        return -(-len(range(part.number, samples, part.parts)) // self.batch_size)
 
     def _part(self, worker: int, workers: int) -> Part:
         return Part(worker * self.ranks + self.rank, workers * self.ranks)
@@ -99,8 +100,8 @@ class ValStream(IterableDataset):
         part = self._part(*this_worker())
         skips = Skips()
         samples = usable(self.source.in_order(part), skips)
-        if self.limit is not None:  # of positions 0, 1, ..., limit - 1 this part has those = number mod count
-            samples = islice(samples, len(range(part.number, self.limit, part.count)))
+        if self.limit is not None:  # as many as this part has of the positions 0 ... limit - 1
+            samples = islice(samples, len(range(part.number, self.limit, part.parts)))
         more = True
         while more:
             raws = list(islice(samples, self.batch_size))

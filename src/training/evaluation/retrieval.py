@@ -6,10 +6,10 @@ partner and those tied with it, and keeps the log-sum-exp that the loss needs.
 
 **Ties.** Similarities within ``TIE`` of the partner's are ties, broken at random, and the metrics are the expected
 values: with ``a`` candidates above and ``t`` tied, the rank is a + t/2 + 1 and a hit among the first k has
-probability clip((k - a)/(t + 1), 0, 1). So features that collapsed to a point score exactly chance. Pairs are told
-apart by their position only: where c pictures share one caption, each has one right answer among c tied ones.
+probability clip((k - a)/(t + 1), 0, 1). So features that collapsed to a point score exactly at chance level. Only
+the position identifies a pair: where c pictures share one caption, each has one right answer among c tied ones.
 
-NaN counts as worst: a candidate that cannot be compared stands above the partner.
+NaN counts as worst: a candidate that cannot be compared is counted above the partner.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def count_pairs(
     """The counts over this rank's share of the image rows: blocks k, k + K, ... for ``share`` = (k, K).
 
     ``image``, ``text`` are normalized [M, d], the same on all ranks. ``merge`` makes the K results one.
-    ``update(n)`` is told of every n rows done.
+    ``update(n)`` is called after every n rows.
     """
     m, device = len(image), image.device
     right = (image.double() * text.double()).sum(1).float()
@@ -101,15 +101,15 @@ def count_pairs(
 
 
 def count(mask: Tensor, dim: int) -> Tensor:
-    """How many are true along ``dim``: int32, which the CPU adds up ten times faster than int64."""
+    """How many elements are true along ``dim``: int32, which the CPU adds up ten times faster than int64."""
     return mask.sum(dim, dtype=torch.int32)
 
 
 def merge(parts: list[PairCounts]) -> PairCounts:
-    """The counts over all rows from those over every rank's share."""
+    """The counts over all rows, from the counts of every rank over its share."""
     return PairCounts(
-        above=sum(part.above for part in parts),
-        tied=sum(part.tied for part in parts),
+        above=torch.stack([part.above for part in parts]).sum(0),
+        tied=torch.stack([part.tied for part in parts]).sum(0),
         lse=torch.logsumexp(torch.stack([part.lse for part in parts]), dim=0),
     )
 
@@ -129,5 +129,5 @@ def summarize(counts: PairCounts, image: Tensor, text: Tensor, logit_scale: floa
 
 
 def expected_hits(above: Tensor, tied: Tensor, k: int) -> Tensor:
-    """float64, the probability that the right one is among the first ``k`` when ties are broken at random."""
+    """float64: the probability that the partner is among the first ``k`` when ties are broken at random."""
     return ((k - above).double() / (tied + 1)).clamp(0, 1)

@@ -1,6 +1,6 @@
 """Labelled pictures for zero-shot classification, and what is counted on them.
 
-A set is a folder in one of two layouts, both read at random positions, so that ranks share out single pictures:
+A set is a folder in one of two layouts. Both can be read at any position, so that ranks share single pictures:
 
 * ``CLASS/PICTURE``, as ImageNet is distributed. Labels count the class folders in order, numerically where all
   names are numbers (ImageNet-V2). Class names are those of ``classnames.txt`` (a line per class, in that order)
@@ -54,8 +54,8 @@ class ClassificationSet:
     templates: Sequence[Callable[[str], str]]
 
 
-class Pictures(Dataset):
-    """Decoded and transformed ``(image, label)`` of ``pictures``; ValueError naming one that cannot be decoded."""
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Decoded and transformed ``(image, label)`` of ``pictures``. ValueError names one that cannot be decoded."""
 
     def __init__(self, pictures: Sequence[Labelled], transform: Callable[[Image.Image], Tensor]) -> None:
         self.pictures, self.transform = pictures, transform
@@ -72,18 +72,18 @@ class Pictures(Dataset):
             image = decode(data)
         except Exception as error:  # Pillow's decoders raise many kinds
             where = f"{picture.path}, byte {picture.offset}" if picture.offset else picture.path
-            raise ValueError(f"{where}: not a picture that can be decoded ({error})") from error
+            raise ValueError(f"{where}: the picture cannot be decoded ({error})") from error
         return self.transform(image), picture.label
 
 
 def open_set(folder: str, flag: str) -> ClassificationSet:
-    """The set in ``folder``; ValueError, naming ``flag``, where it has neither layout or contradicts itself."""
+    """The set in ``folder``. ValueError, with ``flag``: it has neither layout, or its files do not agree."""
     path, said = Path(folder), f"{flag} {folder}"
     if not path.is_dir():
-        raise ValueError(f"{said}: there is no such folder")
+        raise ValueError(f"{said}: there is no such folder; check the path")
     found = _open_shards(path, said) if (path / "test" / "nshards.txt").is_file() else _open_folders(path, said)
     if not found.pictures:
-        raise ValueError(f"{said}: no pictures ({', '.join(PICTURES)}) in it")
+        raise ValueError(f"{said}: it contains no pictures ({', '.join(PICTURES)})")
     return found
 
 
@@ -126,7 +126,8 @@ def _open_folders(path: Path, said: str) -> ClassificationSet:
     folders = [child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")]
     if not folders:
         raise ValueError(
-            f"{said}: neither a folder per class nor DataComp's webdataset (classnames.txt, test/nshards.txt)"
+            f"{said}: it has neither a folder per class nor the files of DataComp's webdataset (classnames.txt, "
+            "test/nshards.txt)"
         )
     folders.sort(key=int if all(name.isdecimal() for name in folders) else None)
     pictures = [
@@ -152,8 +153,8 @@ def _names_of(folders: list[str], path: Path, said: str) -> list[str]:
             return list(IMAGENET_CLASSNAMES)
     if synsets:
         raise ValueError(
-            f"{said}: {len(folders)} class folders named by WordNet numbers, but not ImageNet's 1000; "
-            "put their names into a classnames.txt there, one per line, in the order of the folders"
+            f"{said}: {len(folders)} class folders are named by WordNet numbers, but are not ImageNet's 1000; put "
+            "the class names into a classnames.txt in that folder, one per line, in the order of the folders"
         )
     return [name.replace("_", " ") for name in folders]
 
@@ -161,7 +162,7 @@ def _names_of(folders: list[str], path: Path, said: str) -> list[str]:
 def _open_shards(path: Path, said: str) -> ClassificationSet:
     for needed in ("classnames.txt", "zeroshot_classification_templates.txt"):
         if not (path / needed).is_file():
-            raise ValueError(f"{said}: {needed} is missing beside test/")
+            raise ValueError(f"{said}: {needed} is missing next to test/")
     names = _lines(path / "classnames.txt")
     pictures: list[Labelled] = []
     for number in range(int((path / "test" / "nshards.txt").read_text())):
@@ -170,9 +171,9 @@ def _open_shards(path: Path, said: str) -> ClassificationSet:
 
 
 def _index_shard(shard: Path, classes: int, said: str) -> list[Labelled]:
-    """The pictures of one tar file by their place in it; only the class numbers are read."""
+    """The pictures of one tar file, by their position in it; only the class numbers are read."""
     if not shard.is_file():
-        raise ValueError(f"{said}: {shard.name} is missing, test/nshards.txt counts it")
+        raise ValueError(f"{said}: {shard.name} is missing, but test/nshards.txt counts it")
     places: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     with tarfile.open(shard, "r:") as tar:
@@ -180,8 +181,8 @@ def _index_shard(shard: Path, classes: int, said: str) -> list[Labelled]:
             name, _, extension = member.name.rpartition(".")
             if f".{extension.lower()}" in PICTURES:
                 places[name] = (member.offset_data, member.size)
-            elif extension == "cls":
-                labels[name] = _class_number(tar.extractfile(member).read(), classes, f"{said}: {member.name}")
+            elif extension == "cls" and (file := tar.extractfile(member)) is not None:
+                labels[name] = _class_number(file.read(), classes, f"{said}: {member.name}")
     unpaired = sorted(places.keys() ^ labels.keys())
     if unpaired:
         raise ValueError(f"{said}: {unpaired[0]} in {shard.name} has no picture, or no .cls file")

@@ -1,8 +1,8 @@
-"""Which row of the sample state a sample of a shard has, and that no two samples share one.
+"""Which row of the sample state a sample of a shard has, and a check that no two samples share one.
 
-It is the ``key`` in the sample's json, or with ``--sample_index position`` its place among all samples of the
-list. The second needs the size of every shard: their tar headers are read at the start, shared out among the ranks
-(about 0.1 ms per sample and rank; remote shards are downloaded once for it).
+It is the ``key`` in the sample's json or, with ``--sample_index position``, its position among all samples of
+the list. The latter needs the size of every shard: the ranks read the tar headers of all shards at the start,
+each rank a part of them (about 0.1 ms per sample and rank; remote shards are downloaded once for it).
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ _WORD = 2**64 - 1
 
 
 def nameless_row(name: str) -> int:
-    """A negative number that tells samples apart in a run that keeps no rows."""
+    """A negative number that identifies a sample in a run that keeps no rows."""
     return -1 - (seed_of(*name.encode()) >> 1)
 
 
 def key_in(members: dict[str, bytes]) -> int:
+    """The key of a sample, from its json. Unusable: it has none, or none that is an integer."""
     if "json" not in members:
         raise Unusable("missing json")
     try:
@@ -47,7 +48,7 @@ def key_in(members: dict[str, bytes]) -> int:
 
 
 def with_rows(sources: list[list[str]], sizes: Sequence[int]) -> Iterator[Shard]:
-    """One size: rows are shared by all sources. A size per source: each source has a range of its own."""
+    """The shards of all sources. With one size they share its rows; with one per source each has its own."""
     if len(sizes) == 1:
         sizes, starts = list(sizes) * len(sources), [0] * len(sources)
     else:
@@ -57,8 +58,9 @@ def with_rows(sources: list[list[str]], sizes: Sequence[int]) -> Iterator[Shard]
 
 
 def at_positions(shards: list[Shard], counts: list[int]) -> list[Shard]:
-    """Move each shard's first row behind the samples before it in the same range of rows."""
-    placed, seen = [], {}
+    """Move each shard's first row past the samples that come before it in the same range of rows."""
+    placed: list[Shard] = []
+    seen: dict[int, int] = {}
     for shard, samples in zip(shards, counts):
         before = seen.get(shard.first_row, 0)
         placed.append(replace(shard, first_row=shard.first_row + before))
@@ -67,7 +69,7 @@ def at_positions(shards: list[Shard], counts: list[int]) -> list[Shard]:
 
 
 def count_all(urls: list[str], world: World, flag: str) -> list[int]:
-    """Samples per shard; every rank counts its part."""
+    """Samples per shard; every rank counts a part of them, so all ranks call it together."""
 
     def attempt(url: str) -> int | str:
         try:
@@ -77,25 +79,25 @@ def count_all(urls: list[str], world: World, flag: str) -> list[int]:
 
     with ThreadPoolExecutor(_READERS) as pool:
         parts = gather_object(list(pool.map(attempt, urls[world.rank :: world.world_size])))
-    counts: list[int | str] = [0] * len(urls)
+    results: list[int | str] = [0] * len(urls)
     for rank, part in enumerate(parts):
-        counts[rank :: world.world_size] = part
-    failures = [result for result in counts if isinstance(result, str)]
+        results[rank :: world.world_size] = part
+    failures = [result for result in results if isinstance(result, str)]
     if failures:
         raise ValueError(
-            f"{flag}: {len(failures)} of {len(urls)} shards cannot be counted, and it needs the sizes of all; "
-            f"mend or remove {failures[0]}"
+            f"{flag} needs the number of samples of every shard, and {len(failures)} of {len(urls)} shards cannot "
+            f"be read: repair or remove them, the first is {failures[0]}"
         )
-    return counts
+    return [result for result in results if isinstance(result, int)]
 
 
 class RowsMet:
-    """Which shard each row was met in, for as many rows as ``limit``; of more, a sample of them by hash.
+    """Which shard each row was met in, for up to ``limit`` rows; of more rows, for a share chosen by hash.
 
-    Up to ``limit`` rows every one is remembered. Beyond, every second one by hash is forgotten and no longer
-    looked at, then every second one of the rest, and so on: of n rows at least a share of limit / 2n is under
-    watch. Whoever meets m rows twice notices it but for a chance of (1 - limit / 2n)^m: with m = 10,000, a whole
-    shard, and n = 12 million that is e^-27.
+    Up to ``limit`` rows, every row is remembered. Beyond that, half of the rows, chosen by hash, are forgotten
+    and no longer checked, then half of the rest, and so on: of n rows at least a share of limit / 2n is checked.
+    If m rows occur twice, all of them are missed with a probability of at most (1 - limit / 2n)^m: with
+    m = 10,000, a whole shard, and n = 12 million that is e^-27.
     """
 
     def __init__(self, limit: int = 2**16) -> None:
@@ -103,7 +105,7 @@ class RowsMet:
         self._shards: dict[int, int] = {}
 
     def meet(self, row: int, shard: int) -> int:
-        """The shard that ``row`` was first met in: ``shard``, unless another one has it too."""
+        """The shard in which ``row`` was first met: ``shard``, unless another shard has the row too."""
         if (row * _HASH & _WORD) >> 32 & self._mask:
             return shard
         first = self._shards.setdefault(row, shard)

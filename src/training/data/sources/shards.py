@@ -1,7 +1,7 @@
-"""Webdataset shards: which ones a flag names, and the samples of one, with the places where they begin.
+"""Webdataset shards: which ones a flag names, and the samples of a shard with the places where they begin.
 
 webdataset opens shards (``gopen``: files, URLs, ``pipe:`` commands) and splits names into sample and extension;
-``tar`` reads the members with their offsets, so that a file can be entered at any sample.
+``tar`` reads the members with their offsets, so that reading a file can start at any sample.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from training.data.samples import Fault
-from training.data.sources.tar import Member, PushbackStream, check_end, open_tar, read_tar
+from training.data.sources.tar import Member, PushbackStream, Readable, check_end, open_tar, read_tar
 
 UNREADABLE = (OSError, ValueError, ImportError, tarfile.TarError)  # what opening and reading a shard may raise
 
-_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset takes for metadata
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset treats as metadata
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma", b"(\xb5/\xfd": "compression.zstd"}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file. Its samples have rows ``first_row + key`` (or position), all below ``stop_row``."""
+    """One tar file. Its samples have the rows ``first_row + key`` (or position), all below ``stop_row``."""
 
     url: str
     first_row: int
@@ -40,9 +40,9 @@ class Shard:
 
 
 class Group(NamedTuple):
-    """One sample of a shard: ``members`` {extension: bytes}, and the common ``name`` before the extension.
+    """One sample of a shard: ``members`` {extension: bytes}, and their common ``name`` before the extension.
 
-    It is the one at ``position``, and its first header is at byte ``offset`` of the tar.
+    It is the sample at ``position`` of the shard, and its first header is at byte ``offset`` of the tar.
     """
 
     name: str
@@ -52,16 +52,16 @@ class Group(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """A fault of the shard itself, met while the sample at ``position`` was read or looked for."""
+    """A fault of the shard itself, found while the sample at ``position`` was read or looked for."""
 
     fault: Fault
     position: int
 
 
 def expand_shards(shards: str, flag: str = "--train-data") -> list[list[str]]:
-    """The urls of each ``::`` source of ``flag``'s value, in order: sources as given, globs sorted.
+    """The urls of each ``::`` source in the value of ``flag``: sources in the given order, globs sorted.
 
-    ValueError: a source without any shard.
+    ValueError: no shard matches a source.
     """
     sources = []
     for source in shards.split("::"):
@@ -76,28 +76,31 @@ def expand_shards(shards: str, flag: str = "--train-data") -> list[list[str]]:
 
 
 def look_for_shards(shards: str, flag: str, allowed: float = 1.0) -> list[str]:
-    """A sentence on each source of which some shards are not there; training counts them as unreadable.
+    """A remark on each source of which some shards are missing; training counts them as unreadable.
 
-    ValueError: a source of which none is there, or more than the share ``allowed`` is missing. Of URLs and
-    commands this is known when they are opened.
+    ValueError: all shards of a source are missing, or more than the share ``allowed``. For URLs and commands this
+    is only known when they are opened.
     """
     remarks = []
     for urls in expand_shards(shards, flag):
         missing = _missing(urls)
         if len(missing) == len(urls):
-            raise ValueError(f"{flag} {shards}: there is no {missing[0]}, nor another shard of it; check the path")
+            raise ValueError(
+                f"{flag} {shards}: there is no {missing[0]}, and no other shard of this source; check the path"
+            )
         if len(missing) > allowed * len(urls):
             raise ValueError(
-                f"{flag} {shards}: {len(missing)} of {len(urls)} shards are not there, {missing[0]} first, more "
-                f"than --max_bad_fraction {allowed:g} allows; correct the pattern, or allow more"
+                f"{flag} {shards}: {len(missing)} of {len(urls)} shards are missing, the first is {missing[0]}; "
+                f"that is more than --max_bad_fraction {allowed:g} allows: correct the pattern, or raise the "
+                "fraction"
             )
         if missing:
-            remarks.append(f"{flag}: {len(missing)} of {len(urls)} shards are not there, {missing[0]} first")
+            remarks.append(f"{flag}: {len(missing)} of {len(urls)} shards are missing, the first is {missing[0]}")
     return remarks
 
 
 def _missing(urls: list[str]) -> list[str]:
-    """The local ones that are not there. Folders are listed, since to ask for each of 30,000 files takes long."""
+    """The local files that do not exist. Folders are listed, since asking for each of 30,000 files takes long."""
     listed: dict[str, set[str]] = {}
     missing = []
     for url in urls:
@@ -114,8 +117,8 @@ def _missing(urls: list[str]) -> list[str]:
 def read_shard(url: str, position: int = 0, offset: int = 0) -> Iterator[Group | Damage]:
     """The samples of one shard from the one at ``position`` on, in the tar's order.
 
-    ``offset``: where that one begins. A file is entered there; commands, URLs and compressed files are read from
-    their beginning. Between them, and behind the last one that is whole, comes what is wrong with the shard.
+    ``offset``: where that sample begins. A file is read from there; commands, URLs and compressed files are read
+    from their beginning. Faults of the shard come between the samples, and after the last complete one.
     """
     seen, stream, broken = 0, None, None
     try:
@@ -126,12 +129,12 @@ def read_shard(url: str, position: int = 0, offset: int = 0) -> Iterator[Group |
             seen = found.position + 1
             if found.position >= position:
                 yield found
-        stream.close()  # raises where a command has failed
+        stream.close()  # raises if a command has failed
     except UNREADABLE as error:
         broken = error
     finally:
         if stream is not None:
-            with suppress(OSError):  # of a command whose output is left unread
+            with suppress(OSError):  # raised for a command whose output is left unread
                 stream.close()
     if broken is not None:
         yield Damage(Fault("unreadable shard", f"{url}: {broken}"), max(seen - 1, 0))
@@ -140,7 +143,7 @@ def read_shard(url: str, position: int = 0, offset: int = 0) -> Iterator[Group |
 
 
 def count_samples(url: str) -> int:
-    """How many samples ``read_shard`` finds in a sound shard; reads headers only where it can seek."""
+    """How many samples ``read_shard`` finds in an intact shard. Where it can seek, only headers are read."""
     with wds.gopen(url) as stream, open_tar(stream, "r:*" if _seekable(stream) else "r|*") as tar:
         names = (member.name for member in tar if member.isreg() and not _META.match(member.name))
         prefixes = (base_plus_ext(name)[0] for name in names)
@@ -152,20 +155,22 @@ def count_samples(url: str) -> int:
     return samples
 
 
-def _members(tar: IO[bytes], offset: int) -> Iterator[Member]:
-    """The files of a tar that is at byte ``offset``. ReadError: what stops it."""
+def _members(tar: Readable, offset: int) -> Iterator[Member]:
+    """The files of a tar whose stream is at byte ``offset``. ReadError: whatever stops the reading."""
     try:
         yield from read_tar(tar, offset)
-    except Exception as error:  # tarfile and decompressors raise anything on a broken file
+    except Exception as error:  # tarfile and decompressors may raise any exception on a broken file
         raise tarfile.ReadError(str(error)) from error
 
 
 def _groups(members: Iterator[Member], position: int, url: str) -> Iterator[Group | Damage]:
-    """Members in a row with the same name up to the first dot of the file's name are one sample.
+    """Consecutive members whose paths are equal up to the first dot of the file name are one sample.
 
-    ReadError, behind the last sample: what stops ``members``.
+    ReadError, after the last sample: whatever stopped ``members``.
     """
-    name, found, begin, broken = None, {}, 0, None
+    name: str | None = None
+    found: dict[str, bytes] = {}
+    begin, broken = 0, None
     try:
         for path, data, offset in members:
             prefix, extension = base_plus_ext(path)
@@ -192,9 +197,9 @@ def _seekable(stream: IO[bytes]) -> bool:
     return hasattr(stream, "seekable") and stream.seekable()
 
 
-def _tar_in(stream: IO[bytes], offset: int) -> tuple[IO[bytes] | PushbackStream, int]:
-    """The tar in ``stream``, entered at byte ``offset`` if it can be, and the byte at which it stands then."""
-    # webdataset's wrapper of a command asks at every read whether it has failed, and then what was read is lost.
+def _tar_in(stream: IO[bytes], offset: int) -> tuple[Readable, int]:
+    """The tar in ``stream``, and the byte at which it stands: ``offset`` if the stream can seek to it, else 0."""
+    # webdataset's wrapper of a command checks at every read whether it has failed; what was read is then lost.
     stream = getattr(stream, "stream", stream)
     source = PushbackStream(stream)
     head = source.read(6)

@@ -1,9 +1,9 @@
 """Training samples from a csv file, and synthetic ones for benchmarks.
 
-Both have all their samples at hand, so a turn is one random order of the rows, fixed by (seed, epoch, turn), or
-with ``--epoch_policy resample`` as many rows drawn with replacement. Turn after turn they are dealt to the lanes
-one by one (see ``order``), so that the global batches do not depend on the lanes. The row number is the
-sample's row of the sample state.
+Both can read any sample directly, so a turn is one random order of all rows, fixed by (seed, epoch, turn), or with
+``--epoch_policy resample`` as many rows drawn with replacement. Turn after turn the rows are dealt to the lanes
+one by one (``Lane.owns``), so that the global batches do not depend on the lanes. The row number is the sample's
+row of the sample state.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Table:
 
     def stream(self, epoch: int, lane: Lane, place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Item]:
         """See ``samples.Source``."""
-        turn, rows = None, None
+        turn = lane.position(place.taken) // self.samples
+        rows = self._order(epoch, turn)
         for taken in count(place.taken):
             position = lane.position(taken)
             now, within = divmod(position, self.samples)
             if now != turn:
-                if turn is not None:
-                    yield Item(None, Place(taken=taken))
+                yield Item(None, Place(taken=taken))
                 turn, rows = now, self._order(epoch, now)
             visit = position if self.resampled else turn
             yield Item(self.sample(int(rows[within]), visit), Place(taken=taken + 1))
@@ -64,11 +64,11 @@ class Table:
         return ["drawn" if self.resampled else "dealt by sample", self.samples]
 
     def sample(self, row: int, turn: int) -> RawSample:
-        """Sample ``row`` in its ``turn``-th visit."""
+        """Sample ``row`` at its ``turn``-th visit."""
         raise NotImplementedError
 
     def _order(self, epoch: int, turn: int) -> np.ndarray:
-        """The rows of a turn; the last one is kept, since the lanes of a process come to it together."""
+        """The rows of a turn. The last turn is kept, since the lanes of a process need it at the same time."""
         if self._last is None or self._last[0] != (epoch, turn):
             key = (self.seed, epoch, turn)
             n = self.samples
@@ -86,8 +86,8 @@ class CsvSource(Table):
         self.images, self.texts = images, texts
 
     def in_order(self, part: Part) -> Iterator[Item]:
-        """Every ``part.count``-th row from row ``part.number`` on, once, in the file's order."""
-        for row in range(part.number, self.samples, part.count):
+        """Row ``part.number`` and every ``part.parts``-th row after it, once, in the file's order."""
+        for row in range(part.number, self.samples, part.parts):
             yield Item(self.sample(row, 0))
 
     def sample(self, row: int, turn: int) -> RawSample:
@@ -96,7 +96,7 @@ class CsvSource(Table):
 
 
 class SyntheticSource(Table):
-    """``samples`` pictures of noise, ``size`` = (height, width), with captions of a few words."""
+    """``samples`` images of noise, ``size`` = (height, width), with captions of a few words."""
 
     kind = "synthetic samples"
 
@@ -115,14 +115,14 @@ class SyntheticSource(Table):
 
 
 def open_csv(path: str, config: DataConfig, seed: int) -> CsvSource:
-    """The csv file under the flags ``--csv-*``. ValueError: a column is not there, or there are no rows."""
+    """The csv file, read with the flags ``--csv-*``. ValueError: a column is missing, or there are no rows."""
     keys = [config.csv_img_key, config.csv_caption_key]
     try:
         table = pd.read_csv(path, sep=config.csv_separator, usecols=keys, dtype=str, keep_default_na=False)
     except ValueError:
         columns = pd.read_csv(path, sep=config.csv_separator, nrows=0).columns
         raise ValueError(
-            f"{path} has no columns {keys[0]!r} and {keys[1]!r}, it has {list(columns)}: "
+            f"{path} does not have both columns {keys[0]!r} and {keys[1]!r}, it has {list(columns)}: "
             "name them with --csv-img-key and --csv-caption-key, and their separator with --csv-separator"
         ) from None
     if not len(table):

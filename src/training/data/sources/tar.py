@@ -1,12 +1,12 @@
 """The files in a tar, one after the other, with the byte at which each one's header begins.
 
-``tarfile`` reads any tar, at about 25 µs per member, three of which make a sample. What shards consist of, regular
-files under plain headers (POSIX ustar, with or without times in pax headers), is read here directly, in a quarter
-of that; at the first member that is anything else ``tarfile`` takes over.
+``tarfile`` reads any tar, but takes about 25 µs per member, and a sample has three members. What shards consist
+of, regular files under plain headers (POSIX ustar, with or without times in pax headers), is read here directly,
+in a quarter of that time. At the first member of another kind ``tarfile`` takes over.
 
-``tarfile`` takes whatever is no header for the end of the archive. Here an archive ends with the marker that the
-format has for it, a block of zeros with nothing but zeros behind it. Anything else is damage: there may be samples
-behind it, or have been.
+``tarfile`` treats anything that is not a header as the end of the archive. Here an archive must end with the
+marker that the format defines, a block of zeros, with nothing but zeros after it. Anything else is damage: there
+may be samples after it, or there may have been some.
 """
 
 from __future__ import annotations
@@ -14,19 +14,26 @@ from __future__ import annotations
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
-from typing import IO, NamedTuple
+from collections.abc import Generator, Iterator
+from typing import Literal, NamedTuple, Protocol
 
 _BLOCK = 512
 _FILE, _PAX = ord("0"), ord("x")
-_TIMES = re.compile(rb"(\d+ (mtime|atime|ctime)=[-+.\de]+\n)*\0*")  # pax records that say nothing about the file
+_TIMES = re.compile(rb"(\d+ (mtime|atime|ctime)=[-+.\de]+\n)*\0*")  # pax records that do not matter here
 _LARGEST_PAX = 2**16
 _CHUNK = 2**20
 _ZEROS = bytes(_BLOCK)
 
 
+class Readable(Protocol):
+    """The stream of bytes that a tar is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next ``size`` bytes; fewer only at the end."""
+
+
 class Member(NamedTuple):
-    """A regular file: its name, its content, and where the first header that belongs to it begins."""
+    """A regular file: its name, its content, and the byte at which its first header begins."""
 
     name: str
     data: bytes
@@ -34,16 +41,18 @@ class Member(NamedTuple):
 
 
 class Header(NamedTuple):
+    """A plain header: ``_FILE`` or ``_PAX``, the name, and the size of the content in bytes."""
+
     kind: int
     name: str
     size: int
 
 
-def read_tar(stream: IO[bytes], offset: int = 0) -> Iterator[Member]:
-    """The regular files of a tar from byte ``offset`` on, where a header begins, which is where ``stream`` is.
+def read_tar(stream: Readable, offset: int = 0) -> Iterator[Member]:
+    """The regular files of a tar from byte ``offset`` on. ``stream`` is at that byte, and a header begins there.
 
-    Only ``read`` is asked of ``stream``, up to its end. tarfile.TarError and whatever else ``tarfile`` raises: the
-    archive is broken there.
+    Only ``read`` of ``stream`` is used, up to its end. tarfile.TarError and whatever else ``tarfile`` raises: the
+    archive is damaged there.
     """
     source = PushbackStream(stream)
     handed_over = yield from _plain(source, offset)
@@ -53,25 +62,26 @@ def read_tar(stream: IO[bytes], offset: int = 0) -> Iterator[Member]:
         yield from _by_tarfile(source, handed_over)
 
 
-def open_tar(stream: IO[bytes], mode: str) -> tarfile.TarFile:
-    """``tarfile``'s reader of ``stream``, which raises ReadError at what is neither a header nor the end."""
-    return tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictInfo)
+def open_tar(stream: Readable, mode: Literal["r:*", "r|*", "r|"]) -> tarfile.TarFile:
+    """``tarfile``'s reader of ``stream``; it raises ReadError at anything that is neither a header nor the end."""
+    # typeshed asks for a whole file, though tarfile only reads from a stream.
+    return tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictInfo)  # type: ignore[call-overload]
 
 
-def check_end(stream: IO[bytes]) -> None:
-    """ReadError: what follows, behind an archive's end, is not zeros."""
+def check_end(stream: Readable) -> None:
+    """ReadError: there is something other than zeros after the end of an archive."""
     while data := stream.read(_CHUNK):
         if data.count(0) != len(data):
-            raise tarfile.ReadError("there is more behind the end of the archive")
+            raise tarfile.ReadError("there is data after the end of the archive")
 
 
 class PushbackStream:
-    """A stream to which bytes can be given back."""
+    """A stream that takes back bytes, to return them at the next read."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: Readable) -> None:
         self._read, self._back = stream.read, b""
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int, /) -> bytes:
         if not self._back:
             return self._read(size)
         data, self._back = self._back[:size], self._back[size:]
@@ -82,11 +92,11 @@ class PushbackStream:
 
 
 class _StrictInfo(tarfile.TarInfo):
-    """A member's header; what is no header is an error, and not the end of the archive."""
+    """A member's header. Anything that is not a header is an error, and not the end of the archive."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        """See ``tarfile``, to which HeaderError says that the archive ends."""
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictInfo:
+        """See ``tarfile``, which takes a HeaderError for the end of the archive."""
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
@@ -95,17 +105,19 @@ class _StrictInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error) if buf else "the end of the archive is missing") from None
 
 
-def _by_tarfile(source: PushbackStream, offset: int) -> Iterator[Member]:
+def _by_tarfile(source: Readable, offset: int) -> Iterator[Member]:
     with open_tar(source, "r|") as tar:
         for member in tar:
             if member.isreg():
-                yield Member(member.name, tar.extractfile(member).read(), offset + member.offset)
-            tar.members = []  # else it would remember all
+                file = tar.extractfile(member)
+                assert file is not None  # it is None for other kinds of members only
+                yield Member(member.name, file.read(), offset + member.offset)
+            tar.members = []  # type: ignore[attr-defined]  # typeshed lacks it; tarfile would keep all
         check_end(tar.fileobj)
 
 
-def _plain(source: PushbackStream, start: int) -> Iterator[Member]:
-    """Members up to the archive's end, or to one for ``tarfile``, whose offset is returned."""
+def _plain(source: PushbackStream, start: int) -> Generator[Member, None, int | None]:
+    """Members up to the archive's end, or up to one that ``tarfile`` has to read, whose offset is returned."""
     here = first = start
     times = b""  # pax headers of the member at ``first``
     while True:
@@ -135,7 +147,7 @@ def _plain(source: PushbackStream, start: int) -> Iterator[Member]:
 
 
 def parse_header(block: bytes) -> Header | None:
-    """A plain header of a file or of pax records; None for all else, with which ``tarfile`` may yet be content."""
+    """A plain header of a file or of pax records; None for anything else, which ``tarfile`` may still read."""
     if len(block) < _BLOCK or block[156] not in (_FILE, _PAX) or not block.isascii():
         return None
     try:
@@ -143,7 +155,7 @@ def parse_header(block: bytes) -> Header | None:
         checksum = int(block[148:156].rstrip(b"\0 "), 8)
     except ValueError:
         return None
-    # The sum of ASCII bytes is what the lower half of Adler-32 counts, and 512 of them do not reach its modulus.
+    # The lower half of Adler-32 is 1 + the sum of the bytes; 512 ASCII bytes do not reach its modulus.
     total = (zlib.adler32(block) & 0xFFFF) - 1
     if size < 0 or total - sum(block[148:156]) + 8 * 32 != checksum:
         return None

@@ -6,16 +6,17 @@
 The order of an epoch (see ``order`` for lanes and turns):
 
 - Every turn visits the shards in a random order, fixed by (seed, epoch, turn).
-- Up to ``SPLIT_BY_SAMPLE`` samples per epoch, every lane reads all shards and decodes only its own samples, which
-  are dealt one by one. An epoch of N samples is then each of N samples once, whatever the shards' sizes, and the
-  global batches do not even depend on the lanes. Reading is cheap beside decoding at this size.
-- Beyond it the shards are dealt: each lane reads its own. Where lanes have unequal shares, one goes on with its
-  next turn while another does not finish; ``--epoch_policy exact`` counts the samples first and deals as many to
-  each as it delivers.
+- Up to ``SPLIT_BY_SAMPLE`` samples per epoch, every lane reads all shards and decodes only its own samples,
+  which are dealt one by one. An epoch of N samples then has each of N samples once, whatever the sizes of the
+  shards, and the global batches do not even depend on the lanes. Reading is cheap compared with decoding at this
+  size.
+- Above that, the shards are dealt: each lane reads its own. Where lanes have unequal shares, one lane continues
+  with its next turn while another does not finish; ``--epoch_policy exact`` counts the samples first and deals
+  to each lane as many as it delivers.
 - Samples are shuffled, undecoded, in windows of ``WINDOW``, by (seed, epoch, turn, lane, window).
-- ``--epoch_policy resample`` draws shards with replacement instead, each lane for itself.
+- With ``--epoch_policy resample`` each lane draws shards with replacement instead.
 
-What row a sample has: ``rows``.
+``rows`` describes which row a sample has.
 """
 
 from __future__ import annotations
@@ -43,27 +44,33 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 class Visit(NamedTuple):
-    """The samples of ``piece``, in one lane's list for a turn; ``turn`` tells visits of an epoch apart."""
+    """The samples of ``piece``, in a lane's list for a turn; ``turn`` distinguishes the visits of an epoch."""
 
     piece: Piece
     turn: int
 
 
+_Where = tuple[int, int, int]  # of a sample: visit, position in the shard, offset in the tar
+
+
 class Read(NamedTuple):
-    """A sample, the ``faults`` that count with it, and (visit, position, offset) of the next one."""
+    """A sample, the ``faults`` that count with it, and (visit, position, offset) of the next sample."""
 
     sample: RawSample | None
     faults: list[Fault]
-    next: tuple[int, int, int]
+    next: _Where
+
+
+_DELIVERED = Read(None, [], (0, 0, 0))  # in a window, instead of a sample that need not be kept any longer
 
 
 class ShardSource:
     """The stream of samples of a list of shards.
 
     ``sample_index``: 'key' or 'position'; None where the run keeps no rows, so that no json is needed.
-    ``weights``: one per shard to draw them with replacement; None to visit each once per turn.
+    ``weights``: one per shard, to draw shards with replacement; None to visit each shard once per turn.
     ``by_sample``: deal samples, not shards, to the lanes.
-    ``sizes``: samples per shard, to deal as many as the ``steps`` of an epoch take and none twice.
+    ``sizes``: samples per shard, to deal as many as the ``steps`` of an epoch take, and none twice.
     """
 
     def __init__(
@@ -101,20 +108,20 @@ class ShardSource:
         return f"{len(self.shards)} shards, {len(self.shards) / lanes:.4g} for each of {lanes} lanes"
 
     def identity(self) -> list[str | int]:
-        """See ``samples.Source``. Where the shards lie is not part of it: they may be moved."""
+        """See ``samples.Source``. The folder of the shards is not part of it, so they may be moved."""
         names = seed_of(*"\n".join(shard.url.rsplit("/", 1)[-1] for shard in self.shards).encode())
         kind = "drawn" if self.weights else "dealt by sample" if self.by_sample else "dealt"
         return [kind, len(self.shards), names, self.window, *([self.steps] if self.sizes else [])]
 
     def in_order(self, part: Part) -> Iterator[Item]:
-        """Every ``part.count``-th sample from sample ``part.number`` on, once, in the order of the list."""
+        """Sample ``part.number`` and every ``part.parts``-th sample after it, once, in the order of the list."""
         visits = [Visit(Piece(number), 0) for number in range(len(self.shards))]
         for position, (sample, faults, _) in enumerate(self._samples(visits)):
             if part.owns(position):
                 yield Item(sample, faults=faults)
 
     def count(self) -> int:
-        """The number of samples; shards that cannot be read have none."""
+        """The number of samples; a shard that cannot be read counts as none."""
         total = 0
         for shard in self.shards:
             with suppress(*UNREADABLE):
@@ -122,46 +129,47 @@ class ShardSource:
         return total
 
     def _turn(self, epoch: int, lane: Lane, place: Place, limit: int) -> Generator[Item, None, Item]:
-        """The rest of a turn from ``place`` on. Returns its end."""
+        """The rest of a turn from ``place`` on. Returns the item that ends the turn."""
         key = (self.seed, epoch, place.turn) if self.by_sample else (self.seed, epoch, place.turn, lane.number)
         shared = lane if self.by_sample else None
         reads = self._samples(self._visits(epoch, place.turn, lane), place, limit)
         while True:
-            block: list[Read | None] = list(islice(reads, self.window))
+            block = list(islice(reads, self.window))
             if not block or block[0].sample is None:
                 faults = block[0].faults if block and (shared is None or shared.owns(0)) else ()
                 return Item(None, Place(turn=place.turn + 1, before=place.before), faults)
             after = Place(place.turn, place.window + 1, place.before + len(block), *block[-1].next)
-            for taken, i in enumerate(permutation(len(block), *key, place.window)):
-                read, block[i] = block[i], None  # what has been read is no longer held here
+            for taken, i in enumerate(permutation(len(block), *key, place.window).tolist()):
+                read, block[i] = block[i], _DELIVERED
                 if taken < place.taken or (shared and not shared.owns(place.before + taken)):
                     continue
-                behind = place._replace(taken=taken + 1) if taken + 1 < len(block) else after
-                yield Item(read.sample, behind, read.faults)
+                place_after = place._replace(taken=taken + 1) if taken + 1 < len(block) else after
+                yield Item(read.sample, place_after, read.faults)
             place = after
 
     def _visits(self, epoch: int, turn: int, lane: Lane) -> list[Visit]:
         """What the lane reads in a turn, in this order."""
         key = (self.seed, epoch, turn)
         if self.weights:
-            n = max(len(self.shards) // lane.count, 1)
+            n = max(len(self.shards) // lane.lanes, 1)
             drawn = draws(n, self.weights, *key, lane.number)
             return [Visit(Piece(shard), turn * n + i) for i, shard in enumerate(drawn)]
         shards = permutation(len(self.shards), *key)
         if self.by_sample:
             return [Visit(Piece(shard), turn) for shard in shards]
-        exactly = self.sizes is not None
-        pieces = deal_exactly(shards, self.sizes, lane, self.steps) if exactly else deal(shards, lane)
-        return [Visit(piece, turn) for piece in pieces]
+        if self.sizes is None:
+            return [Visit(piece, turn) for piece in deal(shards, lane)]
+        return [Visit(piece, turn) for piece in deal_exactly(shards, self.sizes, lane, self.steps)]
 
     def _samples(self, visits: Sequence[Visit], place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Read]:
         """The usable samples from ``place`` on, each with the faults up to the next one.
 
-        The first also has those before it. Without any sample there is a single one that is None.
+        The first sample also has the faults before it. If there is no sample, the only ``Read`` has None for it.
         NothingUsable: more than ``limit`` faults in a row.
         """
-        sample, faults = None, []
-        for found, where in self._found(visits, place):
+        sample: RawSample | None = None
+        faults: list[Fault] = []
+        for found in self._found(visits, place):
             if isinstance(found, Fault):
                 faults.append(found)
                 if len(faults) > limit:
@@ -169,14 +177,15 @@ class ShardSource:
                     skips.extend(faults)
                     skips.check()
                 continue
+            following, where = found
             if sample is not None:
                 yield Read(sample, faults, where)
                 faults = []
-            sample = found
+            sample = following
         yield Read(sample, faults, (len(visits), 0, 0))
 
-    def _found(self, visits: Sequence[Visit], place: Place) -> Iterator[tuple[RawSample | Fault, tuple[int, ...]]]:
-        """The samples from ``place`` on with (visit, position, offset) of each, and between them the faults."""
+    def _found(self, visits: Sequence[Visit], place: Place) -> Iterator[Fault | tuple[RawSample, _Where]]:
+        """The samples from ``place`` on, each with its (visit, position, offset), and between them the faults."""
         for number in range(place.visit, len(visits)):
             piece, turn = visits[number]
             url = self.shards[piece.shard].url
@@ -187,12 +196,12 @@ class ShardSource:
                 if not piece.holds(found.position):
                     continue
                 if isinstance(found, Damage):
-                    yield found.fault, ()
+                    yield found.fault
                     continue
                 try:
                     yield self._parse(found, piece.shard, turn), (number, found.position, found.offset)
                 except Unusable as fault:
-                    yield Fault(str(fault), f"{url}/{found.name}"), ()
+                    yield Fault(str(fault), f"{url}/{found.name}")
 
     def _parse(self, group: Group, number: int, turn: int) -> RawSample:
         shard, members = self.shards[number], group.members
@@ -220,52 +229,55 @@ class ShardSource:
         shard, other = self.shards[number], self.shards[self._rows.meet(row, number)]
         if other.url != shard.url:
             raise WrongRow(
-                f"--train-data: key {row - shard.first_row} is in {other.url} and in {shard.url}, so that two "
-                "samples would share a row of the sample state; give --data_size one size per :: source where "
-                "each counts for itself, use --sample_index position, or write distinct keys"
+                f"--train-data: key {row - shard.first_row} is in {other.url} and in {shard.url}, so two samples "
+                "would share a row of the sample state; give --data_size one size per :: source if each has keys "
+                "of its own, use --sample_index position, or write distinct keys"
             )
 
 
 def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> ShardSource:
-    """The source that the flags describe, for epochs of ``steps``. ValueError names the flag that is wrong.
+    """The source that the flags describe, for epochs of ``steps``. ValueError: the message names the wrong flag.
 
-    All ranks have to call this together where ``--sample_index position`` or ``--epoch_policy exact`` make them
-    count.
+    With ``--sample_index position`` or ``--epoch_policy exact`` the ranks count the samples, so that all ranks
+    have to call this together.
     """
+    assert config.train_data is not None, "the parser asks for --train-data"
     sources = expand_shards(config.train_data)
     sizes = config.data_sizes or (config.data_size,)
     keeps_rows = sizes[0] > 0
     shards = list(with_rows(sources, sizes))
+    samples = config.train_num_samples
+    assert samples is not None, "the parser asks for --train-num-samples"
     by_position, exact = keeps_rows and config.sample_index == "position", config.epoch_policy == "exact"
-    counts = None
+    counts: list[int] = []
     if by_position or exact:
         flag = "--sample_index position" if by_position else "--epoch_policy exact"
         counts = count_all([shard.url for shard in shards], world, flag)
     if by_position:
         shards = at_positions(shards, counts)
-    if exact and sum(counts) < config.train_num_samples:
+    if exact and sum(counts) < samples:
         raise ValueError(
-            f"--train-num-samples {config.train_num_samples}: the shards hold {sum(counts)} samples, and "
-            "--epoch_policy exact takes none twice; give at most as many"
+            f"--train-num-samples {samples}: the shards hold {sum(counts)} samples, and "
+            f"--epoch_policy exact takes none twice; give at most {sum(counts)}"
         )
     weights = None
     if config.epoch_policy == "resample":
         factors = config.train_data_upsampling_factors or (1.0,) * len(sources)
         weights = [factor for factor, source in zip(factors, sources, strict=True) for _ in source]
     if config.skip_webdataset_split_by_node:
-        seed = seed_of(seed, world.rank) >> 1  # ranks that read the same shards should not read them in step
+        seed = seed_of(seed, world.rank) >> 1  # ranks that read the same shards should read them in other orders
     return ShardSource(
         shards,
         seed,
         sample_index=config.sample_index if keeps_rows else None,
         weights=weights,
-        by_sample=config.train_num_samples <= SPLIT_BY_SAMPLE,
+        by_sample=samples <= SPLIT_BY_SAMPLE,
         sizes=counts if exact else None,
         steps=steps,
     )
 
 
 def open_val_shards(val_data: str) -> ShardSource:
-    """The shards of ``--val-data``, for reading in order; they need no json. ValueError: there are none."""
+    """The shards of ``--val-data``, to be read in order; they need no json. ValueError: there are none."""
     urls = [url for source in expand_shards(val_data, "--val-data") for url in source]
     return ShardSource([Shard(url, 0, 0) for url in urls], 0, sample_index=None)
