@@ -170,7 +170,8 @@ class Summary:
         needed = counts if len(self.sizes) > 1 else [sum(counts)]
         for number, (size, samples) in enumerate(zip(self.sizes, needed)):
             if samples > size:
-                self.problems.append(f"--data_size {size} is less than the {samples:,} samples of source {number}")
+                of = f"source {number}" if len(self.sizes) > 1 else "all sources together"
+                self.problems.append(f"--data_size {size} is less than the {samples:,} samples of {of}")
 
     def _between_sources(self) -> np.ndarray:
         """Which of the duplicates are in shards of two different sources."""

@@ -20,7 +20,7 @@ from training.data.sources.tables import CsvSource, open_csv
 from training.data.sources.webdataset import ShardSource, open_val_shards
 from training.data.tokenizer import Tokenizer
 from training.data.transforms import eval_transform
-from training.data.worker import decode_or_skip, this_worker
+from training.data.worker import LONGEST_TEXT, decode_or_skip, this_worker
 from training.distributed.process_group import World
 
 
@@ -107,7 +107,9 @@ class ValStream(IterableDataset[tuple[Tensor, Tensor, Skips]]):
             raws = list(islice(samples, self.batch_size))
             more = len(raws) == self.batch_size
             pairs = [
-                (image, raw.text) for raw in raws if (image := decode_or_skip(raw, skips, decode)) is not None
+                (image, raw.text[:LONGEST_TEXT])
+                for raw in raws
+                if (image := decode_or_skip(raw, skips, decode)) is not None
             ]
             if not pairs:
                 yield torch.empty(0), torch.empty(0), skips.take()
