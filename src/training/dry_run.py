@@ -165,7 +165,7 @@ def _files(config: Config) -> Iterator[tuple[str, str]]:
     if "tensorboard" in config.run.report_to:
         names.append("tensorboard/")
     yield "files", ", ".join(names)
-    resumes = resume.checkpoint_to_resume(config, chosen, fetch=False)
+    resumes = resume.locate_checkpoint(config, chosen)
     if resumes:
         yield "resumes", str(resumes)
 

@@ -209,11 +209,12 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None:  # Python prints the traceback on the console itself
-            record = logger.makeRecord(
-                logger.name, logging.ERROR, __file__, 0, "the run ended with an error", (), (kind, error, trace)
-            )
+            text, cause = "the run ended with an error", (type(error), error, trace)
+            record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), cause)
             for handler in self.handlers:
                 if isinstance(handler, logging.FileHandler):
                     handler.handle(record)

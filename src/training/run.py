@@ -139,7 +139,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
     )
     log.info(describe(config, world))
     if start.checkpoint is not None:
-        _resume(start, log, state, trainer)
+        _resume(start, start.checkpoint, log, state, trainer)
     if config.run.debug:
         log.watch(task.bare)
     with (
@@ -149,7 +149,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
         Agreement() as agreement,
     ):
         keeping = Checkpointer(config.run, trainer, state, saver, interrupts, agreement, watchdog)
-        if start.checkpoint is not None and _evaluation_is_missing(start, state, trainer):
+        if start.checkpoint is not None and _evaluation_is_missing(folder, start.checkpoint, state, trainer):
             _evaluate(log, trainer, state, evaluation)
         _train_epochs(log, trainer, state, keeping, evaluation, watchdog)
         with watchdog.paused(SAVE):
@@ -168,13 +168,13 @@ def _set_numerics(config: Config, world: World, log: RunLog) -> None:
     torch.manual_seed(config.run.seed + world.rank)
 
 
-def _resume(start: Start, log: RunLog, state: RunState, trainer: Trainer) -> None:
+def _resume(start: Start, checkpoint: Path, log: RunLog, state: RunState, trainer: Trainer) -> None:
     config, per_epoch = start.config, trainer.data.steps_per_epoch
     if config.model.pretrained:
         log.info(f"--resume comes before --pretrained {config.model.pretrained}: weights are the checkpoint's")
     global_batch = config.run.batch_size * trainer.world.world_size
     resumed = resume.resume(
-        start.checkpoint,
+        checkpoint,
         state,
         steps_per_epoch=per_epoch,
         global_batch=global_batch,
@@ -187,23 +187,24 @@ def _resume(start: Start, log: RunLog, state: RunState, trainer: Trainer) -> Non
     trainer.meters = held_meters(state.meters) if begun else {}
     if state.skipped:
         trainer.stepper.skipped.load_state_dict(state.skipped)
-    for result in _own_evaluations(start) or ():  # the one that followed the checkpoint is not in it
+    # The evaluation that followed the checkpoint is not in it.
+    for result in _own_evaluations(start.folder, checkpoint) or ():
         if result.get("step") == state.step:
             state.best = best.update(state.best, result, result["epoch"])
     log.goes_on(trainer.step)
 
 
-def _evaluation_is_missing(start: Start, state: RunState, trainer: Trainer) -> bool:
+def _evaluation_is_missing(folder: RunFolder, checkpoint: Path, state: RunState, trainer: Trainer) -> bool:
     """Whether this run was ended between a checkpoint and the evaluation that follows it."""
-    results = _own_evaluations(start)
+    results = _own_evaluations(folder, checkpoint)
     follows = state.epoch_step == 0 or trainer.finished
     return results is not None and follows and state.step not in {result.get("step") for result in results}
 
 
-def _own_evaluations(start: Start) -> list[dict[str, Any]] | None:
+def _own_evaluations(folder: RunFolder, checkpoint: Path) -> list[dict[str, Any]] | None:
     """What this run has measured so far; None where the checkpoint is not its own. Collective."""
-    own = start.checkpoint.resolve().parent == start.folder.checkpoints.resolve()
-    return collectives.on_main(start.folder.evaluations) if own else None
+    own = checkpoint.resolve().parent == folder.checkpoints.resolve()
+    return collectives.on_main(folder.evaluations) if own else None
 
 
 def _evaluate(log: RunLog, trainer: Trainer, state: RunState, evaluation: Evaluation) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from training.checkpoint import pt_file, published, sample_state_io
+from training.checkpoint.sample_state_io import SavedState
 from training.distributed.collectives import gather_object, on_main, rank_in
 
 _log = logging.getLogger(__name__)
@@ -44,8 +45,7 @@ class Found:
     path: Path
     saved_at: float
     progress: tuple[int, int, int]
-    folder: Path | None = None
-    files: sample_state_io.Files | None = None
+    state: SavedState | None = None
 
     @property
     def order(self) -> tuple[float, tuple[int, int, int]]:
@@ -72,10 +72,10 @@ def problem(path: Path) -> str | None:
     found = on_main(lambda: _look(path))
     if isinstance(found, str):
         return found
-    if found.files is None:
+    if found.state is None:
         return None
     ranks = gather_object(None)
-    damaged = sample_state_io.damaged(found.folder, found.files, rank_in(), len(ranks))
+    damaged = sample_state_io.damaged(found.state.folder, found.state.files, rank_in(), len(ranks))
     fault = next(filter(None, gather_object(damaged)), None)
     return fault and f"checkpoint {path}: damaged is {fault}"
 
@@ -112,7 +112,7 @@ def tidy(folder: Path, keep_last: int) -> None:
     if any(not re.fullmatch(r"(epoch|step)_\d+", stem) for stem in spared):
         _log.warning("old sample states are kept, since %s cannot be read", unreadable[0])
         return
-    named = {f.folder for f in found}
+    named = {f.state.folder for f in found if f.state}
     for state in folder.glob("*.state*"):
         if state not in named and state.name.split(".state")[0] not in spared:
             shutil.rmtree(state)
@@ -162,9 +162,7 @@ def _describe(path: Path, held: Mapping[str, Any]) -> Found:
     if "epoch" not in held:
         return Found(path, 0.0, (0, 0, 0))
     progress = int(held["epoch"]), int(held.get("epoch_step", 0)), int(held.get("step", 0))
-    state = held.get("sample_state")
-    folder = path.parent / Path(state["folder"]).name if state else None
-    return Found(path, float(held.get("saved_at", 0)), progress, folder, state["files"] if state else None)
+    return Found(path, float(held.get("saved_at", 0)), progress, SavedState.named_in(held, path))
 
 
 def _look(path: Path) -> Found | str:
@@ -177,7 +175,7 @@ def _look(path: Path) -> Found | str:
         return str(error) if isinstance(error, ValueError) else f"checkpoint {path}: {error}"
     if damaged:
         return f"checkpoint {path}: damaged, the checksum of {damaged} in it is not that of what was written"
-    missing = sample_state_io.missing(found.folder, found.files) if found.files else None
+    missing = sample_state_io.missing(found.state.folder, found.state.files) if found.state else None
     if missing and not published.has_columns(held):
         return f"checkpoint {path}: its sample state lacks {missing}; copy that folder beside the file"
     return Found(path, found.saved_at, found.progress) if missing else found

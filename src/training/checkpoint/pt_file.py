@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from training.files import replacing
 
 _scalar = np.float64(0).__reduce__()[0]
-_SAFE = [
+_SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtype,
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
     (_scalar, "numpy.core.multiarray.scalar"),  # as numpy 1 wrote it
@@ -28,7 +28,7 @@ _SAFE = [
 ]
 
 
-def read(path: str | os.PathLike) -> dict[str, Any]:
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``path`` holds, on the CPU; tensors are mapped from the file and read when they are used.
 
     ValueError: it does not exist, is not complete, or holds something other than tensors and plain values.
@@ -50,7 +50,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     return held
 
 
-def weights_of(held: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
+def weights_of(held: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The model's weights in what ``read`` returned, a checkpoint or bare weights, under their plain names."""
     weights = held.get("state_dict", held)
     if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -58,7 +58,7 @@ def weights_of(held: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Te
     return plain_names(weights)
 
 
-def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The model's weights in the file ``path``, on the CPU, without the prefixes of DDP and torch.compile."""
     return weights_of(read(path), path)
 
@@ -96,7 +96,7 @@ def _save(held: Mapping[str, Any], file: IO[bytes]) -> None:
             file.flush()
 
     try:
-        torch.save(_portable(held), Noting())
+        torch.save(_portable(held), Noting())  # type: ignore[arg-type]  # needs write and flush alone
     except RuntimeError as error:
         raise (failures[0] if failures else error) from error
 

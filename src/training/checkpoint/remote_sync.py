@@ -25,6 +25,7 @@ from fsspec.core import url_to_fs
 
 from training.checkpoint import pt_file
 from training.checkpoint.catalog import contents, problem
+from training.checkpoint.sample_state_io import SavedState
 from training.config.run import RunConfig
 from training.distributed.collectives import on_main, rank_in
 
@@ -74,7 +75,7 @@ class RemoteSync:
         complete, unreadable = contents(self._checkpoints)
         for path in unreadable:
             _log.warning("--remote-sync: %s cannot be read and is not copied", path)
-        states = dict.fromkeys(found.folder for found in complete if found.folder)
+        states = dict.fromkeys(found.state.folder for found in complete if found.state)
         rows = [file for state in states for file in sorted(state.iterdir())]
         rest = sorted(f for f in files if self._checkpoints not in f.parents)
         return [*rows, *(found.path for found in complete), *rest]
@@ -151,13 +152,12 @@ def _fetch(files: AbstractFileSystem, remote: str, folder: Path) -> Path:
     _log.info("fetching %s", remote)
     try:
         files.get_file(remote, str(path))
-        state = pt_file.read(path).get("sample_state")
+        state = SavedState.named_in(pt_file.read(path), path)
         if state:
-            place = folder / PurePosixPath(state["folder"]).name
-            place.mkdir()
-            for name in state["files"]:
-                source = PurePosixPath(remote).with_name(place.name) / PurePosixPath(name).name
-                files.get_file(str(source), str(place / source.name))
+            state.folder.mkdir()
+            for name in state.files:
+                source = PurePosixPath(remote).with_name(state.folder.name) / PurePosixPath(name).name
+                files.get_file(str(source), str(state.folder / source.name))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -244,6 +244,7 @@ def _keep(copy: RemoteSync, every: float, stopped: threading.Event) -> None:
 
 
 def _url(config: RunConfig, name: str) -> str:
+    assert config.remote_sync is not None  # nobody asks for its place without the flag
     target = config.remote_sync.rstrip("/")
     if config.remote_sync_protocol == "s3" and "://" not in target:
         target = f"s3://{target}"

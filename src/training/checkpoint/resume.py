@@ -19,19 +19,36 @@ from training.checkpoint import pt_file, published, remote_sync, sample_state_io
 from training.checkpoint.catalog import find_latest, problem
 from training.checkpoint.run_folder import RunFolder
 from training.checkpoint.run_state import RunState
+from training.checkpoint.sample_state_io import SavedState
 from training.config.params import Config
 from training.distributed.collectives import rank_in
 
 _log = logging.getLogger(__name__)
 
 
-def checkpoint_to_resume(config: Config, folder: RunFolder, *, fetch: bool = True) -> Path | str | None:
-    """What the run goes on from; None: it starts at its beginning. Collective.
+def checkpoint_to_resume(config: Config, folder: RunFolder) -> Path | None:
+    """What the run goes on from, fetched where it lies elsewhere; None: it starts at its beginning. Collective.
+
+    ValueError: the user asks for what is not there, or is damaged. (A job may be restarted before its first.)
+    """
+    found = locate_checkpoint(config, folder)
+    if not isinstance(found, str):
+        return found
+    if config.run.resume != "latest":
+        return remote_sync.fetch(found, folder.fetched)
+    newest = remote_sync.fetch_newest(config.run, folder.name, folder.path, folder.fetched)
+    if newest is None:
+        raise _nothing_to_resume(folder)
+    return newest
+
+
+def locate_checkpoint(config: Config, folder: RunFolder) -> Path | str | None:
+    """Where it is that the run goes on from: a file, or a URL; None: it starts at its beginning. Collective.
 
     After a restart the newest checkpoint that this job itself has saved, whatever ``--resume`` said at first. Else
-    ``--resume FILE``, ``--resume URL``, or with ``latest`` the newest one in the run's folder, then the newest
-    that ``--remote-sync`` has copied. What lies elsewhere is fetched; without ``fetch`` it is only named.
-    ValueError: the user asks for what is not there, or is damaged. (A job may be restarted before its first.)
+    ``--resume FILE``, ``--resume URL``, or with ``latest`` the newest one in the run's folder, then the target of
+    ``--remote-sync``, whose newest will be taken. Nothing is fetched.
+    ValueError: as ``checkpoint_to_resume``, for what lies on this machine.
     """
     wanted = config.run.resume
     if folder.restarted:
@@ -42,9 +59,12 @@ def checkpoint_to_resume(config: Config, folder: RunFolder, *, fetch: bool = Tru
     if wanted is None:
         return None
     if wanted == "latest":
-        return _newest(config, folder, fetch)
+        latest = find_latest(folder.checkpoints) or config.run.remote_sync
+        if latest is None:
+            raise _nothing_to_resume(folder)
+        return latest
     if "://" in wanted:
-        return remote_sync.fetch(wanted, folder.fetched) if fetch else wanted
+        return wanted
     if not Path(wanted).is_file():
         raise ValueError(f"--resume {wanted}: there is no such file, check the path")
     fault = problem(Path(wanted))
@@ -53,18 +73,11 @@ def checkpoint_to_resume(config: Config, folder: RunFolder, *, fetch: bool = Tru
     return Path(wanted)
 
 
-def _newest(config: Config, folder: RunFolder, fetch: bool) -> Path | str:
-    latest = find_latest(folder.checkpoints)
-    if latest is None and config.run.remote_sync is not None:
-        latest = config.run.remote_sync
-        if fetch:
-            latest = remote_sync.fetch_newest(config.run, folder.name, folder.path, folder.fetched)
-    if latest is None:
-        raise ValueError(
-            f"--resume latest: no complete checkpoint in {folder.checkpoints}; check --logs and --name, give a "
-            "file, or leave the flag out to start at the beginning"
-        )
-    return latest
+def _nothing_to_resume(folder: RunFolder) -> ValueError:
+    return ValueError(
+        f"--resume latest: no complete checkpoint in {folder.checkpoints}; check --logs and --name, give a file, "
+        "or leave the flag out to start at the beginning"
+    )
 
 
 def resume(
@@ -86,11 +99,10 @@ def resume(
 
 
 def _load_rows(path: Path, held: Mapping[str, Any], state: SampleState, u_format: str | None) -> None:
-    saved = held.get("sample_state")
-    folder = path.parent / Path(saved["folder"]).name if saved else None
-    missing = sample_state_io.missing(folder, saved["files"]) if folder else None
-    if folder and not missing:
-        sample_state_io.read(folder, state)
+    saved = SavedState.named_in(held, path)
+    missing = sample_state_io.missing(saved.folder, saved.files) if saved else None
+    if saved and not missing:
+        sample_state_io.read(saved.folder, state)
         return
     columns = published.from_published(held, u_format)
     if not columns and missing:

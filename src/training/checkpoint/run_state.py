@@ -166,7 +166,7 @@ def _load_optimizer(optimizer: Optimizer, held: Mapping[str, Any], path: Path) -
     optimizer.load_state_dict({"state": deepcopy(saved["state"]), "param_groups": groups})
 
 
-def _check_groups(saved: list[dict], current: list[dict], path: Path) -> None:
+def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]], path: Path) -> None:
     hint = "the locked parts or the temperature scheme are not those that it was saved with"
     sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in current]
     if sizes[0] != sizes[1]:

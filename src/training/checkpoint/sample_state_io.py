@@ -10,13 +10,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
@@ -26,6 +33,20 @@ from training.distributed.collectives import Group, PeerFailed, gather_object, o
 from training.files import checksum, sync_folder
 
 Files = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A sample state that a checkpoint names: its folder beside the checkpoint, and what was written there."""
+
+    folder: Path
+    files: Files
+
+    @classmethod
+    def named_in(cls, held: Mapping[str, Any], path: Path) -> SavedState | None:
+        """What the checkpoint ``path``, whose content is ``held``, names; None where it names none."""
+        named = held.get("sample_state")
+        return cls(path.parent / Path(named["folder"]).name, named["files"]) if named else None
 
 
 # Raised by torch.distributed.checkpoint in a run of one process, where nothing is amiss. Process-wide, since
@@ -64,13 +85,15 @@ def read(folder: Path, state: SampleState) -> None:
 
     ValueError: a column is missing, or there are more rows than ``state`` has.
     """
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = dcp.FileSystemReader(folder).read_metadata()
+    columns = saved.state_dict_metadata
     for name in state.columns:
-        if name not in saved:
-            raise ValueError(f"sample state {folder} lacks the column {name!r}; it has {sorted(saved)}")
-        if saved[name].size[0] > state.num_samples:
+        if name not in columns:
+            raise ValueError(f"sample state {folder} lacks the column {name!r}; it has {sorted(columns)}")
+        rows = _column(saved, name).size[0]
+        if rows > state.num_samples:
             raise ValueError(
-                f"--data_size {state.num_samples}: the sample state {folder} has {saved[name].size[0]} rows, and "
+                f"--data_size {state.num_samples}: the sample state {folder} has {rows} rows, and "
                 "none may be lost; give at least as many"
             )
     with _exchanged(folder):
@@ -129,6 +152,12 @@ def _written(folder: Path, rank: int) -> Files | OSError:
         return error
 
 
+def _column(saved: Metadata, name: str) -> TensorStorageMetadata:
+    column = saved.state_dict_metadata[name]
+    assert isinstance(column, TensorStorageMetadata), f"{name!r} is no tensor"
+    return column
+
+
 class _Planner(dcp.DefaultLoadPlanner):
     """Reads the rows ``rows`` of every column, as far as they were saved, into plain tensors [len(rows)]."""
 
@@ -137,9 +166,10 @@ class _Planner(dcp.DefaultLoadPlanner):
         self._rows = rows
 
     def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None  # torch sets the planner up before it asks for a plan
         items: list[ReadItem] = []
         for name in self.state_dict:
-            saved = self.metadata.state_dict_metadata[name]
+            saved = _column(self.metadata, name)
             stop = min(self._rows.stop, saved.size[0])
             if stop > self._rows.start:
                 wanted = ChunkStorageMetadata(

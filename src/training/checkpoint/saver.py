@@ -174,7 +174,9 @@ def _write(job: _Job, folder: Path, group: Group, keep_last: int) -> None:
 def _named(place: Path, paths: Sequence[Path]) -> bool:
     """Whether a file is in place that names ``place``: it was saved, and what failed came after."""
     found, unreadable = catalog.contents(place.parent)
-    return any(f.folder == place for f in found) or bool(set(unreadable) & set(paths))
+    return any(f.state is not None and f.state.folder == place for f in found) or bool(
+        set(unreadable) & set(paths)
+    )
 
 
 def _make_folder(folder: Path, stem: str) -> Path:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from training.config.flags import ALL
 from training.config.given import Given, Refusal
 from training.config.model import brings_weights, check_model, is_coca
-from training.config.remarks import Idle, Pitfall
+from training.config.remarks import Idle, Pitfall, Setting
 
 FEATURES, CAPTIONS = "features", "captions"
 _WRITES = {"cache_ref_model_features": FEATURES, "cache_syn_texts": CAPTIONS}
@@ -38,6 +39,11 @@ class CacheConfig:
     cache_rank: int
 
 
+def _writes_with(key: str) -> Callable[[Setting], bool]:
+    """Whether a run writes a cache and has the flag ``key`` at another value than 0."""
+    return lambda s: s.writes_cache and bool(s.given.values[key])
+
+
 IDLE = (
     Idle(
         ("ref_features_offset", "num_samples_per_shard"),
@@ -59,7 +65,7 @@ PITFALLS = (
     ),
     *(
         Pitfall(
-            lambda s, key=key: s.writes_cache and bool(s.given.values[key]),
+            _writes_with(key),
             f"{ALL[key].name}: no effect on what is written, rows keep their numbers",
         )
         for key in ("ref_features_offset", "syn_texts_offset")

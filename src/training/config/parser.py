@@ -107,7 +107,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Pairs(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         try:
             setattr(namespace, self.dest, parse_pairs(values))
         except ValueError as error:

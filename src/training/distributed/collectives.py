@@ -30,7 +30,7 @@ class PeerFailed(RuntimeError):
     """Another rank raised; its own message says why. Worth an exit code, not a traceback."""
 
 
-def lost_peer(error: RuntimeError) -> bool:
+def lost_peer(error: BaseException) -> bool:
     """Whether ``error`` is a collective's, and says that another process has ended."""
     return dist.is_initialized() and bool(_LOST_PEER.search(str(error)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,7 +33,7 @@ def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -
         model = convert_sync_batchnorm(model)  # unlike torch's it keeps the activation of timm's BatchNormAct
     if not any(p.requires_grad for p in model.parameters()):
         return model
-    settings = {
+    settings: dict[str, Any] = {
         "device_ids": [world.device] if on_cuda else None,
         "gradient_as_bucket_view": True,
         "static_graph": static_graph,

@@ -109,7 +109,11 @@ def own_group() -> Group:
 
     Two threads in one group could enter their collectives in different orders on different ranks.
     """
-    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member of it
+    return group
 
 
 def meeting_store() -> dist.Store:
@@ -118,6 +122,7 @@ def meeting_store() -> dist.Store:
     RuntimeError or LookupError: it is gone, or nobody knows where it is. May wait for ever where it is stopped.
     """
     scheme, _, place = _met.url.partition("://")
+    store: dist.Store
     if scheme == "file":
         store = dist.FileStore(place, dist.get_world_size())
     else:

@@ -176,7 +176,7 @@ class Watchdog:
             board.wait(_REPORTED, seconds=PATIENCE)
             return
         held = {r: board.get(key) for r, key in enumerate(keys)}
-        _say(describe({r: text and Status.loads(text) for r, text in held.items()}))
+        _say(describe({r: Status.loads(text) if text else None for r, text in held.items()}))
         board.put(_REPORTED, "")
 
 
@@ -203,8 +203,9 @@ class Status:
 
     @classmethod
     def loads(cls, text: str) -> Status:
-        *plain, frames = json.loads(text)
-        return cls(*plain, tuple(map(tuple, frames)))
+        step, idle, host, process, waits, frames = json.loads(text)
+        stack = tuple((file, line, function, code) for file, line, function, code in frames)
+        return cls(step, idle, host, process, waits, stack)
 
     @property
     def place(self) -> str:
