@@ -126,5 +126,5 @@ def test_a_folder_that_holds_another_run_is_refused_as_by_the_run_itself(tmp_pat
         dry_run.describe(config("", tmp_path))
 
 
-def test_notes_are_shown(tmp_path):
+def test_remarks_are_shown(tmp_path):
     assert dry_run.describe(config("--rho 3", tmp_path)).endswith("  remark: --rho: no effect without --fastclip")

@@ -36,7 +36,7 @@ def torchrun(*words: object) -> tuple[int, list[str]]:
 def test_an_unknown_flag_under_torchrun(tmp_path):
     code, lines = torchrun(*DATA, "--logs", tmp_path, "--nonsense", 3)
     assert code != 0
-    assert lines == ["error: --nonsense: not a flag of this program, see --help"]
+    assert lines == ["error: --nonsense: not a flag of this program; see --help"]
 
 
 @pytest.mark.parametrize("there", [False, True])

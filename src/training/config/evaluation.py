@@ -1,4 +1,4 @@
-"""In-run evaluation: on what, and how often."""
+"""Evaluation during a run: on which data, and how often."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from training.config.remarks import Idle
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What a run evaluates on. ``val_dataset_type``: as ``DataConfig.dataset_type``, of ``val_data``.
+    """What a run evaluates on. ``val_dataset_type``: as ``DataConfig.dataset_type``, for ``val_data``.
 
-    Frequencies are epochs between evaluations; 0: never.
+    Frequencies are in epochs; 0: never.
     """
 
     val_data: str | None
@@ -41,7 +41,7 @@ def evaluates(given: Given) -> bool:
 
 
 def resolve_evaluation(given: Given) -> EvalConfig:
-    """The group. Refusal: a file that is to be read does not exist."""
+    """The ``EvalConfig`` of the flags. Refusal: a file that is to be read does not exist."""
     for key in ("val_data", "imagenet_val", "imagenet_v2"):
         check_file(given, key)
     return given.group(EvalConfig, val_dataset_type=kind_of_data(given, "val_data"))

@@ -1,6 +1,7 @@
-"""What the user should know though the run goes on: flags that have no effect in this company, and pitfalls.
+"""Remarks: what the user should know although the run is not refused.
 
-Each group says under which circumstances its flags are idle; here is what that looks like, and who collects it.
+They are about flags that have no effect in this combination, and about pitfalls. Each group lists the conditions
+under which its flags are idle; this module defines the form of these entries and collects those that hold.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Setting:
 
 
 class Idle(NamedTuple):
-    """``flags`` have no effect in a run that trains where ``when`` holds; ``why`` completes "no effect ..."."""
+    """``flags`` have no effect in a training run for which ``when`` holds; ``why`` completes "no effect ..."."""
 
     flags: tuple[str, ...]
     when: Callable[[Setting], bool]
@@ -37,14 +38,14 @@ class Idle(NamedTuple):
 
 
 class Pitfall(NamedTuple):
-    """``sentence`` is worth saying where ``when`` holds."""
+    """``sentence`` is logged where ``when`` holds."""
 
     when: Callable[[Setting], bool]
     sentence: str
 
 
 def collect(setting: Setting, idle: Iterable[Idle], pitfalls: Iterable[Pitfall]) -> tuple[str, ...]:
-    """One sentence per thing worth knowing. A flag is named once, with the first reason that holds."""
+    """One sentence per remark. A flag is named once, with the first reason that holds."""
     found, said = [], set()
     for remark in idle if setting.trains else ():
         flags = [key for key in remark.flags if setting.given.chose(key) and key not in said]
