@@ -1,4 +1,4 @@
-"""Ranks and loader processes that are killed outright: the run goes on by itself and ends as if nothing had been.
+"""Ranks and loader processes that are killed: the run resumes by itself and ends like an undisturbed one.
 
 ``benchmarks/kill.py`` is the same with more kills, and at random instants too.
 """

@@ -1,7 +1,7 @@
 """A ``.pt`` file of tensors and plain values: read without running code from it, written in one piece.
 
-torch refuses whatever is neither a tensor nor a plain value. Published files hold numpy scalars too: those, and
-nothing else, are let through here.
+torch refuses everything that is neither a tensor nor a plain value. Published files hold numpy scalars too; only
+these are allowed here in addition.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``path`` holds, on the CPU; tensors are mapped from the file and read when they are used.
+    """The content of ``path``, on the CPU; tensors are mapped from the file and read when they are used.
 
     ValueError: it does not exist, is not complete, or holds something other than tensors and plain values.
     """
@@ -43,7 +43,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_SAFE):
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # foreign bytes make the unpickler fail in any way
+    except Exception as error:  # the unpickler can fail in any way on foreign bytes
         raise ValueError(f"checkpoint {path}: cannot be read ({_reason(error)})") from error
     if not isinstance(held, dict):
         raise ValueError(f"checkpoint {path}: holds a {type(held).__name__}, not a dict of weights")
@@ -72,7 +72,7 @@ def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(path: Path, held: Mapping[str, Any]) -> None:
-    """Save ``held`` as ``path`` in one piece: there is the old file or the whole new one, also after a crash.
+    """Save ``held`` as ``path`` in one piece: after a crash there is either the old file or the whole new one.
 
     Tensors are saved from the CPU, so that the file loads on machines without a GPU.
     """
@@ -81,7 +81,7 @@ def write(path: Path, held: Mapping[str, Any]) -> None:
 
 
 def _save(held: Mapping[str, Any], file: IO[bytes]) -> None:
-    """torch.save, but a full disk is the OSError that it is, and not torch's word on a position in the file."""
+    """torch.save, but a full disk raises its OSError, instead of torch's error about a position in the file."""
     failures: list[OSError] = []
 
     class Noting:
@@ -102,13 +102,13 @@ def _save(held: Mapping[str, Any], file: IO[bytes]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with the file, out of torch's page of advice."""
+    """What is wrong with the file, extracted from torch's long message."""
     refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     if refused:
-        return f"it holds a {refused[1]}, which is neither a tensor nor a plain value; nothing of it was run"
+        return f"it holds a {refused[1]}, which is neither a tensor nor a plain value; no code in it was run"
     if "Weights only load failed" in str(error) or isinstance(error, LookupError):
         return "it was not written by torch.save"
-    return str(error).strip().partition(". ")[0] or "it ends too early"
+    return str(error).strip().partition(". ")[0] or "it is cut short"
 
 
 def _portable(tree: Any) -> Any:

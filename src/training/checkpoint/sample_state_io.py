@@ -1,8 +1,8 @@
-"""The sample state on disk: a folder that ``torch.distributed.checkpoint`` writes, every rank its own rows.
+"""The sample state on disk: a folder of ``torch.distributed.checkpoint``, to which each rank writes its own rows.
 
-Any number of ranks can read it again, also into a table with more rows. What was written is described by
-``Files``, name -> [bytes, CRC-32], which the checkpoint that names the folder keeps: so a file that is missing,
-cut short or has a flipped bit is noticed before anything of it is used.
+Any number of ranks can read it again, also into a table with more rows. ``Files`` describes what was written, name
+-> [bytes, CRC-32], and is kept in the checkpoint that names the folder: a file that is missing, cut short or has a
+flipped bit is noticed before anything of it is used.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ class SavedState:
         return cls(path.parent / Path(named["folder"]).name, named["files"]) if named else None
 
 
-# Raised by torch.distributed.checkpoint in a run of one process, where nothing is amiss. Process-wide, since
-# Python cannot silence a warning in one thread.
+# torch.distributed.checkpoint warns in a run of one process, where nothing is wrong. The filter is process-wide,
+# because Python cannot silence a warning in one thread.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def write(folder: Path, columns: Mapping[str, Tensor], group: Group = None) -> Files:
-    """Write ``columns`` (column -> [N], DTensor or plain) into the new ``folder``; what is there then.
+    """Write ``columns`` (column -> [N], DTensor or plain) into the new ``folder``; the files it then has.
 
-    All ranks call it together, with a ``group`` of their own where it runs beside training. OSError on rank 0,
-    PeerFailed on the others: a rank could not write, or not all see one folder.
+    All ranks call it together, with a separate ``group`` if it runs during training. OSError on rank 0,
+    PeerFailed on the others: a rank could not write, or the ranks do not see the same folder.
     """
     with _exchanged(folder, group):
-        # Nothing to copy ahead, as all is on the CPU; on GPUs that would take a stream and a context on the first.
+        # All is on the CPU already. With GPUs, copying ahead would create a stream and a context on the first one.
         writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
         dcp.save(dict(columns), storage_writer=writer, process_group=group)
     parts = gather_object(_written(folder, rank_in(group)), group)
@@ -73,7 +73,9 @@ def write(folder: Path, columns: Mapping[str, Tensor], group: Group = None) -> F
             raise failure
         unseen = missing(folder, files)
         if unseen:
-            raise OSError(f"rank 0 does not see {unseen} that another rank wrote; nodes need one shared --logs")
+            raise OSError(
+                f"rank 0 does not see what another rank wrote ({unseen}); all nodes need one shared --logs"
+            )
         sync_folder(folder)
 
     on_main(check, group)
@@ -94,7 +96,7 @@ def read(folder: Path, state: SampleState) -> None:
         if rows > state.num_samples:
             raise ValueError(
                 f"--data_size {state.num_samples}: the sample state {folder} has {rows} rows, and "
-                "none may be lost; give at least as many"
+                f"none may be lost; give at least {rows}"
             )
     with _exchanged(folder):
         dcp.load(dict(state.local()), checkpoint_id=folder, planner=_Planner(state.rows))
@@ -119,31 +121,34 @@ def whole(state: SampleState) -> dict[str, Tensor]:
 
 
 def missing(folder: Path, files: Files) -> str | None:
-    """The first of ``files`` that is not there in full; None: all are."""
+    """What is wrong with the first of ``files`` that is not there completely; None: all are."""
     for name, (size, _) in files.items():
         file = folder / Path(name).name
         if not file.is_file():
-            return f"{file}, which is missing"
+            return f"{file} is missing"
         if file.stat().st_size != size:
-            return f"{file}, which has {file.stat().st_size} bytes where {size} were written"
+            return f"{file} has {file.stat().st_size} bytes instead of {size}"
     return None
 
 
 def damaged(folder: Path, files: Files, part: int = 0, parts: int = 1) -> str | None:
-    """The first of every ``parts``-th of ``files`` from ``part`` on whose checksum is another one now."""
+    """What is wrong with the first damaged file; None: all checksums agree.
+
+    Only every ``parts``-th of ``files``, sorted by name, is read, starting with number ``part``.
+    """
     for name in sorted(files)[part::parts]:
         file = folder / Path(name).name
         try:
             crc = checksum(file)
         except OSError as error:
-            return f"{file}, which cannot be read ({error})"
+            return f"{file} cannot be read ({error})"
         if crc != files[name][1]:
-            return f"{file}, whose checksum is not that of what was written"
+            return f"{file} is damaged: its checksum is not the one that was written"
     return None
 
 
 def _written(folder: Path, rank: int) -> Files | OSError:
-    """What ``rank`` has written into ``folder``."""
+    """The files that ``rank`` has written into ``folder``."""
     try:
         files = [f for f in folder.iterdir() if f.name.startswith(f"__{rank}_")]
         files += [folder / ".metadata"] if rank == 0 else []
@@ -184,11 +189,11 @@ class _Planner(dcp.DefaultLoadPlanner):
 
 @contextmanager
 def _exchanged(folder: Path, group: Group = None) -> Iterator[None]:
-    """Around torch.distributed.checkpoint: one message for what it reports from all ranks at once."""
+    """Turn the error of torch.distributed.checkpoint, which repeats what all ranks report, into one message."""
     try:
         yield
     except dcp.CheckpointException as error:
         rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
         if rank_in(group) > 0:
-            raise PeerFailed(f"rank {rank} failed; rank 0 says why") from None
+            raise PeerFailed(f"rank {rank} failed; rank 0 reports why") from None
         raise OSError(f"sample state {folder}, rank {rank}: {cause}") from cause
