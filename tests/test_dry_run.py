@@ -1,4 +1,4 @@
-"""--dry_run: lengths, sizes and places against hand-made numbers, and that nothing is done."""
+"""--dry_run: lengths, sizes and paths against numbers computed by hand, and that nothing is done."""
 
 from __future__ import annotations
 
