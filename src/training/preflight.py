@@ -56,7 +56,7 @@ def check(config: Config, world: World) -> Opened:
                     "--use-bn-sync: no effect in a single process, whose BatchNorm sees the whole batch"
                 )
     if (config.trains or config.cache.writes) and config.data.dataset_type == "webdataset":
-        assert config.data.train_data is not None  # its name says that these are shards
+        assert config.data.train_data is not None  # without data there is no data type
         remarks += look_for_shards(config.data.train_data, "--train-data", config.data.max_bad_fraction)
     if config.evaluation.val_dataset_type == "webdataset":
         assert config.evaluation.val_data is not None

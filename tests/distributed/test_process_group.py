@@ -154,7 +154,7 @@ def test_slurm_can_meet_at_a_url(launch):
 @pytest.mark.parametrize(
     ("flags", "variables", "sentence"),
     [
-        ({"world_size": 2, "dist_url": "tcp://h:1"}, {}, "--world_size 2: nothing says which"),
+        ({"world_size": 2, "dist_url": "tcp://h:1"}, {}, "--world_size 2: it is not known which"),
         ({"world_size": 2}, {"RANK": "0"}, "MASTER_ADDR is not set"),
         ({}, {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "RANK is 2"),
         ({"world_size": 4}, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "--world_size 4"),

@@ -103,7 +103,7 @@ def _check_writing(given: Given, written: str, dataset_type: str) -> None:
     if dataset_type == "none":
         raise Refusal(f"{flag} needs --train-data: give the samples to process")
     if dataset_type == "synthetic":
-        raise Refusal(f"{flag}: synthetic data is noise that each run makes anew; give --train-data")
+        raise Refusal(f"{flag}: synthetic data is noise that every run generates again; give --train-data")
     _check_rows(given, flag, dataset_type)
     if given.cache_rank >= given.cache_group_size:
         raise Refusal(

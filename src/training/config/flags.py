@@ -598,7 +598,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             False,
             "under Slurm, put the job back into the queue when a signal stops it",
         ),
-        Flag("--remote-sync", "str", None, "folder or URL to copy the run's folder to while the run goes on"),
+        Flag("--remote-sync", "str", None, "folder or URL to which the run's folder is copied during the run"),
         Flag("--remote-sync-frequency", "int", 300, "seconds between copies", within=POSITIVE),
         Flag(
             "--remote-sync-protocol",

@@ -46,10 +46,10 @@ class Pitfall(NamedTuple):
 
 def collect(setting: Setting, idle: Iterable[Idle], pitfalls: Iterable[Pitfall]) -> tuple[str, ...]:
     """One sentence per remark. A flag is named once, with the first reason that holds."""
-    found, said = [], set()
+    found, named = [], set()
     for remark in idle if setting.trains else ():
-        flags = [key for key in remark.flags if setting.given.chose(key) and key not in said]
+        flags = [key for key in remark.flags if setting.given.chose(key) and key not in named]
         if flags and remark.when(setting):
-            said.update(flags)
+            named.update(flags)
             found.append(f"{', '.join(ALL[key].name for key in flags)}: no effect {remark.why}")
     return (*found, *(pitfall.sentence for pitfall in pitfalls if pitfall.when(setting)))

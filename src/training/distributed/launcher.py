@@ -106,8 +106,8 @@ def find_place(env: Mapping[str, str], world_size: int, by_url: bool) -> Launche
         return LaunchedRank()
     if "RANK" not in env:
         raise ValueError(
-            f"--world_size {world_size}: nothing says which of the {world_size} ranks this process is; start it "
-            "with torchrun or srun, or set RANK in its environment"
+            f"--world_size {world_size}: it is not known which of the {world_size} ranks this process is; start "
+            "it with torchrun or srun, or set RANK in its environment"
         )
     if not by_url and "MASTER_ADDR" not in env:
         raise ValueError(

@@ -1,8 +1,8 @@
 """How the ranks of a run meet and part, and which device each one uses.
 
 ``launcher.py`` finds the rank of a process. The ranks meet at ``--dist-url``: ``env://`` means ``MASTER_ADDR`` and
-``MASTER_PORT`` (``--dist_port`` where the port is unset), ``tcp://host:port`` and ``file://path`` stand for
-themselves. A single process starts no group.
+``MASTER_PORT`` (``--dist_port`` where the port is unset), ``tcp://host:port`` and ``file://path`` are used
+as they are. A single process starts no group.
 
 On GPUs the group uses gloo for CPU tensors and NCCL for the rest, so that waiting and the exchange of Python
 objects never touch a CUDA stream.
@@ -58,7 +58,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks for the run: logs, checkpoints, reports."""
+        """Whether this rank acts for the run: logs, checkpoints, reports."""
         return self.rank == 0
 
     @property

@@ -162,7 +162,7 @@ class Agreement:
 
 
 def requeue(env: Mapping[str, str] = os.environ) -> bool:
-    """Ask Slurm to queue this job again; whether it will. If it cannot, the log says why, and what to do.
+    """Ask Slurm to queue this job again; returns whether it will. If it cannot, the log says why, and what to do.
 
     All ranks call it together when everything else is done, because Slurm then ends the job: from here on they
     ignore its signals. A job that Slurm is already ending, because its user cancelled it, is not queued again.
