@@ -47,7 +47,7 @@ MAY_COMMUNICATE = {
     "training.checkpoint.sample_state_io",
 }
 # Outside these modules, torch.distributed may be imported only for its types.
-MAY_USE_TYPES = {"drrho_clip.sample_state": {"torch.distributed.tensor"}}
+MAY_USE_TYPES = {"drrho_clip.sample_state": {"torch.distributed.device_mesh", "torch.distributed.tensor"}}
 MOST_ENTRIES = 14
 
 

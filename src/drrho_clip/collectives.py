@@ -1,8 +1,9 @@
-"""Every collective of this package, on the default process group.
+"""All collectives of this package; they use the default process group.
 
-Without a process group, or with one rank, each function returns its input: one process and many run the same
-code. Gradients never flow through these: the losses derive theirs in closed form and the backward pass needs
-no exchange of embeddings (FastCLIP, arXiv:2407.01445, "gradient reduction").
+Without a process group, or with a single rank, each function returns its input, so that one process and many
+processes run the same code. No gradient flows through these functions: the losses compute their gradients in
+closed form, and the backward pass needs no exchange of embeddings (FastCLIP, arXiv:2407.01445, "gradient
+reduction").
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.14 renamed it.
+# torch 2.14 renamed this function.
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def world_size() -> int:
-    """Number of ranks K; 1 without a process group."""
+    """The number of ranks K; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -27,7 +28,7 @@ def rank() -> int:
 
 @torch.no_grad()
 def all_gather(local: Tensor) -> Tensor:
-    """[b, ...] from each rank -> [K * b, ...] in rank order, detached. ``b`` is the same on all ranks."""
+    """[b, ...] from each rank -> [K * b, ...] in rank order, detached. ``b`` must be the same on all ranks."""
     k = world_size()
     if k == 1:
         return local.detach()
@@ -38,7 +39,7 @@ def all_gather(local: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_reduce_sum(local: Tensor) -> Tensor:
-    """The sum over ranks of equally shaped tensors, in place where there is more than one rank."""
+    """The sum over ranks of tensors of equal shape. With more than one rank it is computed in place."""
     if world_size() > 1:
         dist.all_reduce(local)
     return local

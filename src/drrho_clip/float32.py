@@ -1,14 +1,14 @@
 """Exact float32 for similarities, whatever precision the towers run in.
 
-Similarities are divided by temperatures down to 0.01: an error of 1e-3, as bfloat16 and TF32 make it, would be
-one of 10 % in every weight.
+Similarities are divided by temperatures as low as 0.01. An error of 1e-3, as bfloat16 and TF32 make it, would
+therefore become an error of 10 % in every weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ _Values = TypeVar("_Values", Tensor, tuple[Tensor, ...])
 
 @contextmanager
 def exact_float32(device_type: str) -> Iterator[None]:
-    """Autocast off, and float32 matrix products without TF32 or bfloat16 inside."""
+    """A context without autocast, in which float32 matrix products use neither TF32 nor bfloat16."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -30,19 +30,21 @@ def exact_float32(device_type: str) -> Iterator[None]:
 
 
 def differentiable(function: Callable[..., _Values], *inputs: Tensor) -> _Values:
-    """``function(*inputs)`` of float32 copies of ``inputs``, in ``exact_float32`` forward and backward.
+    """``function`` applied to float32 copies of ``inputs``, in ``exact_float32`` both forward and backward.
 
-    Backward needs care of its own, since it runs when the caller's context has long been left. ``function`` may
-    hold further tensors, through which no gradient flows.
+    The backward pass needs a context of its own, because it runs after the caller has left its context.
+    ``function`` may use further tensors, but no gradient flows through them.
     """
     return _Exact.apply(function, *inputs)
 
 
 class _Exact(torch.autograd.Function):
-    """Keeps the graph of a function to itself and walks it in ``exact_float32``; backward runs once."""
+    """Keeps the graph of a function and differentiates it in ``exact_float32``. Backward can run only once."""
 
     @staticmethod
-    def forward(ctx, function: Callable[..., _Values], *inputs: Tensor) -> _Values:
+    def forward(
+        ctx: Any, function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
         ctx.device_type, ctx.dtypes = inputs[0].device.type, [x.dtype for x in inputs]
         with exact_float32(ctx.device_type), torch.enable_grad():
             ctx.leaves = [
@@ -56,8 +58,8 @@ class _Exact(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        assert ctx.outputs is not None, "this loss was differentiated already"
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.outputs is not None, "backward has already run through this loss"
         outputs, ctx.outputs = ctx.outputs, None
         wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
         with exact_float32(ctx.device_type):

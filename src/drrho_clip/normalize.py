@@ -1,6 +1,7 @@
-"""Image normalization on the device, so that the host decodes, and sends, one byte per value.
+"""Image normalization on the device, so that the host decodes and sends only one byte per value.
 
-uint8 pixels p become (p / 255 - mean) / std per channel, computed in float32 as one multiply-add.
+uint8 pixels p become (p / 255 - mean) / std per channel, computed in float32 as one multiplication and one
+addition.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor
 def normalize(
     image: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``image`` [b, 3, H, W], in any memory order -> the same shape in ``dtype``, contiguous where it was uint8.
+    """``image`` [b, 3, H, W] in any memory order -> the same shape in ``dtype``; contiguous if ``image`` is uint8.
 
-    uint8 is normalized with ``mean`` and ``std`` of pixels scaled to [0, 1]; floating point is taken to be
-    normalized already and only changes its type. ValueError: any other type.
+    uint8 images are normalized with ``mean`` and ``std``, which refer to pixels scaled to [0, 1]. Floating-point
+    images are assumed to be normalized already; only their type changes. ValueError: any other type.
     """
     if image.is_floating_point():
         return image.to(dtype)
@@ -31,7 +32,7 @@ def normalize(
 
 @lru_cache(maxsize=16)
 def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    # Cached: copying constants to a GPU in every step would make the host wait for it.
+    # Cached, because copying constants to a GPU in every step would make the host wait for the GPU.
     factor = torch.tensor([1 / (255 * s) for s in std], device=device)
     offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
     return factor[:, None, None], offset[:, None, None]

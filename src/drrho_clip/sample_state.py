@@ -1,13 +1,14 @@
-"""Per-sample values that live across steps, sharded by row over the ranks.
+"""Values that are kept per sample between steps, sharded by row over the ranks.
 
 Row ``i`` of the table belongs to rank ``i // ceil(N / K)``. A step reads the old values of the ``B`` samples of
 its global batch and writes new ones:
 
-* ``fetch``: gather the indices; every rank fills in the rows it owns, zeros elsewhere; sum over ranks.
-* ``commit``: every rank knows all ``B`` indices and new values, and writes the rows it owns. No exchange.
+* ``fetch`` gathers the indices. Every rank fills in the rows that it owns and zeros elsewhere, and the result is
+  summed over the ranks.
+* ``commit`` needs no exchange: every rank has all ``B`` indices and new values, and writes the rows that it owns.
 
-``NaN`` means "never seen"; it passes through the sum, since all other ranks add zero. Bytes per rank:
-``4 * N * columns / K``. Nothing here waits for the device as long as ``fetch`` gets its index on the CPU.
+``NaN`` means "never seen". It survives the sum, because all other ranks add zero. The table takes
+``4 * N * columns / K`` bytes per rank. Nothing here waits for the device if ``fetch`` gets its index on the CPU.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DeviceMesh, DTensor, Shard, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from drrho_clip import collectives
 
 
 @dataclass(frozen=True)
 class StateUpdate:
-    """New rows for the sample state, held back until the optimizer has really stepped.
+    """New rows for the sample state, which are written only if the optimizer step is taken.
 
-    ``index`` int64 [B] of the whole global batch, ``values`` column name -> float32 [B]. Equal indices carry
-    equal values.
+    ``index``   int64 [B], the samples of the whole global batch.
+    ``values``  column name -> float32 [B]. Equal indices must have equal values.
     """
 
     index: Tensor
@@ -37,8 +39,10 @@ class StateUpdate:
 class SampleState:
     """A table of ``num_samples`` rows with one float32 value per named column.
 
-    ``columns``  names, e.g. ``("log_u_image", "log_u_text")``; all start as NaN.
-    ``device``   where the rows live. On the CPU of a GPU run each commit waits for the step (a blocking copy).
+    ``columns``  names, for example ``("log_u_image", "log_u_text")``; all values start as NaN.
+    ``device``   where the rows are kept. If they are on the CPU and the model is on a GPU, each commit waits for
+                 the step, because it copies the new values to the CPU.
+    ValueError: ``num_samples`` is less than 1.
     """
 
     def __init__(self, num_samples: int, columns: Sequence[str], device: torch.device | str = "cpu") -> None:
@@ -51,7 +55,8 @@ class SampleState:
         self._first = min(self._rank * self._rows_per_rank, num_samples)
         self._meshes: dict[str, DeviceMesh] = {}
         self._rows = min(self._first + self._rows_per_rank, num_samples) - self._first
-        # One spare row takes the reads and writes of rows that other ranks own: no branch, no host sync.
+        # One spare row takes the reads and writes of rows that other ranks own. Otherwise the host would have to
+        # wait for the device to learn which rows those are.
         self._table = {
             name: torch.full((self._rows + 1,), torch.nan, dtype=torch.float32, device=self.device)
             for name in columns
@@ -59,6 +64,7 @@ class SampleState:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The names of the columns."""
         return tuple(self._table)
 
     @property
@@ -68,21 +74,22 @@ class SampleState:
 
     @property
     def bytes_per_rank(self) -> int:
-        """Bytes of this rank's rows, all columns."""
+        """The size of this rank's rows in bytes, over all columns."""
         return 4 * self._rows * len(self._table)
 
     def fetch(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The global batch's indices, int64 [B], and its values, column -> float32 [B], on the table's device.
 
-        ``index`` is this rank's int64 [b]. One that is not in 0..N-1 raises IndexError naming it, before
-        anything is exchanged. An index on a GPU is checked there, which waits for the device; the data path
-        hands it over on the CPU.
+        ``index`` is this rank's int64 [b]. An index outside 0..N-1 raises an IndexError that names it, before
+        anything is exchanged. An index on a GPU is checked there, and the host waits for the result; the data path
+        keeps it on the CPU.
         """
         outside = (index < 0) | (index >= self.num_samples)
         if outside.any():
             bad = index[outside][0].item()
             raise IndexError(
-                f"sample index {bad} is outside 0..{self.num_samples - 1}: --data_size must exceed every key"
+                f"sample index {bad} is outside 0..{self.num_samples - 1}: give a num_samples (--data_size) above "
+                "every key"
             )
         index = collectives.all_gather(index.to(self.device, non_blocking=True))
         position, owned = self._locate(index)
@@ -92,7 +99,7 @@ class SampleState:
         return index, dict(zip(self._table, values, strict=True))
 
     def commit(self, update: StateUpdate, taken: Tensor | None = None) -> None:
-        """Write ``update``. Where ``taken`` (0-d bool) is False nothing changes, and nothing waits for it."""
+        """Write ``update``, unless ``taken`` (a 0-d bool) is False. The host does not wait for ``taken``."""
         index = update.index.to(self.device)
         position, _ = self._locate(index)
         for name, value in update.values.items():
@@ -102,15 +109,18 @@ class SampleState:
             column.index_copy_(0, position, value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Column -> [N]: a DTensor sharded by row with several ranks, else a plain tensor. Shares memory."""
+        """Column -> [N]: with several ranks a DTensor sharded by row, else a plain tensor.
+
+        It shares memory with the table.
+        """
         return self.sharded(self.local())
 
     def local(self) -> dict[str, Tensor]:
-        """Column -> [len(rows)]: what this rank owns. Shares memory."""
+        """Column -> [len(rows)], the rows that this rank owns. It shares memory with the table."""
         return {name: column[: self._rows] for name, column in self._table.items()}
 
     def sharded(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``local`` tensors, or copies of them on another device, as columns [N]. Shares memory."""
+        """``local()``, or copies of its tensors on another device, as columns [N]. It shares their memory."""
         if collectives.world_size() == 1:
             return dict(local)
         return {
@@ -126,21 +136,26 @@ class SampleState:
         }
 
     def _mesh(self, device: str) -> DeviceMesh:
-        """All ranks in a row; made once, as one may come with a process group of its own."""
+        """All ranks in one dimension. Made once per device type, as each may create a process group."""
         if device not in self._meshes:
             self._meshes[device] = init_device_mesh(device, (collectives.world_size(),))
         return self._meshes[device]
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over columns shaped [N], plain or DTensor; ``torch.distributed.checkpoint`` fills ours in place."""
+        """Copy in columns of shape [N], which may be plain tensors or DTensors.
+
+        ``torch.distributed.checkpoint`` fills the tensors of ``state_dict`` in place instead.
+        ValueError: a column is missing, or has another number of rows.
+        """
         missing = sorted(set(self._table) - set(state))
         if missing:
-            raise ValueError(f"the sample state lacks the columns {missing}; it has {sorted(state)}")
+            raise ValueError(f"the saved sample state lacks the columns {missing}; it has {sorted(state)}")
         for name, column in self._table.items():
             value = state[name]
             if value.shape[0] != self.num_samples:
                 raise ValueError(
-                    f"column {name!r} has {value.shape[0]} rows where --data_size says {self.num_samples}"
+                    f"column {name!r} has {value.shape[0]} rows, but num_samples (--data_size) is "
+                    f"{self.num_samples}: give the one that the sample state was saved with"
                 )
             if isinstance(value, DTensor):
                 local = value.redistribute(placements=[Shard(0)]).to_local()
@@ -149,7 +164,7 @@ class SampleState:
             column[: self._rows].copy_(local)
 
     def _locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions in this rank's table (the spare row for others' rows), and which rows are owned here."""
+        """Positions in this rank's table (rows of other ranks are at the spare row), and which rows it owns."""
         local = index - self._first
         owned = (local >= 0) & (local < self._rows)
         return torch.where(owned, local, self._rows), owned

@@ -1,15 +1,16 @@
-"""How the learning rates, the temperature's rate and gamma move, and how long a run is.
+"""Schedules of the model's learning rate, the temperature's learning rate and gamma, and the length of a run.
 
-Pure functions of the step or the epoch. Steps count optimizer steps from 0. With W warm-up steps, T total steps
-and peak rate ``lr``, all schedules of the model's rate begin with ``lr * (step + 1) / W``; from step W on
+All are pure functions of the step or the epoch. ``step`` counts optimizer steps from 0. With W warm-up steps, T
+total steps and the peak rate ``lr``, all schedules of the model's rate start with ``lr * (step + 1) / W``. From
+step W on the rate is
 
 - cosine:          ``lr_min + (lr - lr_min) * (1 + cos(pi * (step - W) / (T - W))) / 2``, and ``lr_min`` from T on;
 - const:           ``lr``;
 - const-cooldown:  ``lr`` until C steps before the end, then
   ``end + (lr - end) * (1 - (step - (T - C)) / C) ** power``.
 
-The temperature's rate knows ``step_thresh`` besides (FastCLIP, arXiv:2407.01445): a third of it while the
-temperature is at most 0.03.
+The temperature's rate has one more schedule, ``step_thresh`` (FastCLIP, arXiv:2407.01445): it is divided by 3
+while the temperature is at most 0.03.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ TAU_DIVISOR = 3.0
 
 
 def warmup(step: int, *, lr: float, warmup: int) -> float:
-    """The linear rise: ``lr / warmup`` at step 0, ``lr`` at step ``warmup - 1`` and after it."""
+    """The linear warm-up: ``lr / warmup`` at step 0, ``lr`` from step ``warmup - 1`` on."""
     return lr * min(1.0, (step + 1) / warmup) if warmup > 0 else lr
 
 
 def cosine(step: int, *, lr: float, lr_min: float, warmup: int, total: int) -> float:
-    """Half a cosine from ``lr`` down to ``lr_min`` after the warm-up; it never rises again past ``total``."""
+    """Half a cosine from ``lr`` down to ``lr_min`` after the warm-up; ``lr_min`` from step ``total`` on."""
     if step < warmup:
         return lr * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -37,7 +38,7 @@ def cosine(step: int, *, lr: float, lr_min: float, warmup: int, total: int) -> f
 def const_cooldown(
     step: int, *, lr: float, warmup: int, total: int, cooldown: int, power: float, lr_end: float
 ) -> float:
-    """``lr`` after the warm-up, and a polynomial of degree ``power`` down to ``lr_end`` over the last steps."""
+    """``lr`` after the warm-up, then a polynomial of degree ``power`` to ``lr_end`` over the last steps."""
     if step < warmup:
         return lr * (step + 1) / warmup
     progress = (step - (total - cooldown)) / cooldown if cooldown > 0 else 0.0
@@ -52,25 +53,27 @@ def step_thresh(tau: float, *, lr: float) -> float:
 def gamma(epoch: int, *, final: float, schedule: str, decay_epochs: int) -> float:
     """The weight of the new inner value in ``u <- (1 - gamma) u + gamma g`` during ``epoch`` (counted from 0).
 
-    1 in epoch 0, where no sample has a history; ``final`` from ``decay_epochs`` on; between them ``final``
-    (``constant``) or half a cosine from 1 to it (``cosine``).
+    It is 1 in epoch 0, where no sample has a history, and ``final`` from epoch ``decay_epochs`` on. Between them
+    it is ``final`` if ``schedule`` is 'constant', or half a cosine from 1 to ``final`` if it is 'cosine'.
+    ValueError: ``schedule`` is unknown.
     """
+    if schedule not in ("constant", "cosine"):
+        raise ValueError(f"unknown gamma schedule {schedule!r}: choose constant or cosine")
     if epoch == 0:
         return 1.0
     if epoch >= decay_epochs or schedule == "constant":
         return final
-    if schedule == "cosine":
-        return final + 0.5 * (1.0 + math.cos(math.pi * epoch / decay_epochs)) * (1.0 - final)
-    raise ValueError(f"unknown gamma schedule {schedule!r}; known: constant, cosine")
+    return final + 0.5 * (1.0 + math.cos(math.pi * epoch / decay_epochs)) * (1.0 - final)
 
 
 @dataclass(frozen=True)
 class Horizon:
-    """How long a run is.
+    """The length of a run.
 
-    ``total_steps``     what the schedules are laid out for.
-    ``end_step``        where this run ends, at most ``total_steps``; earlier with ``stop_epochs``, ``stop_iters``.
-    ``cooldown_steps``  the last of ``total_steps`` that const-cooldown spends falling.
+    ``total_steps``     the number of steps that the schedules are made for.
+    ``end_step``        the step at which this run ends: ``total_steps``, or earlier with ``stop_epochs`` or
+                        ``stop_iters``.
+    ``cooldown_steps``  how many of the last steps const-cooldown takes to lower the rate.
     """
 
     total_steps: int
@@ -89,9 +92,9 @@ def horizon(
 ) -> Horizon:
     """The length of a run in steps.
 
-    A positive ``iters`` is the budget in place of ``epochs``, except that no epochs mean no training at all.
-    Positive ``stop_epochs`` and ``stop_iters`` end this run early and leave the schedules as they are, so that
-    a later run can go on.
+    A positive ``iters`` is the number of steps and replaces ``epochs``; but if ``epochs`` is 0, there is no
+    training at all. Positive ``stop_epochs`` and ``stop_iters`` end this run early without changing the schedules,
+    so that a later run can resume it.
     """
     total = iters if iters > 0 and epochs > 0 else epochs * steps_per_epoch
     end = total

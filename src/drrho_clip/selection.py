@@ -1,14 +1,15 @@
 """Joint example selection (JEST, arXiv:2406.17711): train on samples hard for the target, easy for the reference.
 
-Of each rank's ``b`` samples, ``kept = b * keep_ratio`` are taken in ``n_chunks`` equal draws. A sample's score is
-its loss under the target minus its loss under the reference, with t the scale 1/tau of either model:
+Of each rank's ``b`` samples, ``kept = b * keep_ratio`` are taken in ``n_chunks`` draws of equal size. A sample's
+score is its loss under the target minus its loss under the reference. With t the model's 1/tau, the loss is
 
     first draw    l_i = -t s_ii
     later draws   l_i = -t s_ii + (log sum_{j kept} exp(t s_ij) + log sum_{j kept} exp(t s_ji)) / 2
 
 where ``kept`` are the samples drawn so far on all ranks. A draw takes samples without replacement with probability
-proportional to exp(score), as the largest of score + Gumbel noise, which needs no exp and no normalization; or the
-best ones. Every rank draws from its own samples, so that batches stay equal.
+proportional to exp(score): it takes those with the largest score + Gumbel noise, which needs no exp and no
+normalization. With ``topk`` it takes those with the largest score. Every rank draws from its own samples, so that
+the ranks' batches keep equal sizes.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ def select(
     ref_scale: float = 100.0,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Positions of the kept samples of this rank's batch: int64 [kept], ascending, on the device, without a sync.
+    """The positions of the kept samples in this rank's batch: int64 [kept], ascending, on the device.
 
-    ``image``, ``text``          [b, d] of the target, ``ref_image``, ``ref_text`` [b, d_r], all of unit norm.
-    ``logit_scale``              0-d, the target's 1/tau; ``ref_scale`` the reference's.
-    ``keep_ratio``, ``n_chunks`` b * keep_ratio is a whole multiple of n_chunks.
-    ``topk``                     take the best instead of drawing.
-    ``generator``                on the embeddings' device, seeded differently on every rank.
+    The host does not wait for the device.
+
+    ``image``, ``text``           [b, d], unit norm, from the target.
+    ``ref_image``, ``ref_text``   [b, d_r], unit norm, from the reference.
+    ``logit_scale``               0-d, the target's 1/tau. ``ref_scale``: the reference's.
+    ``keep_ratio``, ``n_chunks``  b * keep_ratio must be a multiple of n_chunks.
+    ``topk``                      take the samples with the largest scores instead of drawing.
+    ``generator``                 on the embeddings' device; it must have a different seed on each rank.
     """
     kept = round(len(image) * keep_ratio)
     assert kept > 0 and abs(kept - len(image) * keep_ratio) < 1e-6 * len(image), (len(image), keep_ratio)
@@ -57,27 +61,27 @@ def select(
                 reference.keep(draws[-1])
             score = target.losses() - reference.losses()
             if not topk:
-                # Minus the logarithm of an exponential variate is a Gumbel variate.
+                # If E is exponentially distributed, -log E has a Gumbel distribution.
                 score -= torch.empty_like(score).exponential_(generator=generator).log()
             draws.append(score.masked_fill(taken, -torch.inf).topk(kept // n_chunks, sorted=False).indices)
         return torch.cat(draws).sort().values
 
 
 class _Losses:
-    """One model's loss of each sample among those kept so far."""
+    """One model's loss of each sample, given the samples kept so far."""
 
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor | float) -> None:
-        # Scaling one side by t scales every similarity by it.
+        # Scaling one side by t scales every similarity by t.
         self.image, self.text = image.float() * scale, text.float()
         self.own = torch.einsum("ij,ij->i", self.image, self.text)
         self.lse: tuple[Tensor, Tensor] | None = None
 
     def losses(self) -> Tensor:
-        """[b], both directions averaged; before anything is kept, minus the scaled similarity with oneself."""
+        """[b], averaged over both directions; before the first draw only minus the scaled similarity s_ii."""
         return -self.own if self.lse is None else (self.lse[0] + self.lse[1]) / 2 - self.own
 
     def keep(self, new: Tensor) -> None:
-        """Add the samples ``new`` of every rank, local positions, to those kept."""
+        """Add samples to those kept: on each rank those at its own positions ``new``. Collective."""
         both = collectives.all_gather(torch.cat([self.image[new], self.text[new]], 1))
         kept_image, kept_text = both.chunk(2, dim=1)
         rows = (self.image @ kept_text.T).logsumexp(1)

@@ -146,8 +146,8 @@ def _steps(config: Config, length: Horizon) -> str:
 
 def _evaluation(config: Config) -> Iterator[tuple[str, str]]:
     e = config.evaluation
-    sets = [(e.val_data, "retrieval on", e.val_frequency), (e.imagenet_val, "zero-shot on", e.zeroshot_frequency)]
-    sets.append((e.imagenet_v2, "zero-shot on", e.zeroshot_frequency))
+    sets = [(e.val_data, "retrieval on", e.val_frequency)]
+    sets += [(folder, "zero-shot on", e.zeroshot_frequency) for _, folder in e.zero_shot.values()]
     for path, what, frequency in sets:
         if path and (frequency or not config.trains):
             when = f", every {_count(frequency, 'epoch')} and at the end" if config.trains else ""

@@ -56,7 +56,7 @@ def permutation(n: int, *key: int) -> np.ndarray:
     return np.argsort(generator(*key).random_raw(n), kind="stable")
 
 
-def draws(n: int, weights: Sequence[float], *key: int) -> np.ndarray:
+def draws(n: int, weights: Sequence[float] | np.ndarray, *key: int) -> np.ndarray:
     """``n`` draws with replacement of 0..len(weights)-1, by ``weights``, determined by ``key``; int64 [n]."""
     uniform = (generator(*key).random_raw(n) >> np.uint64(11)) * 2.0**-53
     ends = np.cumsum(np.asarray(weights, dtype=np.float64))

@@ -12,7 +12,8 @@ from torch import nn
 
 from drrho_clip.sample_state import SampleState
 from tests.support.ranks import ranks
-from tests.support.small_runs import COLUMNS, CPU, OPTIM, ROWS, Model, Run, assert_same, save
+from tests.support.small_runs import COLUMNS, CPU, ROWS, Model, Run, assert_same, save
+from tests.support.stepping import OPTIM
 from training.checkpoint import pt_file
 from training.checkpoint.run_state import RunState
 from training.loop.optimizer import create_optimizer

@@ -40,3 +40,12 @@ def test_flags_without_effect_are_named(line, remark):
 def test_published_defaults_are_no_flags_without_effect():
     assert config(DATA).remarks == ()
     assert config(FASTCLIP).remarks == ()
+
+
+def test_a_flag_that_only_the_loss_takes_has_an_effect():
+    """Individual temperatures take Adam steps of their own."""
+    individual = f"{FASTCLIP} --temperature_scheme individual_learnable"
+    assert config(f"{individual} --optimizer sgd --beta1 0.8 --beta2 0.9 --eps 1e-6").remarks == ()
+    assert config(f"{FASTCLIP} --optimizer sgd --beta1 0.8 --eps 1e-6").remarks == (
+        "--beta1, --eps: no effect with this optimizer",
+    )

@@ -268,3 +268,5 @@ def test_how_to_continue():
     assert "SIGUSR1 after 120 steps" in line and "logs/mine/checkpoints/step_120.pt" in line
     assert line.endswith("--name mine --resume latest")
     assert "nothing was saved" in how_to_resume("", 0, "mine", None)
+    late = how_to_resume("SIGTERM", 120, "mine", Path("logs/mine/checkpoints/step_80.pt"), saved=False)
+    assert "could not be saved; resume from the newest checkpoint, logs/mine/checkpoints/step_80.pt" in late

@@ -250,7 +250,7 @@ def test_ranks_give_the_gradient_of_the_whole_batch(k, name, reference, duplicat
 
 
 class CountCollectives(TorchDispatchMode):
-    """Every collective, whichever function started it: its name and the bytes that this rank puts in."""
+    """Records every collective, whichever function started it: its name and the bytes that this rank sends."""
 
     def __init__(self):
         super().__init__()

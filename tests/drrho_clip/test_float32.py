@@ -1,4 +1,4 @@
-"""Losses' similarities and their gradients are exact float32, whatever the rest of the run is allowed."""
+"""The losses' similarities and their gradients are exact float32, whatever precision the rest of the run uses."""
 
 from collections import Counter
 

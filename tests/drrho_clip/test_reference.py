@@ -61,7 +61,8 @@ def test_reference_that_differs_from_the_target_in_everything():
     assert [f.shape for f in features] == [(4, 24), (4, 24)]
     for ours, theirs in zip(features, by_open_clip(module, own), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    # What the published code did: the target's pixels normalized by the target. The test sees the difference.
+    # The published code gave the reference the target's pixels with the target's normalization. The test sees
+    # that.
     resized = F.interpolate(image.float(), 48).to(torch.uint8)
     wrong = Reference(module, MEAN, STD).features(Batch(resized, tokens(24), torch.arange(4)))
     assert (wrong[0] - features[0]).abs().max() > 1e-2
@@ -84,7 +85,7 @@ def batch() -> Batch:
     return Batch(image, tokens(16), torch.arange(4))
 
 
-def test_frozen_whatever_the_task_that_holds_it_does():
+def test_it_stays_frozen_whatever_the_module_that_holds_it_does():
     class Task(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -114,7 +115,7 @@ def test_features_are_constants_that_autograd_may_save():
 
 @pytest.mark.parametrize("outer", [False, True])
 def test_autocast_is_the_references_own(outer):
-    """bfloat16 inside where asked for, float32 inside where not, unit norm in float32 either way."""
+    """The model runs in bfloat16 only if asked to. The unit norm is exact in float32 in both cases."""
     seen = []
 
     def build(dtype: torch.dtype | None) -> Reference:

@@ -1,4 +1,4 @@
-"""The sharded table against a replicated one, resharding, and what it refuses."""
+"""The sharded table compared with a replicated one; resharding; the errors."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def _batches(steps, b, k, seed=0):
 
 
 def _against_replicated(steps, b):
-    """Play the same steps on the sharded and on a replicated table; compare every fetch bit for bit."""
+    """Take the same steps with the sharded and with a replicated table, and compare every fetch bit for bit."""
     k, r = collectives.world_size(), collectives.rank()
     sharded = SampleState(N, COLUMNS)
     replicated = {c: torch.full((N,), torch.nan) for c in COLUMNS}

@@ -1,4 +1,4 @@
-"""Schedules against torch's own schedulers, values worked out by hand, and properties."""
+"""Schedules compared with torch's own schedulers and with values computed by hand; their properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JEST selection: scores against a slow float64 reading of the definition, draws against exact probabilities."""
+"""JEST selection: scores against the definition in slow float64 code, draws against exact probabilities."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_topk_keeps_the_best_given_what_is_kept(keep_ratio, n_chunks):
 def test_later_draws_see_what_all_ranks_kept(size):
     together = ranks(size).run(on_this_rank)
     assert together == best(embeddings(), size, BATCH // size // 6, 3)
-    # The test would be blind if a rank's own samples decided alone.
+    # If each rank looked only at its own samples, the result would differ, and the test would fail.
     share = BATCH // size
     alone = [
         [i + r * share for i in best([t[r * share : (r + 1) * share] for t in embeddings()], 1, share // 6, 3)[0]]
@@ -87,7 +87,7 @@ def test_reference_scale_counts():
 
 
 def test_draws_follow_the_softmax_of_the_scores_without_replacement():
-    """Of four samples two draws of one each: all six pairs have a known probability."""
+    """Two draws of one sample each out of four: all six pairs have a known probability."""
     e, ref_scale, trials = embeddings(4, seed=3), 3.0, 4000
     expected = dict.fromkeys(itertools.combinations(range(4), 2), 0.0)
     first = scores(e, [], SCALE, ref_scale).softmax(0)
@@ -110,7 +110,7 @@ def test_draws_follow_the_softmax_of_the_scores_without_replacement():
             generator=generator,
         )
         counts[tuple(kept.tolist())] += 1
-    assert max(expected.values()) < 0.9  # otherwise there is nothing to see
+    assert max(expected.values()) < 0.9  # otherwise the test could hardly fail
     for pair, p in expected.items():
         deviation = (p * (1 - p) / trials) ** 0.5
         assert abs(counts[pair] / trials - p) < 4.5 * deviation + 1e-3, pair

@@ -1,4 +1,4 @@
-"""When a run saves and stops: by steps, by the clock, by signals, at the same step on all ranks."""
+"""When a run saves and stops: by steps, by the clock and by signals, at the same step on all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.loop.checkpointer import Checkpointer
 
 
 class Clock:
-    """``time`` for ``safekeeping``, moved by the test."""
+    """Replaces ``time`` in ``checkpointer``; the test sets it."""
 
     now = 0.0
 
@@ -26,7 +26,7 @@ class Clock:
 
 
 def kept(rank: int, steps: int, *, signal_at: int | None = None, **flags) -> tuple[list[str], int]:
-    """What a run of ``steps`` minutes, one per step, saves, and the step that ends it. 5 steps are an epoch."""
+    """The names that a run saves, and its last step. Each step takes a minute, and an epoch has 5 steps."""
     config, clock, names = replace(RUN, **flags), Clock(), []
     trainer = SimpleNamespace(step=0, finished=False, world=SimpleNamespace(is_main=rank == 0, world_size=1))
     trainer.data = SimpleNamespace(steps_per_epoch=5, state_dict=dict)
@@ -55,7 +55,7 @@ def on_rank(*args, **kwargs) -> tuple[list[str], int]:
     return kept(dist.get_rank(), *args, **kwargs)
 
 
-def test_steps_are_saved_but_for_epochs_that_are_saved_anyway_and_the_end():
+def test_steps_are_saved_unless_an_epoch_or_the_end_saves_anyway():
     names, last = kept(0, 12, save_every_n_steps=5)
     assert (names, last) == (["step_5"], 12)  # step 10 ends the second epoch, which --save-frequency saves
     assert kept(0, 12, save_every_n_steps=4)[0] == ["step_4", "step_8"]
@@ -70,7 +70,7 @@ def test_minutes_count_from_the_last_save(minutes, expected):
 
 
 def test_ranks_save_by_the_clock_of_the_first_at_one_step_and_once():
-    """What is wished after step 4 all know after step 5. The wish after step 9 comes with an epoch's own save."""
+    """A request after step 4 takes effect after step 5. One after step 9 coincides with an epoch's own save."""
     for names, _ in ranks(2).run(on_rank, 13, save_every_minutes=4):
         assert names == ["step_5"]
 

@@ -1,4 +1,4 @@
-"""A step that is not finite on one rank leaves every rank as if it had not been taken; too many are explained."""
+"""A step that is not finite on one rank changes nothing on any rank; too many of them end with a diagnosis."""
 
 import math
 import random
@@ -42,7 +42,7 @@ def spoil_rows(result):
 
 @contextmanager
 def planted(kind, task):
-    """A step of ``task`` goes wrong; 'pixels' is up to the batch."""
+    """Make a step of ``task`` go wrong; for 'pixels' the batch does that (``rank_batch``)."""
     if kind in ("gradient", "nan gradient"):
         factor = math.inf if kind == "gradient" else math.nan
         handle = task.bare.get_parameter(PARAMETER).register_hook(lambda gradient: gradient * factor)
@@ -80,7 +80,7 @@ def rank_batch(step, kind):
 
 
 def run(name, kind, bad, left_out, *, model=None, optimizer="adamw", steps=4, **settings):
-    """Everything that training ``steps`` steps leaves on this rank; on the last rank, step ``bad`` goes wrong."""
+    """This rank's state after ``steps`` steps without ``left_out``. Step ``bad`` goes wrong on the last rank."""
     model = build(name, model)
     stepper = make_stepper(name, model, optimizer, **settings)
     stepper.task.model.train()
@@ -119,12 +119,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("name, kind, settings", CASES.values(), ids=CASES)
-def test_a_step_that_is_not_finite_on_one_rank_is_no_step(name, kind, settings):
-    bad = 0 if settings.get("optimizer") else 2  # the first step makes the optimizer's state
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing(name, kind, settings):
+    bad = 0 if settings.get("optimizer") else 2  # the first step creates the optimizer's state
     spoiled = ranks(2).run(run, name, kind, bad, None, **settings)
     expected = ranks(2).run(run, name, None, None, bad, **settings)
     whole = ranks(2).run(run, name, None, None, None, **settings)
-    assert any((spoiled[0][0][n] != v).any() for n, v in whole[0][0].items()), "the step would not have mattered"
+    assert any((spoiled[0][0][n] != v).any() for n, v in whole[0][0].items()), "the step changes nothing anyway"
     for (ours, counts), (theirs, _) in zip(spoiled, expected, strict=True):
         assert counts == {"in_a_row": 0, "total": 1}
         assert ours.keys() == theirs.keys()
@@ -168,9 +168,9 @@ def test_the_limit_stops_all_ranks_with_one_diagnosis(kind):
     assert "--max_skipped_steps 3" in message and "up to step 4" in message
     assert f"Learning rate {OPTIM.lr:.3g} (of the temperature {OPTIM.lr_tau:.3g}); tau {tau:.4g}." in message
     if kind == "pixels":
-        assert f"not finite: pixels, on rank 1; sample keys {keys[1]}." in message
+        assert f"not finite: pixels, on rank 1; rows of its samples: {keys[1]}." in message
     elif kind == "reference":
-        assert f"not finite: reference image_features, on rank 1; sample keys {keys[2]}." in message
+        assert f"not finite: reference image_features, on rank 1; rows of its samples: {keys[2]}." in message
     else:
         assert f"not finite: gradient of {PARAMETER}, on rank 0" in message
 
@@ -244,7 +244,7 @@ def test_the_limit_is_met_exactly_whenever_the_host_reads():
                 skipped.load_state_dict(state)
 
 
-def test_news_are_told_once():
+def test_skipped_steps_are_reported_once():
     skipped = SkippedSteps(9, CPU)
     assert skipped.news() is None
     for taken in (False, True, False):

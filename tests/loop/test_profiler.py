@@ -1,4 +1,4 @@
-"""--profile writes a trace of the steps after the warm-up, and says so when a run is too short for one."""
+"""--profile writes a trace of the steps after the warm-up, and logs a warning if a run is too short for one."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ def test_trace_holds_exactly_the_traced_steps(tmp_path):
     assert "aten::mm" in (tmp_path / "profile" / "rank0.txt").read_text()
 
 
-def test_short_run_is_told_that_nothing_was_written(tmp_path, caplog):
+def test_a_run_that_is_too_short_logs_that_no_trace_was_written(tmp_path, caplog):
     run_steps(open_profiler(True, tmp_path, WORLD), SKIPPED)
     assert not (tmp_path / "profile").exists()
     assert "no trace was written" in caplog.text

@@ -1,4 +1,4 @@
-"""A run that is started again sums its gradients over ranks as if it had never stopped."""
+"""A run that is started again sums its gradients over the ranks as if it had never stopped."""
 
 import copy
 
@@ -22,7 +22,7 @@ def own_batch(step: int) -> Batch:
 
 
 class Process:
-    """What a process builds when it starts, with what a checkpoint holds in it."""
+    """Model, loss and stepper as a process builds them at its start, with the contents of a checkpoint."""
 
     def __init__(
         self, kind: str, accum: int = 1, static_graph: bool = False, saved: tuple[dict, dict, dict] | None = None
@@ -71,7 +71,7 @@ def test_three_ranks_that_start_again_train_on_bit_for_bit(process):
 
 
 def test_without_settling_they_do_not():
-    """Else the test above would show nothing."""
+    """Otherwise the test above could not fail."""
     assert ranks(3).run(_interrupted, False, "tiny-vit") == [False] * 3
 
 

@@ -1,4 +1,4 @@
-"""The warning about a loader that does not keep up: when, how often, with which advice."""
+"""The warning about a loader that is too slow: when it is logged, how often, and with which advice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def warnings(wait: DataWait, lines: list[tuple[float, float, bool]], caplog) -> 
     return warned
 
 
-def test_a_slow_loader_is_named_now_and_then(caplog):
+def test_a_slow_loader_is_warned_about_at_intervals(caplog):
     slow, fast, filling = (0.3, 1.0, False), (0.1, 1.0, False), (0.9, 1.0, True)
     assert warnings(DataWait(4, 1, 8), [fast, filling, fast], caplog) == []
     assert warnings(DataWait(4, 1, 8), [filling, slow, *[slow] * 9, slow], caplog) == [1, 11]

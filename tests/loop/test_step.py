@@ -1,4 +1,4 @@
-"""Accumulation gives the full batch's gradient, for every loss; what a step commits and leaves alone."""
+"""Accumulation gives the full batch's gradient for every loss; what a step changes and what it must not."""
 
 import copy
 
@@ -19,7 +19,7 @@ from training.models.precision import resolve
 
 
 def gradients(name, accum, batch, *, model=None, steps=1, **extra):
-    """Take steps with a frozen optimizer (rate 0): gradients of the last one, values and sample state."""
+    """Take steps with learning rate 0. Returns the gradients and values of the last one, and the sample state."""
     model = model or build(name)
     loss = make_loss(name)
     task = make_task(model, loss, name, **extra)
@@ -78,7 +78,7 @@ def _with_dropout(name, model=None):
 
 
 def test_dropout_masks_are_replayed():
-    """The gradient is that of one graph over the micro-batches' own masks."""
+    """The gradient equals that of one graph over all micro-batches, each with its own masks."""
     batch = make_batch()
     grads, _, _ = gradients("clip", 3, batch, model=_with_dropout("clip"))
     model = _with_dropout("clip").train()
@@ -98,13 +98,13 @@ def _with_patch_dropout():
 
 
 def _step_alone(step, accum, state=None):
-    """Weights after step ``step`` from ``state``, and the features that the image tower gave in it."""
+    """The weights after step ``step`` from ``state``, and the features that the image tower computed in it."""
     model, seen = _with_patch_dropout().train(), []
     model.visual.register_forward_hook(lambda module, given, output: seen.append(output.detach().clone()))
     if state is not None:
         model.load_state_dict(state)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    torch.seed()  # whatever state the generators were in
+    torch.seed()  # the generators' state before the step must not matter
     Stepper(make_task(model, make_loss("clip"), "clip"), optimizer, accum=accum)(make_batch(), step)
     return model.state_dict(), torch.cat(seen)
 
@@ -193,8 +193,10 @@ def test_embeddings_have_unit_norm_in_every_precision(precision):
 
 @pytest.mark.parametrize("accum, fused", [(1, False), (1, True), (3, True)])
 def test_gradients_that_overflow_and_then_do_not(accum, fused):
-    """torch's scaler: steps with infinite gradients change nothing but its scale, the first finite one is a step
-    like any other, clipped after its gradients were brought back to their own scale."""
+    """With torch's scaler, steps with infinite gradients change only its scale.
+
+    The first finite step equals one without a scaler: its gradients are clipped after they are unscaled.
+    """
 
     def train(scaler, steps):
         model, loss = build("drrho"), make_loss("drrho")

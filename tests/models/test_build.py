@@ -1,4 +1,4 @@
-"""Target and reference as the flags say: initialisation, precision, temperature, towers."""
+"""Target and reference are built as the flags ask: initial weights, precision, temperature, towers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_built_model_knows_what_it_expects(vit):
 # Initialisation
 
 
-def test_initialisation_is_the_seeds_alone_and_disturbs_nobody(vit):
+def test_initial_weights_depend_on_the_seed_and_building_changes_no_generator(vit):
     torch.manual_seed(1)
     first = target("--model", vit, "--seed", 5).module
     drawn = torch.rand(3)
@@ -234,7 +234,7 @@ def test_flags_that_a_tower_would_ignore_are_refused(tmp_path, name, flags, mess
 # The reference
 
 
-def test_reference_is_frozen_and_has_its_own_eyes_and_words(tmp_path):
+def test_reference_is_frozen_and_has_its_own_image_size_and_tokens(tmp_path):
     path = tiny_models.path("tiny-vit-reference", tmp_path)
     source = tiny_models.build("tiny-vit-reference", seed=4)
     torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "epoch_9.pt")
@@ -267,7 +267,7 @@ def test_a_teachers_errors_name_its_own_flags(tmp_path, vit):
         build_reference(run, ALONE)
 
 
-def test_building_is_one_line_in_the_log(vit, caplog):
+def test_building_logs_one_line(vit, caplog):
     with caplog.at_level("INFO"):
         target("--model", vit)
     assert [r.name for r in caplog.records] == ["training.models.build"]

@@ -1,4 +1,4 @@
-"""Where models and weights come from: names, config files, weight files, and tags with what they declare."""
+"""Models and weights are found by name, config file, weight file and tag; what tags declare is built."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_config_file_called_like_a_built_in_model_stays_apart_from_it(tmp_path):
     path.write_text(json.dumps(tiny_models.CONFIGS["tiny-vit"]))
     assert target("--model", path).module.visual.image_size == (32, 32)
     assert open_clip.get_model_config("ViT-B-32") == before
-    # nor do the tags of the built-in model apply to it
+    # The tags of the built-in model do not apply to it either.
     name = pretrained.open_clip_name(str(path), "--model")
     with pytest.raises(ValueError, match=r"--pretrained openai.* neither a file nor a tag \(it has none\)"):
         pretrained.find(name, "openai", "--pretrained", "--model")
@@ -60,11 +60,11 @@ def test_models_that_do_not_exist_are_named(model, message):
         pretrained.open_clip_name(model, "--model")
 
 
-def test_json_that_is_no_model_config_is_refused(tmp_path):
+def test_json_that_is_not_a_model_config_is_refused(tmp_path):
     path = tmp_path / "other.json"
     path.write_text('{"embed_dim": 8}')
     with pytest.raises(
-        ValueError, match=r"other.json: not an open_clip model config, it has no text_cfg, vision_cfg"
+        ValueError, match=r"other.json: this is not an open_clip model config, it has no text_cfg, vision_cfg"
     ):
         pretrained.open_clip_name(str(path), "--model")
     assert "other" not in "".join(open_clip.list_models())
@@ -134,9 +134,9 @@ def test_folder_in_open_clips_format_brings_architecture_weights_and_normalizati
     assert same_weights(built.module, other) and tuple(built.preprocess.mean) == (0.1, 0.2, 0.3)
 
 
-def test_hub_model_that_cannot_be_had_is_one_sentence(hub):
+def test_a_hub_model_that_cannot_be_loaded_is_reported_in_one_sentence(hub):
     with pytest.raises(
-        ValueError, match=r"--model hf-hub:nobody/nothing: its open_clip_config.json cannot be had"
+        ValueError, match=r"--model hf-hub:nobody/nothing: its open_clip_config.json cannot be loaded"
     ):
         target("--model", "hf-hub:nobody/nothing")
 
@@ -145,7 +145,7 @@ def test_hub_model_that_cannot_be_had_is_one_sentence(hub):
 
 
 class Cache:
-    """A Hugging Face cache in a folder, with no network beside it."""
+    """A Hugging Face cache in a folder, without a network."""
 
     def __init__(self, folder: Path, monkeypatch) -> None:
         self.folder = folder
@@ -158,7 +158,7 @@ class Cache:
 
 
 def put(cache: Path, repository: str, state: dict[str, torch.Tensor]) -> Path:
-    """``state`` as the hub's client would leave it in ``cache``; the file."""
+    """Store ``state`` in ``cache`` as the hub's client does. Returns the file."""
     entry = cache / f"models--{repository.replace('/', '--')}"
     snapshot = entry / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
@@ -243,7 +243,7 @@ def test_unknown_tag_lists_the_known_ones(vit):
 
 @shrunk("ViT-B-32")
 def _build_on_rank(folder: str) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """What this rank asked the network for, and the weights that it ended up with."""
+    """The repositories that this rank downloaded, and the weights of its model."""
     asked = []
 
     def download(declared: dict) -> str:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from drrho_clip.sample_state import SampleState, StateUpdate
+from tests.support.stepping import OPTIM
 from training.checkpoint.resume import resume
 from training.checkpoint.run_state import RunState
 from training.checkpoint.saver import Saver
-from training.config.optim import OptimConfig
 from training.config.run import RunConfig
 from training.distributed import ddp
 from training.distributed.process_group import World
@@ -22,17 +22,6 @@ from training.loop.optimizer import create_optimizer
 CPU = torch.device("cpu")
 ROWS = 11
 COLUMNS = ("log_u_image", "log_u_text")
-OPTIM = OptimConfig(
-    optimizer="adamw",
-    lr=1e-2,
-    beta1=0.9,
-    beta2=0.98,
-    eps=1e-6,
-    wd=0.2,
-    momentum=0.9,
-    lr_tau=3e-3,
-    grad_clip_norm=None,
-)
 RUN = RunConfig(
     batch_size=4,
     global_batch_size=None,

@@ -1,1 +1,1 @@
-"""The losses behind one interface: ``interface`` says what goes in and out, ``registry`` which there are."""
+"""The losses. ``interface`` defines their inputs and outputs, ``registry`` lists them."""

@@ -1,7 +1,7 @@
-"""open_clip's own losses behind the registry's interface.
+"""open_clip's own losses with the interface of this package.
 
 Similarities and their gradients are computed in exact float32, whatever the towers' precision is. How gradients
-cross ranks is open_clip's choice, by its flags ``local_loss`` and ``gather_with_grad``.
+cross ranks is decided by open_clip and its settings ``local_loss`` and ``gather_with_grad``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossO
 
 
 class _ClipBased(Loss):
-    """A loss around one of open_clip's contrastive ones, ``self.contrastive``."""
+    """A loss that wraps one of open_clip's contrastive losses, ``self.contrastive``."""
 
     loss_class = open_clip.ClipLoss
 
@@ -32,7 +32,7 @@ class _ClipBased(Loss):
 
 
 class Clip(_ClipBased):
-    """Mini-batch InfoNCE, OpenCLIP's default."""
+    """Mini-batch InfoNCE, OpenCLIP's default loss."""
 
     def forward(self, inputs: LossInputs) -> LossOutput:
         bias = () if inputs.logit_bias is None else (inputs.logit_bias,)
@@ -41,14 +41,22 @@ class Clip(_ClipBased):
 
 
 class CoCa(_ClipBased):
-    """InfoNCE and the captioner's cross-entropy (arXiv:2205.01917), each with its weight.
+    """InfoNCE plus the captioner's cross-entropy (arXiv:2205.01917), each with its weight.
 
-    ``pad_id``: the token that carries no caption loss. The caption term is a mean over the tokens of the
-    global batch, so micro-batches and ranks are summed and divided by all their tokens.
+    The caption term is a mean over the tokens of the global batch: it is summed over micro-batches and ranks and
+    divided by the number of all their tokens. ``pad_id``: the padding token, which has no caption loss.
     """
 
-    def __init__(self, *, contrastive_weight: float, caption_weight: float, pad_id: int = 0, **gather) -> None:
-        super().__init__(**gather)
+    def __init__(
+        self,
+        *,
+        contrastive_weight: float,
+        caption_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+    ) -> None:
+        super().__init__(local_loss=local_loss, gather_with_grad=gather_with_grad)
         self.contrastive_weight, self.caption_weight, self.pad_id = contrastive_weight, caption_weight, pad_id
 
     def forward(self, inputs: LossInputs) -> LossOutput:
@@ -61,7 +69,7 @@ class CoCa(_ClipBased):
 
 
 def caption_loss(outputs: dict[str, Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of a captioner's ``outputs``, summed over tokens that are not padding; their number."""
+    """The cross-entropy of a captioner's ``outputs``, summed over all tokens but padding, and their number."""
     labels = outputs["labels"]
     logits = outputs["logits"].float().transpose(1, 2)
     total = F.cross_entropy(logits, labels, ignore_index=pad_id, reduction="sum")
@@ -69,32 +77,42 @@ def caption_loss(outputs: dict[str, Tensor], pad_id: int) -> tuple[Tensor, Tenso
 
 
 class SigLip(Loss):
-    """Pairwise sigmoid loss (arXiv:2303.15343); the model needs a ``logit_bias``."""
+    """Pairwise sigmoid loss (arXiv:2303.15343). ValueError: the model has no ``logit_bias``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.contrastive = SigLipLoss(rank=collectives.rank(), world_size=collectives.world_size())
 
     def forward(self, inputs: LossInputs) -> LossOutput:
+        if inputs.logit_bias is None:
+            raise ValueError("the sigmoid loss needs a model with a logit_bias")
         given = inputs.image, inputs.text, inputs.logit_scale, inputs.logit_bias
         loss = float32.differentiable(self.contrastive, *given)
         return LossOutput({"contrastive_loss": loss})
 
 
 class Distill(_ClipBased):
-    """InfoNCE weighed by ``1 - weight``, distillation of a teacher's rows by ``weight`` (as MobileCLIP does).
+    """InfoNCE with weight ``1 - weight`` plus distillation of a teacher's rows with ``weight``, as in MobileCLIP.
 
-    ``teacher_scale``: the teacher's 1/tau.
+    ``teacher_scale``: the teacher's 1/tau. ValueError: there are no reference embeddings.
     """
 
     loss_class = open_clip.DistillClipLoss
 
-    def __init__(self, *, weight: float, teacher_scale: float, **gather) -> None:
-        super().__init__(**gather)
+    def __init__(
+        self,
+        *,
+        weight: float,
+        teacher_scale: float,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+    ) -> None:
+        super().__init__(local_loss=local_loss, gather_with_grad=gather_with_grad)
         self.weight, self.teacher_scale = weight, teacher_scale
 
     def forward(self, inputs: LossInputs) -> LossOutput:
-        teacher = inputs.ref_image.float(), inputs.ref_text.float(), self.teacher_scale
+        ref_image, ref_text = inputs.require_reference()
+        teacher = ref_image.float(), ref_text.float(), self.teacher_scale
         contrastive, distill = float32.differentiable(
             lambda *leaves: self.contrastive(*leaves, *teacher), inputs.image, inputs.text, inputs.logit_scale
         )
@@ -103,9 +121,9 @@ class Distill(_ClipBased):
         )
 
 
-def build_clip(environment: LossEnvironment, **settings: bool) -> Clip:
-    """For the registry. ``settings``: ``Clip``'s."""
-    return Clip(**settings)
+def build_clip(environment: LossEnvironment, *, local_loss: bool, gather_with_grad: bool) -> Clip:
+    """For the registry. The settings are ``Clip``'s."""
+    return Clip(local_loss=local_loss, gather_with_grad=gather_with_grad)
 
 
 def build_siglip(environment: LossEnvironment) -> SigLip:
@@ -113,11 +131,32 @@ def build_siglip(environment: LossEnvironment) -> SigLip:
     return SigLip()
 
 
-def build_coca(environment: LossEnvironment, **settings: float) -> CoCa:
-    """For the registry. ``settings``: ``CoCa``'s."""
-    return CoCa(**settings)
+def build_coca(
+    environment: LossEnvironment,
+    *,
+    contrastive_weight: float,
+    caption_weight: float,
+    local_loss: bool,
+    gather_with_grad: bool,
+) -> CoCa:
+    """For the registry. The settings are ``CoCa``'s."""
+    return CoCa(
+        contrastive_weight=contrastive_weight,
+        caption_weight=caption_weight,
+        local_loss=local_loss,
+        gather_with_grad=gather_with_grad,
+    )
 
 
-def build_distill(environment: LossEnvironment, **settings: float) -> Distill:
-    """For the registry. ``settings``: ``Distill``'s."""
-    return Distill(**settings)
+def build_distill(
+    environment: LossEnvironment,
+    *,
+    weight: float,
+    teacher_scale: float,
+    local_loss: bool,
+    gather_with_grad: bool,
+) -> Distill:
+    """For the registry. The settings are ``Distill``'s."""
+    return Distill(
+        weight=weight, teacher_scale=teacher_scale, local_loss=local_loss, gather_with_grad=gather_with_grad
+    )

@@ -4,17 +4,17 @@ Notation of ``docs/objective.md``. Both margins are differences of one matrix of
 
     q_ij = <image_i, text_j> - <ref_image_i, ref_text_j>        a_ij = q_ij - q_ii        c_ij = q_ji - q_ii
 
-``q`` is never stored as a whole. Two passes over row tiles suffice: the first takes the log-sum-exp of rows and
-columns, which gives log g and, averaged over visits, log u; the second gives
+``q`` is never stored as a whole. Two passes over tiles of its rows are enough. The first takes the log-sum-exp of
+rows and columns, which gives log g and, averaged over a sample's visits, log u. The second gives
 
     dF/dS_ij  ~  W1_ij + W2_ji,    W1_ij = exp(a_ij / tau_i) / u1_i,    W2_ji = exp(c_ji / tau_j) / u2_j.
 
-That is six products of tiles with embeddings (two for q in each pass, two for the gradients), four without a
-reference. The first pass keeps as many tiles as fit ``keep_bytes``; the second multiplies only the others again.
+This takes six products of tiles with embeddings (two for q in each pass, two for the gradients), or four without a
+reference. The first pass keeps as many tiles as fit into ``keep_bytes``; the second recomputes only the others.
 
-One process sees each pair once and takes rows and columns from the same tile. A rank of many owns ``b`` rows and
-``b`` columns; it visits its rows, then its columns as the rows of the transposed problem. Everything is float32,
-exponents are formed as differences before ``exp``, so that margins of +-400 tau stay finite.
+A single process computes each pair once and takes rows and columns from the same tile. One of several ranks owns
+``b`` rows and ``b`` columns: it goes through its rows, then through its columns as the rows of the transposed
+problem. Everything is float32. Exponents are subtracted before ``exp``, so that margins of +-400 tau stay finite.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -32,20 +32,23 @@ from torch.autograd.function import once_differentiable
 from drrho_clip import collectives, schedules
 from drrho_clip.losses.interface import LossEnvironment, LossInputs
 
-# Stands for the log of zero. A finite number, since 0 * -inf would turn weighted sums into NaN.
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# Stands for log 0. It is a finite number, because 0 * -inf would turn weighted sums into NaN.
 _EXCLUDED = -1e30
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes for one tile of pairs, and for the tiles that are kept between the two passes."""
+    """The memory for one tile of pairs, and for all tiles that are kept between the two passes, in bytes."""
 
     tile_bytes: int
     keep_bytes: int
 
     @classmethod
     def default(cls, device: torch.device) -> Budget:
-        """A tile that a CPU's caches hold; on a GPU one large enough to fill it (docs/benchmarks.md)."""
+        """Tiles that fit into a CPU's caches, or that are large enough to keep a GPU busy (docs/benchmarks.md)."""
         if device.type == "cpu":
             return cls(tile_bytes=8 << 20, keep_bytes=8 << 20)
         return cls(tile_bytes=128 << 20, keep_bytes=512 << 20)
@@ -53,11 +56,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Block:
-    """The pairs of ``n`` anchors, the rows, with ``m`` samples of the other modality.
+    """The pairs of ``n`` anchors, the rows, with ``m`` samples of the other modality, the columns.
 
-    ``rows``, ``columns``              the target's embeddings [n, d] and [m, d], then the reference's, if any.
+    ``rows``, ``columns``              the target's embeddings [n, d] and [m, d], then the reference's if there is
+                                       one.
     ``row_groups``, ``column_groups``  ``duplicate_groups`` of the samples, [n] and [m].
-    ``row_scale``, ``column_scale``    1/tau: 0-d and the same where one temperature is shared, else [n] and [m].
+    ``row_scale``, ``column_scale``    1/tau: [n] and [m], or 0-d and equal if all samples share one temperature.
     """
 
     rows: tuple[Tensor, ...]
@@ -69,11 +73,11 @@ class Block:
 
     @property
     def shared(self) -> bool:
-        """Whether the pairs' exponents are the same seen from the row and from the column."""
+        """Whether a pair has the same exponent for its row and for its column."""
         return self.row_scale.ndim == 0
 
     def pairs(self, tile: slice, out: Tensor) -> Tensor:
-        """``q`` of the rows ``tile`` in ``out`` [t, m], scaled where the temperature is shared.
+        """Write ``q`` of the rows ``tile`` into ``out`` [t, m] and return it; scaled if the temperature is shared.
 
         A sample's pairs with itself and with its copies are excluded.
         """
@@ -84,20 +88,20 @@ class Block:
         return out.masked_fill_(self.row_groups[tile, None] == self.column_groups, _EXCLUDED)
 
     def row_exponents(self, tile: slice, q: Tensor, out: Tensor) -> Tensor:
-        """``q / tau`` of the rows' temperatures; ``q`` itself where it is scaled already."""
+        """``q / tau`` with the rows' temperatures; ``q`` itself if it is scaled already."""
         return q if self.shared else torch.mul(q, self.row_scale[tile, None], out=out)
 
     def column_exponents(self, q: Tensor, out: Tensor) -> Tensor:
-        """``q / tau`` of the columns' temperatures."""
+        """``q / tau`` with the columns' temperatures; ``q`` itself if it is scaled already."""
         return q if self.shared else torch.mul(q, self.column_scale, out=out)
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """What the first pass knows of ``n`` anchors; all tensors are [n].
+    """The first pass's results for ``n`` anchors; all tensors are [n].
 
-    ``lse``   log sum_j exp(e_j), with e_j the exponent of the pair with its j-th negative.
-    ``mean``  sum_j e_j exp(e_j - lse), the mean exponent under the weights W; zeros where it was not asked for.
+    ``lse``   log sum_j exp(e_j), where e_j is the exponent of the anchor's pair with its j-th negative.
+    ``mean``  sum_j e_j exp(e_j - lse), the mean exponent under the weights W; zeros if it was not asked for.
     """
 
     lse: Tensor
@@ -105,7 +109,7 @@ class Anchors:
 
 
 def duplicate_groups(index: Tensor) -> Tensor:
-    """Equal indices -> equal small integers: int64 [B] -> int64 [B] in 0..B-1, without a host sync."""
+    """int64 [B] -> int64 [B] in 0..B-1, equal for equal indices. The host does not wait for the device."""
     ordered, order = index.sort(stable=True)
     starts = torch.zeros_like(ordered)
     starts[1:] = (ordered[1:] != ordered[:-1]).long()
@@ -113,7 +117,7 @@ def duplicate_groups(index: Tensor) -> Tensor:
 
 
 def merge_duplicates(log_u: Tensor, groups: Tensor) -> Tensor:
-    """Give the copies of a sample the log of the mean of their u: [B, c], groups int64 [B] -> [B, c]."""
+    """Give all copies of a sample the log of the mean of their u. [B, c], groups int64 [B] -> [B, c]."""
     at = groups[:, None].expand_as(log_u)
     peak = torch.full_like(log_u, -torch.inf).scatter_reduce(0, at, log_u, "amax").gather(0, at)
     total = torch.zeros_like(log_u).scatter_add(0, at, (log_u - peak).exp()).gather(0, at)
@@ -122,7 +126,7 @@ def merge_duplicates(log_u: Tensor, groups: Tensor) -> Tensor:
 
 
 def moving_average(log_g: Tensor, log_u: Tensor | None, gamma: Tensor, eps: float) -> Tensor:
-    """log of (1 - gamma) u + gamma (eps + g), elementwise; eps + g where u is NaN (never seen) or None."""
+    """log of (1 - gamma) u + gamma (eps + g), elementwise; of eps + g where u is NaN (never seen) or None."""
     fresh = torch.logaddexp(log_g, torch.full_like(log_g, eps).log())
     if log_u is None:
         return fresh
@@ -136,7 +140,7 @@ def _tiles(rows: int, columns: int, budget: Budget) -> list[slice]:
 
 
 def _kept_rows(tiles: list[slice], columns: int, budget: Budget) -> int:
-    """Rows of the tiles that fit ``budget.keep_bytes``, from the first tile on."""
+    """The number of rows, from the first on, whose tiles fit into ``budget.keep_bytes``."""
     height = tiles[0].stop
     return min(budget.keep_bytes // (4 * columns * height) * height, tiles[-1].stop)
 
@@ -144,13 +148,16 @@ def _kept_rows(tiles: list[slice], columns: int, budget: Budget) -> int:
 def pair_statistics(
     block: Block, *, columns: bool, moments: bool, budget: Budget
 ) -> tuple[Anchors, Anchors | None, Tensor | None]:
-    """First pass: the rows' statistics, the columns' where ``columns`` is set, and the pairs [kept, m] of as many
-    rows as fit ``budget.keep_bytes``, None for none. Without ``moments`` the means stay zero."""
+    """First pass: the statistics of the rows, those of the columns if ``columns`` is True, and the kept pairs.
+
+    The kept pairs are [kept, m], of as many rows as fit into ``budget.keep_bytes``; None if no row does. Without
+    ``moments`` the means are zero.
+    """
     x, n, m = block.rows[0], len(block.rows[0]), len(block.columns[0])
     tiles = _tiles(n, m, budget)
     keeps = _kept_rows(tiles, m, budget)
-    kept = x.new_empty(keeps, m) if keeps else None
-    buffer = x.new_empty(tiles[0].stop, m) if keeps < n else None
+    kept = x.new_empty(keeps, m)
+    buffer = x.new_empty(tiles[0].stop if keeps < n else 0, m)
     work = x.new_empty(tiles[0].stop, m)
     scaled = work if block.shared else torch.empty_like(work)
     row_lse, row_mean = [], []
@@ -177,29 +184,30 @@ def pair_statistics(
                 weighted = weighted * fade + p.mul_(e).sum(0)
             peak = top
     rows = Anchors(torch.cat(row_lse), torch.cat(row_mean))
-    return rows, Anchors(peak + total.log(), weighted / total) if columns else None, kept
+    return rows, Anchors(peak + total.log(), weighted / total) if columns else None, kept if keeps else None
 
 
 def pair_gradient(
     block: Block, row_shift: Tensor, column_shift: Tensor, *, columns: bool, kept: Tensor | None, budget: Budget
 ) -> tuple[Tensor, Tensor | None]:
-    """Second pass: ``G columns`` [n, d] of the target's embeddings, and ``G^T rows`` [m, d] where ``columns``
-    is set.
+    """Second pass: ``G columns`` [n, d] of the target's embeddings and ``G^T rows`` [m, d] if ``columns`` is True.
 
-    ``G_ij = exp(q_ij / tau_i - row_shift_i) + exp(q_ij / tau_j - column_shift_j)``, zero for a sample with itself.
-    ``kept``: the pairs that the first pass kept, which are overwritten; the others are multiplied again.
+    ``G_ij = exp(q_ij / tau_i - row_shift_i) + exp(q_ij / tau_j - column_shift_j)``, and 0 for a sample with
+    itself.
+
+    ``kept``: the pairs that the first pass kept, which are overwritten; the other pairs are computed again.
     """
     x, y = block.rows[0], block.columns[0]
     tiles = _tiles(len(x), len(y), budget)
     height = tiles[0].stop
     keeps = 0 if kept is None else len(kept)
-    buffer = x.new_empty(height, len(y)) if keeps < len(x) else None
+    buffer = x.new_empty(height if keeps < len(x) else 0, len(y))
     work = x.new_empty(height, len(y))
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_y = torch.zeros_like(y, memory_format=torch.contiguous_format) if columns else None
     for tile in tiles:
         height = tile.stop - tile.start
-        q = kept[tile] if tile.stop <= keeps else block.pairs(tile, buffer[:height])
+        q = block.pairs(tile, buffer[:height]) if kept is None or tile.stop > keeps else kept[tile]
         g = work[:height]
         torch.sub(block.row_exponents(tile, q, g), row_shift[tile, None], out=g).exp_()
         g.add_(block.column_exponents(q, q).sub_(column_shift).exp_())
@@ -209,55 +217,97 @@ def pair_gradient(
     return grad_x, grad_y
 
 
+class StatisticsPass(Protocol):
+    """``pair_statistics``, eager or compiled."""
+
+    def __call__(
+        self, block: Block, *, columns: bool, moments: bool, budget: Budget
+    ) -> tuple[Anchors, Anchors | None, Tensor | None]: ...
+
+
+class GradientPass(Protocol):
+    """``pair_gradient``, eager or compiled."""
+
+    def __call__(
+        self,
+        block: Block,
+        row_shift: Tensor,
+        column_shift: Tensor,
+        *,
+        columns: bool,
+        kept: Tensor | None,
+        budget: Budget,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """The two passes, eager or compiled, and the memory that they may use (None: the device's default)."""
+    """The two passes, eager or compiled, and the memory that they may use; None: ``Budget.default``."""
 
-    statistics: Callable = pair_statistics
-    gradient: Callable = pair_gradient
+    statistics: StatisticsPass = pair_statistics
+    gradient: GradientPass = pair_gradient
     budget: Budget | None = None
 
     @classmethod
     def compiled(cls, budget: Budget | None = None, backend: str = "inductor") -> Kernels:
-        """Both passes through ``torch.compile``; they have no graph break.
+        """Both passes through ``torch.compile``, without graph breaks.
 
-        What lies between them, a moving average and the mean over copies, is a few operations on B x 2 numbers
-        around a collective and stays as it is.
+        The code between the passes, a moving average and the mean over copies, is not compiled: it is a few
+        operations on B x 2 numbers around a collective.
         """
-        passes = [torch.compile(f, fullgraph=True, backend=backend) for f in (pair_statistics, pair_gradient)]
-        return cls(*passes, budget)
+        return cls(
+            torch.compile(pair_statistics, fullgraph=True, backend=backend),
+            torch.compile(pair_gradient, fullgraph=True, backend=backend),
+            budget,
+        )
 
 
-def estimator(
-    environment: LossEnvironment,
-    *,
-    gamma: float,
-    gamma_schedule: str,
-    gamma_decay_epochs: int,
-    eps: float,
-    rho: float,
-) -> dict[str, Any]:
-    """The keywords that all losses of this kind have in common, from a run's settings.
+class EstimatorSettings(TypedDict):
+    """A run's settings of the estimator.
 
-    ``gamma``, ``gamma_schedule``, ``gamma_decay_epochs``: ``schedules.gamma``'s; ``eps`` and ``rho`` as they are.
+    ``gamma``, ``gamma_schedule``, ``gamma_decay_epochs``: ``schedules.gamma``'s. ``eps``, ``rho``: ``FastCLIP``'s.
     """
-    return {
-        "state": environment.state,
-        "gamma": partial(schedules.gamma, final=gamma, schedule=gamma_schedule, decay_epochs=gamma_decay_epochs),
-        "eps": eps,
-        "rho": rho,
-        "kernels": Kernels.compiled() if environment.compiled else Kernels(),
-    }
+
+    gamma: float
+    gamma_schedule: str
+    gamma_decay_epochs: int
+    eps: float
+    rho: float
+
+
+class Estimator(TypedDict):
+    """The keywords that all losses of this kind have in common, beside ``state``."""
+
+    gamma: Callable[[int], float]
+    eps: float
+    rho: float
+    kernels: Kernels
+
+
+def estimator(environment: LossEnvironment, **settings: Unpack[EstimatorSettings]) -> Estimator:
+    """The keywords that all losses of this kind have in common, beside ``state``, from a run's settings."""
+    return Estimator(
+        gamma=partial(
+            schedules.gamma,
+            final=settings["gamma"],
+            schedule=settings["gamma_schedule"],
+            decay_epochs=settings["gamma_decay_epochs"],
+        ),
+        eps=settings["eps"],
+        rho=settings["rho"],
+        kernels=Kernels.compiled() if environment.compiled else Kernels(),
+    )
 
 
 @dataclass(frozen=True)
 class Solution:
-    """One step of the estimator. Columns are the directions: image anchors, text anchors.
+    """The result of one step of the estimator. The columns are the two directions: image anchors, text anchors.
 
-    ``log_u``       [B, 2], after the update, duplicates merged; equal on all ranks.
+    ``log_u``       [B, 2], after the update and with copies merged; equal on all ranks.
     ``pull``        [b, 2], sum_j W_ij m_ij / (tau_i (B - 1)) of this rank's anchors; zeros without ``moments``.
-    ``grad_image``  [b, d], ``grad_text`` [b, d]: this rank's rows of the gradient of F with ``weight`` 1 or 1/tau,
-                    times K, since DDP averages what the ranks hold parts of.
+    ``grad_image``  [b, d], ``grad_text`` [b, d]: this rank's rows of the gradient of F with weight 1 or 1/tau.
+                    They are multiplied by K, because each rank has one part of the gradient and DDP averages the
+                    parts.
     """
 
     log_u: Tensor
@@ -278,19 +328,20 @@ def solve(
     moments: bool,
     kernels: Kernels,
 ) -> Solution:
-    """Update the inner estimates of the global batch and take the gradient with respect to this rank's embeddings.
+    """Update the inner estimates of the global batch and compute the gradient for this rank's embeddings.
 
-    ``index``         int64 [B], the global batch's samples.
-    ``old_log_u``     [B, 2], NaN for never seen; None where no u is kept (gamma is 1 in every epoch).
-    ``inverse_tau``   0-d for a shared temperature, [B, 2] for individual ones.
-    ``weight_by_inverse_tau``  weigh each anchor's row by its 1/tau (objectives not multiplied by tau).
+    ``index``        int64 [B], the samples of the global batch.
+    ``old_log_u``    [B, 2], NaN for samples never seen; None if no u is kept (gamma is 1 in every epoch).
+    ``inverse_tau``  0-d for a shared temperature, [B, 2] for individual ones.
+    ``weight_by_inverse_tau``  multiply each anchor's row by its 1/tau (for objectives not multiplied by tau).
 
-    Two collectives: the embeddings, then the 2B values of log u. Call it without gradients, in ``exact_float32``.
+    It takes two collectives: the embeddings, then the 2B values of log u. Call it under ``torch.no_grad`` and in
+    ``exact_float32``.
     """
     images, texts = [inputs.image.detach().float()], [inputs.text.detach().float()]
-    if inputs.ref_image is not None:
-        images.append(inputs.ref_image.float())
-        texts.append(inputs.ref_text.float())
+    if (embeddings := inputs.reference) is not None:
+        images.append(embeddings[0].float())
+        texts.append(embeddings[1].float())
     k, b = collectives.world_size(), len(images[0])
     batch = k * b
     own = slice(collectives.rank() * b, (collectives.rank() + 1) * b)
@@ -299,6 +350,8 @@ def solve(
     for r in reference:
         diagonal = diagonal - r
     groups = duplicate_groups(index)
+    own_scales: tuple[Tensor, ...]
+    all_scales: tuple[Tensor, ...]
     if inverse_tau.ndim == 0:
         own_scales = all_scales = (inverse_tau, inverse_tau)
         exponent = (diagonal * inverse_tau)[:, None].expand(-1, 2)
@@ -306,15 +359,17 @@ def solve(
         own_scales, all_scales = inverse_tau[own].unbind(1), inverse_tau.unbind(1)
         exponent = diagonal[:, None] * inverse_tau
 
-    # Rows of the first block are image anchors; of the second, which one process does not need, text anchors.
+    # The rows of the first block are image anchors. Those of the second, which a single process does not need, are
+    # text anchors.
     g = groups.int()
     blocks = [Block(tuple(images), tuple(all_texts), g[own], g, own_scales[0], all_scales[1])]
     if k > 1:
         blocks.append(Block(tuple(texts), tuple(all_images), g[own], g, own_scales[1], all_scales[0]))
-    options = {"columns": k == 1, "budget": kernels.budget or Budget.default(diagonal.device)}
+    columns, budget = k == 1, kernels.budget or Budget.default(diagonal.device)
 
-    first = [kernels.statistics(block, moments=moments, **options) for block in blocks]
-    image_anchors, text_anchors = first[0][:2] if k == 1 else (first[0][0], first[1][0])
+    first = [kernels.statistics(block, columns=columns, moments=moments, budget=budget) for block in blocks]
+    image_anchors, text_anchors = first[0][0], first[0][1] if k == 1 else first[1][0]
+    assert text_anchors is not None  # a single process asks for the columns' statistics
     lse = torch.stack([image_anchors.lse, text_anchors.lse], 1)
     mean = torch.stack([image_anchors.mean, text_anchors.mean], 1)
     log_g = lse - exponent[own] - math.log(batch - 1)
@@ -324,11 +379,12 @@ def solve(
     shift = exponent + log_u - log_weight
 
     second = [
-        kernels.gradient(block, shift[own, i], shift[:, 1 - i], kept=first[i][2], **options)
+        kernels.gradient(block, shift[own, i], shift[:, 1 - i], columns=columns, kept=first[i][2], budget=budget)
         for i, block in enumerate(blocks)
     ]
-    grad_image, grad_text = second[0] if k == 1 else (second[0][0], second[1][0])
-    # The diagonal: every margin contains -q_ii.
+    grad_image, grad_text = second[0][0], second[0][1] if k == 1 else second[1][0]
+    assert grad_text is not None  # as above
+    # The gradient of the diagonal, since every margin contains -q_ii.
     centre = (lse - shift[own]).exp().sum(1, keepdim=True)
     factor = k / (2 * batch * (batch - 1))
     return Solution(
@@ -340,7 +396,7 @@ def solve(
 
 
 def _gather(images: list[Tensor], texts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """All ranks' embeddings, in one collective."""
+    """The embeddings of all ranks, in one collective."""
     if collectives.world_size() == 1:
         return images, texts
     parts = [*images, *texts]
@@ -349,13 +405,13 @@ def _gather(images: list[Tensor], texts: list[Tensor]) -> tuple[list[Tensor], li
 
 
 class AttachGradient(torch.autograd.Function):
-    """A value whose gradients are known: forward returns it, backward hands each input its own, times grad.
+    """A value whose gradients are known: forward returns it, backward gives each input its gradient times grad.
 
-    The gradients are scaled in place and given away, so backward runs once.
+    The gradients are scaled in place, so backward can run only once.
     """
 
     @staticmethod
-    def forward(ctx, value: Tensor, *inputs_and_grads: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, *inputs_and_grads: Tensor) -> Tensor:
         n = len(inputs_and_grads) // 2
         ctx.grads = inputs_and_grads[n:]
         ctx.dtypes = [t.dtype for t in inputs_and_grads[:n]]
@@ -363,7 +419,7 @@ class AttachGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
-        assert ctx.grads is not None, "this loss was differentiated already"
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.grads is not None, "backward has already run through this loss"
         grads, ctx.grads = [g.mul_(grad).to(dtype) for g, dtype in zip(ctx.grads, ctx.dtypes, strict=True)], None
         return (None, *grads, *([None] * len(grads)))

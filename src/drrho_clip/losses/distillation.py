@@ -4,14 +4,15 @@ With student logits L_ij = s_ij / tau and teacher logits R_ij = teacher_scale * 
 
     D = weight / (2B) sum_i [ CE(softmax_j R_ij, softmax_j L_ij) + CE(softmax_j R_ji, softmax_j L_ji) ]
 
-times tau, through which no gradient flows, beside an objective that is multiplied by tau. With P, Q the teacher's
-softmax over rows and over columns, and p, q the student's,
+If the objective beside it is multiplied by tau, D is multiplied by tau too, and no gradient flows through that
+factor. With P, Q the teacher's softmax over rows and over columns, and p, q the student's,
 
     dD/dS_ij = weight / (2B tau) G_ij,    G_ij = (p_ij - P_ij) + (q_ij - Q_ij).
 
-A rank needs its rows of G for its images and its columns for its texts. Rows are known to it; of the columns it
-lacks the normalizers, which are scalars: like FastCLIP's reduction (arXiv:2407.01445), forward gathers embeddings
-once and scalars once, and backward has no collective.
+A rank needs its rows of G for its images and its columns of G for its texts. It can compute the softmax over its
+own rows by itself. For the softmax over the columns that cross them it needs the normalizers of other ranks, which
+are scalars. So, like FastCLIP's gradient reduction (arXiv:2407.01445), the forward pass gathers embeddings once
+and scalars once, and the backward pass has no collective.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from drrho_clip.losses.interface import LossInputs
 class Distillation(nn.Module):
     """The term D, for models whose ``LossInputs`` carry reference embeddings.
 
-    ``weight``                 factor on D.
-    ``teacher_scale``          the reference's 1/tau; the student's is the model's.
-    ``multiply_tau``           multiply D by tau, as the objective beside it is.
-    ``teacher_dimensions``     widths of the teachers whose embeddings the reference concatenates; each is brought
-                               to unit norm by itself. ``(-1,)``: one teacher.
-    ``average_after_softmax``  average the teachers' softmax rows; else their logits.
+    ``weight``                 factor of D.
+    ``teacher_scale``          the reference's 1/tau; the student uses the model's.
+    ``multiply_tau``           whether to multiply D by tau, as the objective beside it is.
+    ``teacher_dimensions``     widths of the teachers whose embeddings the reference concatenates; each part is
+                               normalized separately. ``(-1,)``: one teacher.
+    ``average_after_softmax``  average the teachers' softmax rows; if False, average their logits.
     """
 
     def __init__(
@@ -54,9 +55,9 @@ class Distillation(nn.Module):
         self.average_after_softmax = average_after_softmax
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """D of the global batch, 0-d and equal on all ranks; DDP's average of the ranks' gradients is D's.
+        """D of the global batch, 0-d and equal on all ranks. DDP's average of the ranks' gradients is that of D.
 
-        ValueError: the teachers' widths do not add up to that of the reference.
+        ValueError: there are no reference embeddings, or the teachers' widths do not add up to theirs.
         """
         with torch.no_grad(), exact_float32(inputs.image.device.type):
             image, text = inputs.image.detach().float(), inputs.text.detach().float()
@@ -64,23 +65,24 @@ class Distillation(nn.Module):
             value, grad_scaled_image, grad_text = _solve([_Pair(image * scale, text), *self._teachers(inputs)])
             factor = self.weight / scale if self.multiply_tau else self.weight
             grad_scale = (grad_scaled_image * image).sum().to(inputs.logit_scale.dtype)
-            # DDP averages over ranks, each of which holds its part of a sum.
+            # Each rank has its part of a sum, and DDP averages over the ranks.
             k = collectives.world_size() * factor
             gradients = (k * scale * grad_scaled_image, k * grad_text, k * grad_scale)
             value = factor * value
         return AttachGradient.apply(value, inputs.image, inputs.text, inputs.logit_scale, *gradients)
 
     def _teachers(self, inputs: LossInputs) -> list[_Pair]:
-        width, widths = inputs.ref_image.shape[1], self.teacher_dimensions
+        ref_image, ref_text = inputs.require_reference()
+        width, widths = ref_image.shape[1], self.teacher_dimensions
         if widths == (-1,):
             widths = (width,)
         if sum(widths) != width:
             raise ValueError(
                 f"the teachers' widths {', '.join(map(str, widths))} add up to {sum(widths)}, but the reference's "
-                f"embeddings are {width} wide"
+                f"embeddings are {width} wide: give the width of each teacher"
             )
-        images = [F.normalize(part, dim=1) for part in inputs.ref_image.float().split(widths, 1)]
-        texts = [F.normalize(part, dim=1) for part in inputs.ref_text.float().split(widths, 1)]
+        images = [F.normalize(part, dim=1) for part in ref_image.float().split(widths, 1)]
+        texts = [F.normalize(part, dim=1) for part in ref_text.float().split(widths, 1)]
         if self.average_after_softmax:
             return [_Pair(self.teacher_scale * a, b) for a, b in zip(images, texts, strict=True)]
         # The mean of the teachers' logits is the inner product of their concatenated embeddings.
@@ -89,7 +91,7 @@ class Distillation(nn.Module):
 
 @dataclass(frozen=True)
 class _Pair:
-    """Embeddings of one model, [n, width] each; its logits are <image_i, text_j>, so one side carries 1/tau."""
+    """The embeddings of one model, [n, width] each. Its logits are <image_i, text_j>: one side contains 1/tau."""
 
     image: Tensor
     text: Tensor
@@ -118,7 +120,7 @@ def _solve(models: list[_Pair]) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Logits:
-    """A block of one model's logits, <rows_i, columns_j>: this rank's anchors [n, d] against everyone [m, d]."""
+    """A block of one model's logits, <rows_i, columns_j>: this rank's anchors [n, d] with all samples [m, d]."""
 
     rows: Tensor
     columns: Tensor
@@ -150,13 +152,17 @@ def _cross_entropy(blocks: list[_Logits]) -> tuple[Tensor, Tensor]:
 
 def _gradient(blocks: list[_Logits], row_lse: Tensor, column_lse: Tensor) -> Tensor:
     """``G columns`` of the student, [n, d]. ``row_lse`` [n, models], ``column_lse`` [m, models]."""
-    weights = [1.0, *[-1 / (len(blocks) - 1)] * (len(blocks) - 1)]
+
+    def softmaxes(j: int, tile: slice) -> Tensor:
+        """P + Q of teacher ``j``; p + q of the student for ``j`` = 0."""
+        logits = blocks[j].tile(tile)
+        return (logits - row_lse[tile, j : j + 1]).exp_() + (logits - column_lse[:, j]).exp_()
+
+    teachers = range(1, len(blocks))
     grads = []
     for tile in _tiles(blocks[0]):
-        g = 0
-        for j, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
-            logits = block.tile(tile)
-            softmaxes = (logits - row_lse[tile, j : j + 1]).exp_() + (logits - column_lse[:, j]).exp_()
-            g = softmaxes.mul_(weight).add_(g)
+        g = softmaxes(0, tile)
+        for j in teachers:
+            g = softmaxes(j, tile).mul_(-1 / len(teachers)).add_(g)
         grads.append(g @ blocks[0].columns)
     return torch.cat(grads)

@@ -1,17 +1,17 @@
 """FastCLIP v0, v1, v3 (arXiv:2407.01445) and, with reference embeddings, DRRho-CLIP (arXiv:2505.06699).
 
-One temperature for all samples, the model's. With both directions averaged
+There is one temperature for all samples, the model's. Averaged over both directions, the objectives are
 
     v0, v1:  F = (mean log u1 + mean log u2) / 2
     v3:      F = tau (mean log u1 + mean log u2) / 2 + rho tau          (``multiply_tau``)
 
-v0 and v3 learn tau, v1 keeps it: whether it is learned is whether the model's ``logit_scale`` wants a gradient.
+v0 and v3 learn tau, v1 keeps it constant. tau is learned if the model's ``logit_scale`` requires a gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,17 +23,20 @@ from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossO
 from drrho_clip.losses.registry import LOG_U
 from drrho_clip.sample_state import SampleState, StateUpdate
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 COLUMNS = LOG_U
 
 
 class FastCLIP(Loss):
     """The global objectives with one temperature.
 
-    ``state``         table with ``COLUMNS``, or None: gamma is 1 in every epoch and u is never read.
+    ``state``         table with ``COLUMNS``; None if gamma is 1 in every epoch, where u is never read.
     ``gamma``         epoch -> weight of the new inner estimate, in (0, 1].
-    ``eps``           added to g, > 0.
-    ``rho``           weight of the temperature's regularizer; ``multiply_tau`` objectives only.
-    ``tau_gradient``  'paper', or 'published': the published code's, with the pair term counted twice.
+    ``eps``           is added to g; > 0.
+    ``rho``           weight of the temperature's regularizer; used by ``multiply_tau`` objectives only.
+    ``tau_gradient``  'paper'; or 'published' for the published code's gradient, which counts the pair term twice.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class FastCLIP(Loss):
     def forward(self, inputs: LossInputs) -> LossOutput:
         device = inputs.image.device
         with torch.no_grad(), exact_float32(device.type):
-            index, old_log_u = self._fetch(inputs.index, device)
+            index, old_log_u = self._fetch(inputs.require_index(), device)
             scale = inputs.logit_scale.detach().float()
             solution = compositional.solve(
                 inputs,
@@ -90,7 +93,7 @@ class FastCLIP(Loss):
         return index.to(device, non_blocking=True), old.to(device, non_blocking=True)
 
     def _grad_scale(self, solution: compositional.Solution, scale: Tensor) -> Tensor:
-        """This rank's part of dF/d(1/tau) = -tau^2 dF/dtau, times K as in ``Solution``."""
+        """This rank's part of dF/d(1/tau) = -tau^2 dF/dtau, multiplied by K as in ``Solution``."""
         batch, k = len(solution.log_u), collectives.world_size()
         tau = 1 / scale
         pair = self._pair_factor * solution.pull.sum() / (2 * batch)
@@ -101,7 +104,17 @@ class FastCLIP(Loss):
         return -(tau**2) * (k * (log_u - pair) + self.rho)
 
 
-def build(environment: LossEnvironment, *, multiply_tau: bool, tau_gradient: str, **estimator: Any) -> FastCLIP:
-    """For the registry. ``estimator``: settings of ``compositional.estimator``; the others are ``FastCLIP``'s."""
-    common = compositional.estimator(environment, **estimator)
-    return FastCLIP(**common, multiply_tau=multiply_tau, tau_gradient=tau_gradient)
+def build(
+    environment: LossEnvironment,
+    *,
+    multiply_tau: bool,
+    tau_gradient: str,
+    **estimator: Unpack[compositional.EstimatorSettings],
+) -> FastCLIP:
+    """For the registry. ``estimator``: settings for ``compositional.estimator``; the others are ``FastCLIP``'s."""
+    return FastCLIP(
+        state=environment.state,
+        **compositional.estimator(environment, **estimator),
+        multiply_tau=multiply_tau,
+        tau_gradient=tau_gradient,
+    )

@@ -1,20 +1,21 @@
 """FastCLIP v2: one temperature per sample and direction (iSogCLR with a gamma schedule, arXiv:2407.01445).
 
-The embedding gradient is that of mean log u, each anchor's row divided by its tau_i. The temperature's is that
-of tau_i (log u_i + rho), applied by an Adam step with moments kept per sample:
+The gradient of the embeddings is that of mean log u, with each anchor's row divided by its tau_i. The gradient of
+the temperature is that of tau_i (log u_i + rho). An Adam step applies it, with moments that are kept per sample:
 
     grad_i = log u_i + rho - sum_j W_ij m_ij / (tau_i (B - 1)),  clamped to [-5, 5]
     m_i <- beta1 m_i + (1 - beta1) grad_i        v_i <- beta2 v_i + (1 - beta2) grad_i^2
     tau_i <- tau_i - lr m^_i / (sqrt(v^_i) + eps),  clamped to [0.01, 1]
 
-with bias correction by epoch + 1 and beta1 = beta2 = 0 in epoch 0. This step's W, u and embedding gradient use
-tau_i as it was. Copies of a sample in a batch take one step with the mean of their gradients.
+The bias correction counts epoch + 1 steps, and beta1 = beta2 = 0 in epoch 0. W, u and the gradient of the
+embeddings use tau_i from before the step. The copies of a sample in a batch take one step with the mean of their
+gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,7 +27,10 @@ from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossO
 from drrho_clip.losses.registry import LOG_U, TAU, TAU_M, TAU_V
 from drrho_clip.sample_state import SampleState, StateUpdate
 
-# What is kept where gamma is 1 in every epoch and u is never read.
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# The columns for gamma = 1 in every epoch, where u is never read.
 TEMPERATURE_COLUMNS = TAU + TAU_M + TAU_V
 COLUMNS = LOG_U + TEMPERATURE_COLUMNS
 
@@ -37,11 +41,13 @@ TAU_MIN, TAU_MAX = 0.01, 1.0
 class IndividualFastCLIP(Loss):
     """The robust objective with individual temperatures.
 
-    ``state``        table with ``COLUMNS``, or ``TEMPERATURE_COLUMNS`` where gamma is 1 in every epoch.
-    ``temperature``  where each tau_i starts. ``rho``, ``eps``, ``gamma`` as in ``FastCLIP``.
-    ``lr_tau``       the temperatures' learning rate, until ``set_temperature_rate`` says another.
-    ``betas``, ``adam_eps``  of the temperatures' Adam step, from epoch 1 on.
+    ``state``        table with ``COLUMNS``, or with ``TEMPERATURE_COLUMNS`` if gamma is 1 in every epoch.
+    ``temperature``  the initial value of each tau_i. ``rho``, ``eps``, ``gamma`` as in ``FastCLIP``.
+    ``lr_tau``       the temperatures' learning rate, until ``set_temperature_rate`` changes it.
+    ``betas``, ``adam_eps``  of the temperatures' Adam step; ``betas`` from epoch 1 on.
     """
+
+    state: SampleState
 
     def __init__(
         self,
@@ -74,7 +80,7 @@ class IndividualFastCLIP(Loss):
     def forward(self, inputs: LossInputs) -> LossOutput:
         device = inputs.image.device
         with torch.no_grad(), exact_float32(device.type):
-            index, values = self.state.fetch(inputs.index)
+            index, values = self.state.fetch(inputs.require_index())
             index = index.to(device, non_blocking=True)
             columns = {name: value.to(device, non_blocking=True) for name, value in values.items()}
 
@@ -106,7 +112,10 @@ class IndividualFastCLIP(Loss):
     def _step_temperatures(
         self, index: Tensor, tau: Tensor, m: Tensor, v: Tensor, solution: compositional.Solution
     ) -> dict[tuple[str, str], Tensor]:
-        """One Adam step for the B samples, all [B, 2]. One more collective: this rank's b gradients."""
+        """One Adam step for the temperatures of the samples ``index``, int64 [B]; the other tensors are [B, 2].
+
+        It takes one more collective, which gathers the b gradients of each rank.
+        """
         b = len(solution.pull)
         first = collectives.rank() * b
         own = solution.log_u[first : first + b] + self.rho - solution.pull
@@ -121,7 +130,7 @@ class IndividualFastCLIP(Loss):
 
 
 def _mean_of_copies(values: Tensor, index: Tensor) -> Tensor:
-    """[B, c] -> [B, c] with equal values for equal indices."""
+    """[B, c] -> [B, c], where samples of equal ``index`` get the mean of their values."""
     at = compositional.duplicate_groups(index)[:, None].expand_as(values)
     total = torch.zeros_like(values).scatter_add(0, at, values).gather(0, at)
     return total / torch.zeros_like(values).scatter_add(0, at, torch.ones_like(values)).gather(0, at)
@@ -135,10 +144,16 @@ def build(
     beta2: float,
     adam_eps: float,
     lr_tau: float,
-    **estimator: Any,
+    **estimator: Unpack[compositional.EstimatorSettings],
 ) -> IndividualFastCLIP:
-    """For the registry. ``estimator``: settings of ``compositional.estimator``; the others are the class's."""
+    """For the registry. ``estimator``: settings for ``compositional.estimator``; the others are the class's.
+
+    ValueError: the environment has no sample state.
+    """
+    if environment.state is None:
+        raise ValueError("individual temperatures are kept in the sample state, and the environment has none")
     return IndividualFastCLIP(
+        state=environment.state,
         **compositional.estimator(environment, **estimator),
         temperature=temperature,
         betas=(beta1, beta2),

@@ -1,4 +1,4 @@
-"""What goes into a loss and what comes out of it: the one interface that all losses have."""
+"""The interface that all losses have: their inputs, their output and their base class."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from drrho_clip.sample_state import SampleState, StateUpdate
 
 @dataclass(frozen=True)
 class LossEnvironment:
-    """Where a loss is to work, besides its settings.
+    """What a loss is given besides its settings.
 
-    ``device``    of the embeddings.
-    ``state``     a table of the columns that the loss asks for (``LossSpec.state_columns``); None where it asks
-                  for none.
-    ``compiled``  whether heavy parts are to go through ``torch.compile``.
+    ``device``    the device of the embeddings.
+    ``state``     a table of the columns that the loss needs (``LossSpec.state_columns``); None if it needs none.
+    ``compiled``  whether expensive parts should go through ``torch.compile``.
     """
 
     device: torch.device
@@ -27,11 +26,13 @@ class LossEnvironment:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the towers give a loss for the ``b`` samples of this rank.
+    """The embeddings of the ``b`` samples of this rank, and what else a loss reads.
 
-    ``image``, ``text``          [b, d], unit norm, with the graph to the towers (or leaves when accumulating).
-    ``logit_scale``              0-d, 1/tau, as the model returns it; ``logit_bias`` the same where there is one.
-    ``index``                    int64 [b] rows of the sample state, on the CPU.
+    ``image``, ``text``          [b, d], unit norm, with the graph to the towers (leaves under accumulation).
+    ``logit_scale``              0-d, 1/tau, as the model returns it.
+    ``logit_bias``               0-d, as the model returns it; None if the model has none.
+    ``index``                    int64 [b], rows of the sample state, on the CPU; losses without one do not need
+                                 it.
     ``ref_image``, ``ref_text``  [b, d_r], unit norm, without a graph; None without a reference.
     """
 
@@ -43,14 +44,34 @@ class LossInputs:
     ref_image: Tensor | None = None
     ref_text: Tensor | None = None
 
+    @property
+    def reference(self) -> tuple[Tensor, Tensor] | None:
+        """``ref_image`` and ``ref_text``; None without a reference."""
+        if self.ref_image is None:
+            return None
+        assert self.ref_text is not None, "ref_image is given without ref_text"
+        return self.ref_image, self.ref_text
+
+    def require_reference(self) -> tuple[Tensor, Tensor]:
+        """``reference``, for losses that need one. ValueError: there is none."""
+        if (reference := self.reference) is None:
+            raise ValueError("this loss needs the embeddings of a reference model, ref_image and ref_text")
+        return reference
+
+    def require_index(self) -> Tensor:
+        """``index``, for losses that need it. ValueError: it is missing."""
+        if self.index is None:
+            raise ValueError("this loss keeps values per sample, so it needs index, the samples' rows")
+        return self.index
+
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a step gives.
+    """The result of a loss.
 
-    ``terms``    name -> 0-d tensor; what is minimized is their sum.
-    ``update``   new rows of the sample state, for ``SampleState.commit``; None for losses without one.
-    ``metrics``  further 0-d tensors worth logging.
+    ``terms``    name -> 0-d tensor; their sum is minimized.
+    ``update``   new rows of the sample state, for ``SampleState.commit``; None for losses without a sample state.
+    ``metrics``  name -> 0-d tensor, further values to log.
     """
 
     terms: dict[str, Tensor]
@@ -61,7 +82,7 @@ class LossOutput:
 class Loss(nn.Module):
     """``forward(LossInputs) -> LossOutput``, a function of the embeddings of all ``b`` samples of this rank.
 
-    ``state``: the sample state of losses that keep one, else None.
+    ``state``: the loss's sample state; None if it keeps none.
     """
 
     state: SampleState | None = None
@@ -70,15 +91,15 @@ class Loss(nn.Module):
         raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch; losses with an epoch schedule override it."""
+        """Is called before each epoch. Losses with a schedule by epoch override it."""
 
     def set_temperature_rate(self, lr_tau: float) -> None:
-        """Called before each step; losses that keep temperatures of their own override it."""
+        """Is called before each step. Losses that keep temperatures of their own override it."""
 
     def local_terms(self, outputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Terms that need more of the model than embeddings: name -> (sum over the micro-batch, count).
+        """Terms that need other outputs of the model than embeddings: name -> (sum over the micro-batch, count).
 
-        They are evaluated on each micro-batch and divided by the count over all micro-batches and ranks, so that
-        both weigh them as one batch does. Most losses have none.
+        The terms are evaluated on each micro-batch and divided by the count over all micro-batches and ranks, so
+        that the result is the mean over the global batch. Most losses have no such terms.
         """
         return {}

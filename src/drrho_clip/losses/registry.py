@@ -1,11 +1,11 @@
-"""Which losses there are, what each one asks of a run, and how it is built.
+"""The table of losses: what each loss needs of a run, and how it is built.
 
-A program reads this table before anything else: which losses keep rows in the sample state, which have a use for a
-reference model, which settings they take. So a combination that cannot work is refused while flags are parsed, and
-nobody asks a loss for its name. Nothing here imports torch: a built-in loss names its builder, which is imported
-when it is called.
+A program can read this table before it builds anything: it shows which losses keep rows in the sample state, which
+of them use a reference model, and which settings they take. So a program can refuse a combination that cannot work
+while it parses flags, and needs no special cases for the names of losses. Nothing here imports torch: a built-in
+loss gives the name of its builder, which is imported when it is called.
 
-A loss from outside this package is registered by whoever starts the run, before the flags are parsed
+A loss from outside this package is registered by the program that starts the run, before it parses the flags
 (docs/extending.md).
 """
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from drrho_clip.losses.interface import Loss
 
-# Columns of the sample state, one per direction: anchors are images, or texts.
+# Columns of the sample state, one per direction: with images as anchors, and with texts as anchors.
 LOG_U = ("log_u_image", "log_u_text")
 TAU = ("tau_image", "tau_text")
 TAU_M, TAU_V = ("tau_m_image", "tau_m_text"), ("tau_v_image", "tau_v_text")
@@ -28,18 +28,20 @@ TAU_M, TAU_V = ("tau_m_image", "tau_m_text"), ("tau_v_image", "tau_v_text")
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What the rest of a program asks of a loss.
+    """What a program needs to know about a loss.
 
-    ``build``        (LossEnvironment, **settings) -> Loss, or where that function is: 'package.module:name'.
-    ``settings``     keyword of ``build`` -> the name of the run's setting that it gets.
-    ``estimates``    columns of the sample state that are read only where gamma is below 1.
-    ``columns``      columns that are kept in any case.
-    ``reference``    'none': has no use for a reference model's embeddings; 'margins': subtracts its losses where
-                     there is one; 'teacher': needs it, to distill from.
-    ``temperature``  'model': the model's logit_scale; 'individual': one per sample, kept in the sample state.
-    ``decoder``      needs a model that writes captions.
-    ``initial``      what the model's scalars start from, in open_clip's words: init_logit_scale, init_logit_bias.
-    ``trains_bias``  the model's logit_bias is part of the loss.
+    ``build``        (LossEnvironment, **settings) -> Loss, or the name of that function: 'package.module:name'.
+    ``settings``     keyword of ``build`` -> name of the run's setting that is passed to it.
+    ``estimates``    columns of the sample state that are kept only if gamma is below 1.
+    ``columns``      columns that are always kept.
+    ``reference``    'none': does not use a reference model's embeddings; 'margins': subtracts the reference's
+                     losses if there is a reference; 'teacher': needs a reference, to distill from.
+    ``temperature``  'model': the model's logit_scale; 'individual': one per sample, kept in the sample state;
+                     'none': the loss has no temperature, and the model's is not trained.
+    ``decoder``      whether it needs a model that writes captions.
+    ``initial``      initial values of the model's scalars, named as in open_clip: init_logit_scale,
+                     init_logit_bias.
+    ``trains_bias``  whether the model's logit_bias is part of the loss.
     """
 
     name: str
@@ -55,7 +57,7 @@ class LossSpec:
 
     @property
     def sample_state(self) -> bool:
-        """Whether it is about all samples of the data set, and not about those of a batch alone."""
+        """Whether the objective is over all samples of the data set, not only over those of a batch."""
         return bool(self.estimates or self.columns)
 
     @property
@@ -69,15 +71,15 @@ class LossSpec:
         return self.reference == "teacher"
 
     def state_columns(self, gamma: float) -> tuple[str, ...]:
-        """The columns of the sample state for a run in which gamma ends at ``gamma``; none: it keeps no state."""
+        """The columns of the sample state in a run with the final gamma ``gamma``; empty if it keeps no state."""
         return (() if gamma == 1 else self.estimates) + self.columns
 
     def takes(self, setting: str) -> bool:
-        """Whether the run's ``setting`` has any effect on it."""
+        """Whether the run's ``setting`` has any effect on the loss."""
         return setting in self.settings.values()
 
     def builder(self) -> Callable[..., Loss]:
-        """The function that builds it."""
+        """The function that builds the loss."""
         if callable(self.build):
             return self.build
         module, _, name = self.build.partition(":")
@@ -88,7 +90,7 @@ _REGISTRY: dict[str, LossSpec] = {}
 
 
 def register(spec: LossSpec) -> LossSpec:
-    """Add ``spec``; a name that is taken raises ValueError."""
+    """Add ``spec`` to the table and return it. ValueError: a loss of that name is registered already."""
     if spec.name in _REGISTRY:
         raise ValueError(f"a loss named {spec.name!r} is registered already")
     _REGISTRY[spec.name] = spec
@@ -96,7 +98,7 @@ def register(spec: LossSpec) -> LossSpec:
 
 
 def get(name: str) -> LossSpec:
-    """The entry called ``name``; ValueError with the known names otherwise."""
+    """The entry called ``name``. ValueError: there is none; the message lists the known names."""
     if name not in _REGISTRY:
         raise ValueError(f"unknown loss {name!r}; known: {', '.join(names())}")
     return _REGISTRY[name]

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from training.config.data import check_file, kind_of_data
+from training.config.flags import ALL
 from training.config.given import Given
 from training.config.remarks import Idle
+
+# The data sets for zero-shot accuracy: name in the results -> flag with the folder.
+ZERO_SHOT = {"imagenet": "imagenet_val", "imagenetv2": "imagenet_v2"}
+DATA = ("val_data", *ZERO_SHOT.values())
+
+
+def any_of(keys: Iterable[str]) -> str:
+    """The names of two flags or more: ``--one, --two or --three``."""
+    *others, last = (ALL[key].name for key in keys)
+    return f"{', '.join(others)} or {last}"
 
 
 @dataclass(frozen=True)
@@ -24,24 +36,30 @@ class EvalConfig:
     zeroshot_frequency: int
     val_dataset_type: str = "none"
 
+    @property
+    def zero_shot(self) -> dict[str, tuple[str, str]]:
+        """Name in the results -> (flag, folder), for the data sets that were given."""
+        folders = {name: (ALL[key].name, getattr(self, key)) for name, key in ZERO_SHOT.items()}
+        return {name: (flag, folder) for name, (flag, folder) in folders.items() if folder}
+
 
 IDLE = (
     Idle(("val_num_samples", "val_frequency"), lambda s: not s.given.val_data, "without --val-data"),
     Idle(
         ("zeroshot_frequency",),
-        lambda s: not (s.given.imagenet_val or s.given.imagenet_v2),
-        "without --imagenet-val or --imagenet-v2",
+        lambda s: not any(s.given.values[key] for key in ZERO_SHOT.values()),
+        f"without {any_of(ZERO_SHOT.values())}",
     ),
 )
 
 
 def evaluates(given: Given) -> bool:
     """Whether there is anything to evaluate on."""
-    return bool(given.val_data or given.imagenet_val or given.imagenet_v2)
+    return any(given.values[key] for key in DATA)
 
 
 def resolve_evaluation(given: Given) -> EvalConfig:
     """The ``EvalConfig`` of the flags. Refusal: a file that is to be read does not exist."""
-    for key in ("val_data", "imagenet_val", "imagenet_v2"):
+    for key in DATA:
         check_file(given, key)
     return given.group(EvalConfig, val_dataset_type=kind_of_data(given, "val_data"))

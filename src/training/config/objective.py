@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from drrho_clip.losses import registry
@@ -9,7 +10,7 @@ from drrho_clip.losses.registry import LossSpec
 from training.config.flags import ALL
 from training.config.given import Given, Refusal
 from training.config.model import is_coca
-from training.config.remarks import Idle, Pitfall
+from training.config.remarks import Idle, Pitfall, Setting
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class LossConfig:
     def trains_temperature(self) -> bool:
         """Whether the model's temperature is learned."""
         constant = self.spec.sample_state and self.temperature_scheme == "global_constant"
-        return not (self.spec.individual or constant)
+        return self.spec.temperature == "model" and not constant
 
 
 @dataclass(frozen=True)
@@ -80,41 +81,39 @@ _DISTILL = tuple(
 )
 
 
+def _unless_taken(keys: tuple[str, ...], why: str) -> tuple[Idle, ...]:
+    """Settings of losses: each has no effect with a loss that does not take it."""
+
+    def without(key: str) -> Callable[[Setting], bool]:
+        return lambda s: not s.loss.takes(key)
+
+    return tuple(Idle((key,), without(key), why) for key in keys)
+
+
 IDLE = (
     Idle(
-        (
-            *("gamma", "gamma_schedule", "gamma_decay_epochs", "fastclip_eps", "rho"),
-            *("temperature", "temperature_scheme", "multiply_tau", "tau_gradient"),
-        ),
-        lambda s: not s.loss.sample_state,
+        ("multiply_tau", "tau_gradient"),
+        lambda s: s.loss.individual,
+        "with individual temperatures, whose objective has its own form",
+    ),
+    *_unless_taken(
+        ("gamma", "gamma_schedule", "gamma_decay_epochs", "fastclip_eps", "rho", "multiply_tau", "tau_gradient"),
         "without --fastclip",
     ),
+    Idle(("temperature", "temperature_scheme"), lambda s: not s.loss.sample_state, "without --fastclip"),
     Idle(
         ("sample_state_device", "save_published_state"),
         lambda s: not s.loss.state_columns(s.given.gamma),
         "with a loss that keeps nothing per sample",
     ),
     Idle(
-        ("multiply_tau", "tau_gradient"),
-        lambda s: s.loss.individual,
-        "with individual temperatures, whose objective has its own form",
-    ),
-    Idle(
         ("rho",),
-        lambda s: not (s.loss.individual or s.given.multiply_tau),
+        lambda s: s.loss.takes("multiply_tau") and not s.given.multiply_tau,
         "without --multiply_tau or individual temperatures",
     ),
     Idle(("tau_gradient",), lambda s: s.temperature_scheme == "global_constant", "with a constant temperature"),
-    Idle(
-        ("local_loss", "gather_with_grad"),
-        lambda s: not s.loss.takes("local_loss"),
-        "with this loss, which has its own exchange between ranks",
-    ),
-    Idle(
-        ("coca_caption_loss_weight", "coca_contrastive_loss_weight"),
-        lambda s: not s.loss.decoder,
-        "without a coca model",
-    ),
+    *_unless_taken(("local_loss", "gather_with_grad"), "with this loss, which has its own exchange between ranks"),
+    *_unless_taken(("coca_caption_loss_weight", "coca_contrastive_loss_weight"), "without a coca model"),
     Idle(_DISTILL, lambda s: "distill" not in s.usage, "without distillation"),
     Idle(
         ("distill_ref_logit_scale",),

@@ -44,8 +44,16 @@ class ScheduleConfig:
 
 
 IDLE = (
-    Idle(("beta1", "beta2"), lambda s: s.given.optimizer in ("sgd", "nesterov"), "with this optimizer"),
-    Idle(("eps",), lambda s: s.given.optimizer not in ("adamw", "lamb"), "with this optimizer"),
+    Idle(
+        ("beta1", "beta2"),
+        lambda s: s.given.optimizer in ("sgd", "nesterov") and not s.loss.takes("beta1"),
+        "with this optimizer",
+    ),
+    Idle(
+        ("eps",),
+        lambda s: s.given.optimizer not in ("adamw", "lamb") and not s.loss.takes("eps"),
+        "with this optimizer",
+    ),
     Idle(("momentum",), lambda s: s.given.optimizer not in ("sgd", "nesterov"), "with this optimizer"),
     Idle(
         ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power"),

@@ -142,7 +142,7 @@ def _check_something_to_do(given: Given, works: bool) -> None:
     if works or evaluation.evaluates(given):
         return
     if given.epochs == 0:
-        raise Refusal("--epochs 0 only evaluates: give --val-data, --imagenet-val or --imagenet-v2")
+        raise Refusal(f"--epochs 0 only evaluates: give {evaluation.any_of(evaluation.DATA)}")
     raise Refusal(
         "--train-data is missing: give data to train on, or data to evaluate on (--imagenet-val, --val-data)"
     )

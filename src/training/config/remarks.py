@@ -45,11 +45,13 @@ class Pitfall(NamedTuple):
 
 
 def collect(setting: Setting, idle: Iterable[Idle], pitfalls: Iterable[Pitfall]) -> tuple[str, ...]:
-    """One sentence per remark. A flag is named once, with the first reason that holds."""
-    found, named = [], set()
+    """One sentence per reason, and per pitfall. A flag is named once, with the first reason that holds."""
+    reasons: dict[str, list[str]] = {}
+    named: set[str] = set()
     for remark in idle if setting.trains else ():
         flags = [key for key in remark.flags if setting.given.chose(key) and key not in named]
         if flags and remark.when(setting):
             named.update(flags)
-            found.append(f"{', '.join(ALL[key].name for key in flags)}: no effect {remark.why}")
+            reasons.setdefault(remark.why, []).extend(ALL[key].name for key in flags)
+    found = (f"{', '.join(names)}: no effect {why}" for why, names in reasons.items())
     return (*found, *(pitfall.sentence for pitfall in pitfalls if pitfall.when(setting)))

@@ -156,11 +156,7 @@ class Evaluation:
 
 def open_sets(config: Config) -> dict[str, ClassificationSet]:
     """The sets for zero-shot accuracy that the flags name; ValueError where one is not what it should be."""
-    named = {
-        "imagenet": ("--imagenet-val", config.evaluation.imagenet_val),
-        "imagenetv2": ("--imagenet-v2", config.evaluation.imagenet_v2),
-    }
-    return {name: open_set(folder, flag) for name, (flag, folder) in named.items() if folder}
+    return {name: open_set(folder, flag) for name, (flag, folder) in config.evaluation.zero_shot.items()}
 
 
 def open_evaluation(

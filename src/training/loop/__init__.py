@@ -1,1 +1,1 @@
-"""Training: the task, one optimizer step, the loop over epochs, what it reports and when it saves."""
+"""Training: the task, the optimizer step, the loop over epochs, its reports and its saves."""

@@ -1,8 +1,11 @@
-"""From configuration to the loop: the loss with its sample state, the task, the trainer."""
+"""Builds the loss with its sample state, the task and the trainer from the configuration."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from torch import nn
 
 from drrho_clip.losses.distillation import Distillation
 from drrho_clip.losses.interface import Loss, LossEnvironment
@@ -26,7 +29,7 @@ from training.models.build import BuiltModel
 
 
 def build_task(config: Config, world: World, target: BuiltModel, reference: BuiltModel | None) -> Task:
-    """Models, loss and what the reference is used for, as one objective."""
+    """The objective: the models, the loss and the uses of the reference."""
     run_precision = precision.resolve(config.run.precision, world.device)
     model = ddp.wrap(
         target.module,
@@ -34,12 +37,14 @@ def build_task(config: Config, world: World, target: BuiltModel, reference: Buil
         static_graph=config.distributed.ddp_static_graph,
         sync_bn=config.model.use_bn_sync,
     )
-    frozen = CachedReference() if config.cache.cached_ref_features_dir else None
+    frozen: Reference | CachedReference | None = None
+    if config.cache.cached_ref_features_dir:
+        frozen = CachedReference()
     if reference is not None:
         pixels = reference.preprocess
         frozen = Reference(reference.module, pixels.mean, pixels.std, run_precision.autocast_dtype)
     if config.model.torchcompile:
-        model = torch.compile(model)
+        model = cast(nn.Module, torch.compile(model))  # declared as a function
         frozen = frozen and frozen.compile()
     return Task(
         model=model,
@@ -67,7 +72,7 @@ def build_trainer(
     if not schedule.skip_scheduler and schedule.warmup >= length.total_steps and world.is_main:
         log.warning(
             f"--warmup {schedule.warmup}: the run has {length.total_steps} steps, so the full learning rate is "
-            "never reached; give fewer steps of warm-up"
+            "never reached; give fewer warm-up steps"
         )
     optimizer = create_optimizer(task.bare, config.optim, world.device)
     stepper = Stepper(
@@ -93,7 +98,7 @@ def build_trainer(
 
 
 def describe(config: Config, world: World) -> str:
-    """What is trained on what, in one line."""
+    """One line for the log: the loss, the ranks, the precision, the batch size and the optimizer."""
     margins = " with reference margins" if "ref" in config.reference.usage else ""
     micro = f" in {config.run.accum_freq} micro-batches" if config.run.accum_freq > 1 else ""
     return (
@@ -104,9 +109,9 @@ def describe(config: Config, world: World) -> str:
 
 
 def build_loss(config: Config, device: torch.device) -> Loss:
-    """The loss that ``config.loss`` names; losses with sample state carry it as ``state``.
+    """The loss that ``config.loss`` names. If it keeps a sample state, that is its attribute ``state``.
 
-    Its settings are fields of ``config.loss`` or of ``config.optim``.
+    The loss's settings are fields of ``config.loss`` or of ``config.optim``.
     """
     spec, columns = config.loss.spec, config.loss.state_columns
     state_device = device if config.loss.sample_state_device == "auto" else torch.device("cpu")
@@ -123,7 +128,7 @@ def build_loss(config: Config, device: torch.device) -> Loss:
 
 
 def build_distillation(config: Config) -> Distillation | None:
-    """The distillation term beside another loss; a loss that distills has its own."""
+    """The distillation term beside another loss; None without one. A loss that distills has its own term."""
     c = config.loss
     if "distill" not in config.reference.usage or c.spec.distills:
         return None
@@ -137,13 +142,13 @@ def build_distillation(config: Config) -> Distillation | None:
 
 
 def constant_scale(config: Config) -> float:
-    """1/tau of the margin loss where the reference is a teacher too and the flag fixes it; 0: the model's own."""
+    """1/tau of the margin loss if the reference is a teacher too and the flag sets it; 0: the model's own."""
     both = {"ref", "distill"} <= config.reference.usage
     return config.loss.distill_ref_logit_scale if both else 0.0
 
 
 def build_selection(config: Config) -> Selection | None:
-    """Batch selection, where the reference is used for it."""
+    """Batch selection; None if the reference is not used for it."""
     r = config.reference
     if "select" not in r.usage:
         return None

@@ -1,7 +1,7 @@
-"""After each step: is it time to save, was the run asked to stop? And what a run that stops leaves behind.
+"""Decides after each step whether to save and whether to stop, and saves a run that was asked to stop.
 
-All ranks decide alike at the same step: step counts are the same everywhere, and what only one of them knows (its
-clock, a signal) goes through an ``Agreement``.
+All ranks decide the same at the same step. Step counts are equal on all ranks, and what only one rank knows (its
+clock, a signal) is exchanged in an ``Agreement``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from training.checkpoint import catalog
@@ -23,13 +22,13 @@ from training.logger import RunLog
 from training.loop.metrics import hold
 from training.loop.trainer import Trainer
 
-_REQUEUED = ("SIGTERM", "SIGUSR1")  # Slurm's; who presses Ctrl-C wants the run to end
+_REQUEUED = ("SIGTERM", "SIGUSR1")  # the signals that Slurm sends; after Ctrl-C a run is not queued again
 
 
 class Checkpointer:
-    """Keeps ``state`` up to date with ``trainer`` and has ``saver`` save it.
+    """Keeps ``state`` up to date with ``trainer`` and saves it with ``saver``.
 
-    ``stopped``: the run was asked to stop and did, with steps left to take.
+    ``stopped``: whether the run was asked to stop and stopped before its last step.
     """
 
     def __init__(
@@ -43,13 +42,14 @@ class Checkpointer:
         watchdog: Watchdog,
     ) -> None:
         self.stopped = False
+        self._asked = False
         self._config, self._trainer, self._state, self._saver = config, trainer, state, saver
         self._interrupts, self._agreement, self._watchdog = interrupts, agreement, watchdog
         self._every = 60 * config.save_every_minutes if config.save_every_minutes else math.inf
-        self._note_save()
+        self._restart_clock()
 
     def after_step(self) -> bool:
-        """Save where it is time to; whether the run is to stop here."""
+        """Save if a save is due. Returns whether the run must stop here."""
         trainer, n = self._trainer, self._config.save_every_n_steps
         overdue = trainer.world.is_main and not self._asked and time.monotonic() - self._saved >= self._every
         self._asked = self._asked or overdue
@@ -62,32 +62,39 @@ class Checkpointer:
         return self.stopped
 
     def after_epoch(self) -> None:
-        """Save what the flags ask for after an epoch, or at the run's end."""
+        """Save what the flags ask for after an epoch or at the end of the run."""
         self.capture()
         if self._saver.save_epoch(self._state, final=self._trainer.finished):
-            self._note_save()
+            self._restart_clock()
 
     def asked_to_stop(self) -> bool:
-        """Whether a signal came since the last step: evaluation may take longer than a launcher's patience."""
+        """Whether a signal arrived since the last step, so that the run stops before a long evaluation.
+
+        A launcher may kill the run before an evaluation ends.
+        """
         before = self._agreement.exchange(self._interrupts.wanted is not None, False)
-        after = self._agreement.exchange(False, False)  # brings what was wished just now
+        after = self._agreement.exchange(False, False)  # returns the requests of the exchange before
         self.stopped = before[0] or after[0]
         return self.stopped
 
     def leave(self, log: RunLog, folder: Path) -> bool:
-        """Save a run that was asked to stop, and say how it goes on. Whether Slurm is to queue it again.
+        """Save a run that was asked to stop and log how to resume it. Returns whether Slurm must queue it again.
 
-        Where that save fails, the run goes on from an earlier one.
+        If this save fails, the run can be resumed from an earlier checkpoint.
         """
         self.capture()
         if self._state.step != self._saved_step and (
             self._state.epoch_step or not self._saver.save_epoch(self._state, final=False)
         ):
             self._saver.save(self._state, [f"step_{self._trainer.step}"])
-        with suppress(SaveFailed, PeerFailed):  # told already
+        saved = True
+        try:
             self._saver.close()
+        except (SaveFailed, PeerFailed):  # the saver has logged it
+            saved = False
         signal = next(filter(None, gather_object(self._interrupts.wanted)), "")
-        log.info(how_to_resume(signal, self._state.step, self._state.name, catalog.find_latest(folder)))
+        latest = catalog.find_latest(folder)
+        log.info(how_to_resume(signal, self._state.step, self._state.name, latest, saved=saved))
         return self._config.requeue_on_preempt and signal in _REQUEUED
 
     def capture(self) -> None:
@@ -102,29 +109,39 @@ class Checkpointer:
         state.skipped = trainer.stepper.skipped.state_dict()
 
     def _save(self, names: list[str]) -> None:
-        with self._watchdog.paused(SAVE):  # the save before may take its time
+        with self._watchdog.paused(SAVE):  # it may have to wait for the save before
             self.capture()
             self._saver.save(self._state, names)
-        self._note_save()
+        self._restart_clock()
 
-    def _note_save(self) -> None:
-        """The clock starts again; a wish is made once, as it comes back a step later."""
+    def _restart_clock(self) -> None:
+        """Measure the time to the next save from now on, and allow one new request for it.
+
+        A request takes effect one step later, so it must not be repeated before.
+        """
         self._saved, self._asked, self._saved_step = time.monotonic(), False, self._trainer.step
 
     def _epoch_is_due(self) -> bool:
         return self._saver.due(self._trainer.step // self._trainer.data.steps_per_epoch)
 
 
-def how_to_resume(signal_name: str, step: int, name: str, checkpoint: str | os.PathLike | None) -> str:
-    """The last line of a run that was stopped after ``step`` steps: what is saved, and how to go on with it.
+def how_to_resume(
+    signal_name: str, step: int, name: str, checkpoint: str | os.PathLike[str] | None, *, saved: bool = True
+) -> str:
+    """The last log line of a run that was stopped after ``step`` steps: what was saved, and how to resume.
 
-    ``signal_name``: ``Interrupts.wanted``, or '' where another rank was signalled. ``name``: the run's folder.
-    ``checkpoint``: None where nothing was saved.
+    ``signal_name``: ``Interrupts.wanted``, or '' if it is unknown. ``name``: the name of the run's folder.
+    ``checkpoint``: the newest one; None if there is none. ``saved``: whether it holds all of the steps.
     """
     by = f" by {signal_name}" if signal_name else ""
     if checkpoint is None:
-        return f"stopped{by} after {step} steps; nothing was saved: start again with the same command"
+        return f"stopped{by} after {step} steps; nothing was saved: start the run again with the same command"
+    if not saved:
+        return (
+            f"stopped{by} after {step} steps, the last of which could not be saved; resume from the newest "
+            f"checkpoint, {os.fspath(checkpoint)}, with the same command and --name {name} --resume latest"
+        )
     return (
-        f"stopped{by} after {step} steps, all of it saved in {os.fspath(checkpoint)}; go on with the same command "
-        f"and --name {name} --resume latest"
+        f"stopped{by} after {step} steps, which are saved in {os.fspath(checkpoint)}; resume with the same "
+        f"command and --name {name} --resume latest"
     )

@@ -1,4 +1,4 @@
-"""How long a run is, and the learning rates that are set before each of its steps."""
+"""The length of a run, and the learning rates that are set before each step."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ def horizon(schedule: ScheduleConfig, steps_per_epoch: int) -> schedules.Horizon
 
 
 class LearningRates:
-    """Sets the rate of every group before each step.
+    """Sets the learning rate of every parameter group before each step.
 
-    ``lr`` and ``lr_tau`` are the rates last set, for reports and for losses that keep temperatures of their own.
-    ``--skip-scheduler`` leaves both at their peak.
+    ``lr`` and ``lr_tau`` are the rates that were set last, for reports and for losses that keep temperatures of
+    their own. With ``--skip-scheduler`` both stay at their peak.
 
-    ``step_thresh`` depends on the temperature, which lives on the device. On the CPU it is read as it is. On a GPU
-    reading it would make the host wait for all work in flight, and a rate that is itself a tensor is not
-    understood by every optimizer; so each call starts a copy into page-locked memory and uses the one that the
-    call before started. The rate then reacts one step later; the first call alone waits.
+    ``step_thresh`` depends on the temperature, which is on the device. On the CPU it is read directly. On a GPU,
+    reading it would make the host wait for all queued work, and not every optimizer accepts a tensor as its rate.
+    So each call starts a copy into page-locked memory and uses the copy that the previous call started. The rate
+    then follows the temperature one step later. Only the first call waits.
+
+    ValueError: a schedule is unknown, or const-cooldown has no cooldown steps.
     """
 
     def __init__(
@@ -44,21 +46,23 @@ class LearningRates:
     ) -> None:
         if schedule.lr_scheduler not in ("cosine", "const", "const-cooldown"):
             raise ValueError(
-                f"--lr-scheduler {schedule.lr_scheduler}: unknown; known: cosine, const, const-cooldown"
+                f"--lr-scheduler {schedule.lr_scheduler}: unknown; choose cosine, const or const-cooldown"
             )
         if schedule.lr_tau_scheduler not in ("cosine", "const", "step_thresh"):
             raise ValueError(
-                f"--lr_tau_scheduler {schedule.lr_tau_scheduler}: unknown; known: cosine, const, step_thresh"
+                f"--lr_tau_scheduler {schedule.lr_tau_scheduler}: unknown; choose cosine, const or step_thresh"
             )
         if schedule.lr_scheduler == "const-cooldown" and cooldown_steps <= 0:
-            raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown, the epochs it falls for")
+            raise ValueError(
+                "--lr-scheduler const-cooldown: give --epochs-cooldown, the number of epochs it falls for"
+            )
         self._optimizer, self._optim, self._schedule = optimizer, optim, schedule
         self._total, self._cooldown = total_steps, cooldown_steps
         self._tau = _LateScalar()
         self.lr, self.lr_tau = optim.lr, optim.lr_tau
 
     def set(self, step: int, tau: Tensor | float | None = None) -> None:
-        """Set the rates for optimizer step ``step``; only step_thresh reads ``tau``, the temperature now."""
+        """Set the rates for optimizer step ``step``. Only step_thresh reads ``tau``, the current temperature."""
         self.lr, self.lr_tau = self._model_rate(step), self._temperature_rate(step, tau)
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr_tau if group["name"] == "logit_scale" else self.lr
@@ -93,13 +97,13 @@ class LearningRates:
 
 
 class _LateScalar:
-    """Reads a scalar without stopping the GPU: the value handed in by the call before."""
+    """Reads a scalar on a GPU without waiting for it: each call returns the value of the previous call."""
 
     def __init__(self) -> None:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def read(self, value: Tensor | float) -> float:
-        """``value`` itself for a number or a CPU tensor and at the first call, else the one handed in before."""
+        """``value`` as a number; on a GPU, from the second call on, the value of the previous call."""
         if not (isinstance(value, Tensor) and value.is_cuda):
             return float(value)
         earlier, self._pending = self._pending, self._copy(value.detach())

@@ -1,4 +1,4 @@
-"""What the loop measures and says: meters that stay on the device, and the published line about training."""
+"""The loop's measurements: meters that stay on the device, and the published log line about training."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from training.logger import RunLog
 
 
 class Meter:
-    """The last value and the weighted mean of a scalar, kept where it is: updating never waits for the device.
+    """The last value and the weighted mean of a scalar. They stay on its device: an update never waits for it.
 
-    Values that are not finite, those of steps that were skipped, are left out of the mean.
+    Values that are not finite belong to skipped steps and are left out of the mean.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Meter:
         self.count: Tensor | float = 0.0
 
     def update(self, value: Tensor | float, n: float = 1) -> None:
-        """Add a 0-d ``value`` with weight ``n``. Tensors are copied, as a compiled step reuses its outputs."""
+        """Add a 0-d ``value`` with weight ``n``. Tensors are copied, since a compiled step reuses its outputs."""
         value = torch.as_tensor(value, dtype=torch.float64).detach().clone()
         finite = value.isfinite()
         self.now = value
@@ -37,12 +37,12 @@ class Meter:
 
 
 def read(meters: Mapping[str, Meter]) -> dict[str, tuple[float, float]]:
-    """``name -> (now, mean)`` as floats, NaN where nothing was added. One copy from the device for all meters."""
+    """``name -> (now, mean)`` as floats, NaN if nothing was added. It takes one copy from the device."""
     return {name: (now, total / n if n else math.nan) for name, (now, total, n) in hold(meters).items()}
 
 
 def hold(meters: Mapping[str, Meter]) -> dict[str, list[float]]:
-    """``name -> [now, sum, count]`` as floats, for a checkpoint. One copy from the device for all meters."""
+    """``name -> [now, sum, count]`` as floats, for a checkpoint. It takes one copy from the device."""
     cells = [cell for meter in meters.values() for cell in (meter.now, meter.sum, meter.count)]
     on_device = [cell.double() for cell in cells if isinstance(cell, Tensor)]
     host = iter(torch.stack([cell.to(on_device[0].device) for cell in on_device]).tolist() if on_device else ())
@@ -60,11 +60,14 @@ def held_meters(held: Mapping[str, Sequence[float]]) -> dict[str, Meter]:
 
 @dataclass(frozen=True)
 class TrainStatus:
-    """What one line about training says.
+    """The content of one log line about training.
 
-    ``step`` counts optimizer steps since the start; ``seen`` of ``total`` samples of this epoch, on all ranks;
-    times in seconds per step, ``eta`` in seconds; ``rate`` in samples per second on all ``gpus`` ranks;
-    ``losses``: name -> (now, mean).
+    ``step``           optimizer steps since the start of the run.
+    ``seen``           samples of this epoch so far on all ranks, of ``total``.
+    ``eta``            seconds to the end of the run.
+    ``data_time``      seconds per step spent waiting for data, of ``batch_time``.
+    ``rate``           samples per second on all ``gpus`` ranks together.
+    ``losses``         name -> (now, mean).
     """
 
     epoch: int
@@ -82,7 +85,7 @@ class TrainStatus:
     losses: Mapping[str, tuple[float, float]]
 
     def scalars(self) -> dict[str, float]:
-        """The same numbers under the published code's names, for TensorBoard and W&B; data_share is new."""
+        """The same numbers for TensorBoard and W&B, under the published code's names; only data_share is new."""
         return {
             "train/data_time": self.data_time,
             "train/batch_time": self.batch_time,
@@ -97,7 +100,7 @@ class TrainStatus:
 
 
 def train_line(status: TrainStatus) -> str:
-    """The published code's line about training; the total loss comes last."""
+    """The published code's log line about training. The total loss comes last."""
     s, width = status, len(str(status.total))
     losses = sorted(s.losses.items(), key=lambda item: item[0] == "loss")
     return " ".join(
@@ -115,6 +118,6 @@ def train_line(status: TrainStatus) -> str:
 
 
 def report(log: RunLog, status: TrainStatus) -> None:
-    """The line about training, and its numbers as scalars."""
+    """Log the line about training and send its numbers to the writers."""
     log.info(train_line(status))
     log.scalars(status.step, status.scalars())

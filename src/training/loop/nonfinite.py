@@ -1,12 +1,12 @@
-"""Steps with a loss or gradient that is not finite: kept out of everything, counted, and after too many explained.
+"""Steps whose loss or gradient is not finite are skipped and counted. Too many end the run with a diagnosis.
 
-A step is taken or skipped as one: weights, optimizer, sample state, temperature's bound and running statistics.
-Nothing here waits for the device, and ranks agree without a collective of its own:
+A step is taken or skipped as a whole: weights, optimizer, sample state, the temperature's bound and running
+statistics. Nothing here waits for the device, and the ranks agree without a collective of their own:
 
-* Backward is seeded with 1, or with NaN where one of this rank's loss terms or new rows of the sample state is not
-  finite. NaN passes through every layer into the gradient, and DDP's average carries it to all ranks.
-* A step is taken where the norm of the averaged gradient is finite: a 0-d bool on the device, the same everywhere.
-* ``SkippedSteps`` counts on the device. The host reads it no more often than the limit can have been reached.
+* The backward pass starts from 1, or from NaN if one of this rank's loss terms or new rows of the sample state is
+  not finite. NaN passes through every layer into the gradient, and DDP's average carries it to all ranks.
+* A step is taken if the norm of the averaged gradient is finite: a 0-d bool on the device, equal on all ranks.
+* ``SkippedSteps`` counts on the device. The host reads the count only when the limit may have been reached.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch.optim import Optimizer
 from drrho_clip.sample_state import StateUpdate
 from training.distributed.collectives import gather_object
 
-_SHOWN = 8  # sample keys in a message
+_SHOWN = 8  # the most rows in a message
 
 
 class NotFinite(ValueError):
-    """``--max_skipped_steps`` steps in a row were not finite; the message says what was the first of it."""
+    """``--max_skipped_steps`` steps in a row were not finite. The message names the first such tensor."""
 
 
 def backward_seed(terms: Iterable[Tensor], update: StateUpdate | None) -> Tensor:
-    """What backward starts from: float32 0-d, 1 where all ``terms`` and new rows are finite, else NaN."""
+    """The gradient that backward starts from, float32 0-d: 1 if ``terms`` and new rows are finite, else NaN."""
     values = [term.detach().float().reshape(1) for term in terms]
     if update is not None:
         values += update.values.values()
@@ -38,76 +38,83 @@ def backward_seed(terms: Iterable[Tensor], update: StateUpdate | None) -> Tensor
 
 
 class SkippedSteps:
-    """How many steps were skipped: in a row up to now, and in all.
+    """The number of skipped steps: those in a row up to now, and all.
 
-    ``limit``   so many in a row are too many.
-    ``device``  where steps are taken.
+    ``limit``   the number of skipped steps in a row at which the run ends.
+    ``device``  the device of the training steps.
     """
 
     def __init__(self, limit: int, device: torch.device) -> None:
         self.limit = limit
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
-        self._unread = 0  # steps since the last read, and
-        self._in_a_row = self._told = 0  # what it gave; the total that was last reported
+        self._unread = 0  # steps since the last read
+        self._in_a_row = 0  # as last read
+        self._reported = 0  # the total in the last report
 
     def count(self, taken: Tensor) -> None:
-        """One more step; ``taken`` 0-d bool on the device."""
+        """Count one more step. ``taken``: 0-d bool on the device."""
         skipped = ~taken
         self._counts += skipped
         self._counts[0] *= skipped
         self._unread += 1
 
     def read(self) -> tuple[int, int]:
-        """In a row, in all. Waits for the device."""
+        """The skipped steps in a row, and all of them. Waits for the device."""
         self._in_a_row, total = self._counts.tolist()
         self._unread = 0
         return self._in_a_row, total
 
     def too_many(self) -> bool:
-        """Whether the limit is reached, after each step. Waits for the device where it can be: every ``limit``
-        steps, sooner while steps are being skipped; at the same steps on all ranks."""
+        """Whether the limit is reached. Call it after each step.
+
+        It waits for the device only if the limit may be reached: every ``limit`` steps, and earlier while steps
+        are being skipped. All ranks wait at the same steps.
+        """
         return self._in_a_row + self._unread >= self.limit and self.read()[0] >= self.limit
 
     def news(self) -> str | None:
-        """A line for the log where steps were skipped since the last call. Waits for the device."""
-        total, before = self.read()[1], self._told
-        self._told = total
+        """A line for the log if steps were skipped since the last call, else None. Waits for the device."""
+        total, before = self.read()[1], self._reported
+        self._reported = total
         if total == before:
             return None
         steps = "1 step" if total - before == 1 else f"{total - before} steps"
-        return f"skipped {steps} ({total} in all) since the last report: loss or gradient not finite"
+        return f"skipped {steps} ({total} in all) since the last report: the loss or gradient was not finite"
 
     def state_dict(self) -> dict[str, int]:
-        """Plain numbers. Waits for the device."""
+        """The counts as plain numbers. Waits for the device."""
         in_a_row, total = self.read()
         return {"in_a_row": in_a_row, "total": total}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from ``state_dict()``."""
+        """Take over the counts of ``state_dict()``."""
         self._counts.copy_(torch.tensor([state["in_a_row"], state["total"]]))
-        self._in_a_row, self._told, self._unread = state["in_a_row"], state["total"], 0
+        self._in_a_row, self._reported, self._unread = state["in_a_row"], state["total"], 0
 
 
 class RunningStatistics:
-    """What the layers ``norms`` have averaged so far, kept over a forward pass."""
+    """A copy of the running statistics of the layers ``norms``, from before a forward pass."""
 
     def __init__(self, norms: Iterable[nn.Module]) -> None:
         buffers = (buffer for norm in norms if norm.training for buffer in norm.buffers(recurse=False))
         self._kept = [(buffer, buffer.clone()) for buffer in buffers]
 
-    def restore(self, unless: Tensor | bool) -> None:
-        """Put it back; with a 0-d bool on the device only where that is False, without waiting for it."""
+    def restore(self, unless: Tensor | None = None) -> None:
+        """Restore the statistics, unless ``unless`` is True, a 0-d bool on the device. It does not wait for it."""
         for buffer, before in self._kept:
-            buffer.copy_(before if unless is False else torch.where(unless, buffer, before))
+            buffer.copy_(before if unless is None else torch.where(unless, buffer, before))
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a step was made of on this rank, for a diagnosis. References: it costs no memory until the next step.
+    """The tensors of one step on this rank, for a diagnosis.
 
-    ``step``      the optimizer step; ``index`` int64 [b], its samples.
-    ``tensors``   name -> tensor, upstream first; those with ``b`` rows belong to the samples.
-    ``tau``       0-d, the (mean) temperature.
+    It holds references, which cost no memory until the next step.
+
+    ``step``     the optimizer step.
+    ``index``    int64 [b], the step's samples.
+    ``tensors``  name -> tensor, in the order of computation; a tensor with ``b`` rows has one per sample.
+    ``tau``      0-d, the (mean) temperature.
     """
 
     step: int
@@ -115,45 +122,45 @@ class Evidence:
     tensors: Mapping[str, Tensor]
     tau: Tensor
 
-    def findings(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """All that is looked at, upstream first."""
+    def findings(self, model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+        """All tensors to examine, by name, in the order of computation; None for a missing gradient."""
         yield from ((f"parameter {name}", p) for name, p in model.named_parameters())
         yield from self.tensors.items()
         yield from ((f"gradient of {name}", p.grad) for name, p in model.named_parameters())
 
     def first_bad(self, model: nn.Module) -> tuple[int, str, list[int]] | None:
-        """Place in the order, name and sample keys of the first tensor that is not finite; None: all are."""
-        for place, (name, tensor) in enumerate(self.findings(model)):
+        """Position in the order, name and rows of the first tensor that is not finite; None if all are."""
+        for position, (name, tensor) in enumerate(self.findings(model)):
             if tensor is None or not tensor.is_floating_point() or bool(tensor.isfinite().all()):
                 continue
             index = self.index
             if name in self.tensors and tensor.ndim > 1 and len(tensor) == len(index):
                 index = index[~tensor.isfinite().flatten(1).all(1).cpu()]
-            return place, name, index.tolist()
+            return position, name, index.tolist()
         return None
 
 
 def explain(skipped: SkippedSteps, evidence: Evidence, model: nn.Module, optimizer: Optimizer) -> NotFinite:
-    """The error for too many skipped steps in a row, the same on all ranks, which call it together.
+    """The error for too many skipped steps in a row. All ranks call this together and get the same error.
 
-    ``evidence`` is of the last step, whose gradients are still there; ``optimizer`` from ``create_optimizer``.
+    ``evidence``: of the last step, whose gradients must still be there. ``optimizer``: from ``create_optimizer``.
     """
     in_a_row, total = skipped.read()
     found = gather_object(evidence.first_bad(model))
     ranks = [rank for rank, bad in enumerate(found) if bad is not None]
     if ranks:
         rank = min(ranks, key=lambda rank: (found[rank][0], rank))
-        _, name, keys = found[rank]
-        shown = ", ".join(map(str, keys[:_SHOWN])) + (f", ... ({len(keys)} in all)" if keys[_SHOWN:] else "")
-        cause = f"The first tensor that is not finite: {name}, on rank {rank}; sample keys {shown}."
+        _, name, rows = found[rank]
+        shown = ", ".join(map(str, rows[:_SHOWN])) + (f", ... ({len(rows)} in all)" if rows[_SHOWN:] else "")
+        cause = f"The first tensor that is not finite: {name}, on rank {rank}; rows of its samples: {shown}."
     else:
-        cause = "Every tensor is finite, but the gradient's norm overflows."
+        cause = "Every tensor is finite, but the norm of the gradient overflows."
     rates = {group["name"]: f"{group['lr']:.3g}" for group in optimizer.param_groups}
     of_tau = rates.pop("logit_scale", None)
     rate = ", ".join(sorted(set(rates.values()))) + (f" (of the temperature {of_tau})" if of_tau else "")
     return NotFinite(
         f"--max_skipped_steps {skipped.limit}: the last {in_a_row} steps up to step {evidence.step} ({total} in "
-        f"all) were skipped, for a loss or gradient that is not finite. {cause} Learning rate {rate}; "
-        f"tau {float(evidence.tau):.4g}. None of these steps has changed anything: mend the samples or lower "
-        "--lr, and continue with --resume latest"
+        f"all) were skipped, because the loss or gradient was not finite. {cause} Learning rate {rate}; "
+        f"tau {float(evidence.tau):.4g}. None of these steps has changed anything: correct the samples or lower "
+        "--lr, and resume with --resume latest"
     )

@@ -1,7 +1,7 @@
 """``--profile``: a trace of a few training steps in ``profile/`` of the run's folder.
 
-Every rank writes ``rankR.json.gz`` (open it in Perfetto or chrome://tracing) and ``rankR.txt``, the operators that
-took longest. The first steps are left out: they compile, tune kernels and fill the loaders.
+Every rank writes ``rankR.json.gz``, which Perfetto and chrome://tracing can open, and ``rankR.txt``, the operators
+that took longest. The first steps are not traced, because they compile, tune kernels and fill the loaders.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from training.distributed.process_group import World
 
-SKIPPED, WARMUP, TRACED = 8, 2, 3  # steps
+SKIPPED, WARMUP, TRACED = 8, 2, 3  # numbers of steps
 
 logger = logging.getLogger(__name__)
 
 
 class Profiler:
-    """A context manager around the loop, told after every step; this one measures nothing."""
+    """A context manager around the loop, whose ``step`` is called after every step. This one measures nothing."""
 
     def step(self) -> None:
-        """One training step has ended."""
+        """Call this after each training step."""
 
     def __enter__(self) -> Profiler:
         return self
@@ -33,7 +33,7 @@ class Profiler:
 
 
 class StepProfiler(Profiler):
-    """Traces ``TRACED`` steps after ``SKIPPED`` + ``WARMUP`` others, once."""
+    """Traces ``TRACED`` steps once, after the first ``SKIPPED`` + ``WARMUP`` steps."""
 
     def __init__(self, folder: Path, world: World) -> None:
         self.folder, self.rank, self.written = folder / "profile", world.rank, False
@@ -57,7 +57,7 @@ class StepProfiler(Profiler):
         self.profile.__exit__(kind, error, trace)
         if not self.written and error is None:
             steps = SKIPPED + WARMUP + 1
-            logger.warning(f"--profile: no trace was written, the run ended before its step {steps}")
+            logger.warning(f"--profile: no trace was written, because the run ended before its step {steps}")
 
     def _write(self, measured: profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ class StepProfiler(Profiler):
         order = "self_cuda_time_total" if self.on_cuda else "self_cpu_time_total"
         table = measured.key_averages().table(sort_by=order, row_limit=40)
         (self.folder / f"rank{self.rank}.txt").write_text(table)
-        logger.info(f"--profile: {TRACED} steps written to {self.folder}")
+        logger.info(f"--profile: the trace of {TRACED} steps was written to {self.folder}")
 
 
 def open_profiler(enabled: bool, folder: Path, world: World) -> Profiler:

@@ -1,7 +1,7 @@
-"""How fast steps are, and whether the loader keeps up: a warning, with advice, where steps wait for data.
+"""The speed of steps, and a warning with advice if they wait for data.
 
-The time that ``Data (t)`` shows is what a step waited for its batch. On a GPU steps run behind the program that
-queues them, so a wait is lost time only as far as the queue ran empty; a loader that is fast enough shows none.
+``Data (t)`` in the log is the time that a step waited for its batch. A GPU runs steps later than the program
+queues them, so a wait is lost time only if the queue became empty. A loader that is fast enough causes no waits.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import time
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.2  # of the time, in waiting, that is worth a word
-_EVERY = 10  # log lines from one warning to the next
+SHARE = 0.2  # the share of the time spent waiting above which a warning is logged
+_EVERY = 10  # the least number of log lines from one warning to the next
 
 
 class DataWait:
-    """Follows the share of the time that went into waiting, log line by log line.
+    """Checks at each log line which share of the time was spent waiting for data.
 
-    ``workers``: loader processes of a rank; ``ranks``: those of this machine, which share its ``cores``.
+    ``workers``: loader processes of each rank. ``ranks``: the ranks on this machine, which share its ``cores``.
     """
 
     def __init__(self, workers: int, ranks: int, cores: int | None = None) -> None:
@@ -28,35 +28,38 @@ class DataWait:
         self._quiet = 0
 
     def update(self, waited: float, total: float, first: bool = False) -> None:
-        """``waited`` of ``total`` seconds; the ``first`` line of an epoch, when queues fill up, does not count."""
+        """``waited`` of ``total`` seconds were spent waiting. The ``first`` line of an epoch does not count.
+
+        Before it the queues fill up.
+        """
         if first:
             return
         share = waited / total
         if share > SHARE and self._quiet == 0:
             logger.warning(
-                f"the loader is the bottleneck: {share:.0%} of the time goes into waiting for data; {self.advice}"
+                f"the loader is the bottleneck: {share:.0%} of the time is spent waiting for data; {self.advice}"
             )
             self._quiet = _EVERY
         self._quiet = max(self._quiet - 1, 0)
 
     @property
     def advice(self) -> str:
-        """What can be done about it here."""
+        """What the user can do about it on this machine."""
         if self.workers == 0:
-            return "--workers 0 decodes between the steps, give --workers 1 or more"
+            return "with --workers 0 samples are decoded between the steps, so give --workers 1 or more"
         if self.workers * self.ranks < self.cores:
             return (
                 f"raise --workers {self.workers}: {self.ranks} rank(s) with {self.workers} processes each leave "
-                f"cores of {self.cores} idle"
+                f"some of the {self.cores} cores idle"
             )
         return (
-            f"all {self.cores} cores have work with {self.ranks} x {self.workers} processes: store smaller images "
-            "in the shards, give the job more cores, or see whether the disk or network is what is slow"
+            f"all {self.cores} cores are in use by {self.ranks} x {self.workers} processes: store smaller images "
+            "in the shards, give the job more cores, or check whether the disk or the network is slow"
         )
 
 
 class StepTimes:
-    """Wall time since the last log line, and the share of it that went into waiting for data."""
+    """The wall time since the last log line, and how much of it was spent waiting for data."""
 
     def __init__(self, first: bool = False) -> None:
         self.first = first
@@ -64,23 +67,25 @@ class StepTimes:
         self._waited, self._worked, self._steps = 0.0, 0.0, 0
 
     def loaded(self) -> None:
+        """Call this when a step has its batch."""
         self._waited += self._lap()
 
     def stepped(self) -> None:
+        """Call this when a step is done."""
         self._worked += self._lap()
         self._steps += 1
 
     def resumed(self) -> None:
-        """What has passed since ``stepped``, with a checkpoint perhaps, is neither."""
+        """Ignore the time since ``stepped``, in which a checkpoint may have been saved."""
         self._lap()
 
     def seconds(self) -> float:
-        """Per step, up to now."""
+        """Seconds per step, up to now."""
         self._worked += self._lap()
         return max(self._waited + self._worked, 1e-9) / self._steps
 
     def data_seconds(self) -> float:
-        """Per step, waiting for the loader."""
+        """Seconds per step spent waiting for the loader."""
         return self._waited / self._steps
 
     def _lap(self) -> float:

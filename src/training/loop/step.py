@@ -1,24 +1,26 @@
 """One optimizer step: forward, loss, backward, update, commit.
 
-With ``accum`` micro-batches the gradient is that of the full batch, for every loss:
+With ``accum`` micro-batches the gradient equals that of the full batch, for every loss:
 
-1. Embed all micro-batches without a graph, remembering the random state before each.
+1. Embed all micro-batches without a graph, and keep the random state from before each of them.
 2. Evaluate the loss once on the embeddings of the whole batch and differentiate it with respect to them.
-3. Embed each micro-batch again under its random state, so that dropout draws the same masks, and feed its slice
-   of that gradient back. Gradients are reduced over ranks with the last micro-batch only.
+3. Embed each micro-batch again with its random state, so that dropout draws the same masks, and backpropagate its
+   slice of that gradient. Gradients are reduced over the ranks only with the last micro-batch.
 
-BatchNorm sees micro-batches, so such models are exempt from the equality; its running statistics move in 3 alone.
+For models with BatchNorm the gradients differ, because BatchNorm sees micro-batches. Its running statistics change
+in part 3 only.
 
-What is random inside a step depends on the seed, the step's number and the rank alone, so that a run can go on at
-any step. A step whose loss or gradient is not finite changes nothing and is counted (``nonfinite.py``).
+The random numbers of a step depend only on the seed, the number of the step and the rank, so that a run can resume
+at any step. A step whose loss or gradient is not finite changes nothing and is counted (``nonfinite.py``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ _PARAMETERS = ("logit_scale", "logit_bias")
 
 @dataclass(frozen=True)
 class _Computed:
-    """What the whole batch gave: embeddings by name, without a graph, the reference's, and the loss."""
+    """The whole batch's embeddings by name, without a graph, the reference's embeddings, and the loss."""
 
     embeddings: dict[str, Tensor]
     reference: tuple[Tensor, Tensor] | None
@@ -49,8 +51,8 @@ class _Computed:
 class Stepper:
     """Takes optimizer steps on ``task``. ``scaler`` is given for float16 autocast only.
 
-    ``skipped`` counts the steps that were not finite, the scaler's search for its scale included; the
-    ``max_skipped_steps``-th in a row raises NotFinite, on all ranks.
+    ``skipped`` counts the steps that were not finite, including those in which the scaler searches for its scale.
+    The ``max_skipped_steps``-th of them in a row raises NotFinite on all ranks.
     """
 
     task: Task
@@ -63,13 +65,13 @@ class Stepper:
     skipped: SkippedSteps = field(init=False)
 
     def __post_init__(self) -> None:
-        self.skipped = SkippedSteps(self.max_skipped_steps, self.task.bare.logit_scale.device)
+        self.skipped = SkippedSteps(self.max_skipped_steps, self.task.logit_scale.device)
         self._norms = _batch_norms(self.task.bare)
         self._evidence: Evidence | None = None
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Train on ``batch`` (on the device). Returns 0-d tensors: every term, the total as ``loss``, metrics."""
-        self._evidence = None  # the last batch's pixels
+        """Train on ``batch``, which is on the device. Returns 0-d tensors: terms, their sum ``loss``, metrics."""
+        self._evidence = None  # releases the last batch's pixels
         self.optimizer.zero_grad(set_to_none=True)
         self.task.seed_generators(step)
         batch = self.task.select(batch, step, self._embed_without_graph)
@@ -79,22 +81,25 @@ class Stepper:
         taken = self._update()
         statistics.restore(unless=taken)
         if result.update is not None:
-            self.task.loss.state.commit(result.update, taken)
+            state = self.task.loss.state
+            assert state is not None, "a loss that updates rows has a sample state"
+            state.commit(result.update, taken)
         self._bound_temperature(taken)
         self.skipped.count(taken)
         self._evidence = self._evidence_of(batch, step, computed)
         if self.skipped.too_many():
             raise explain(self.skipped, self._evidence, self.task.bare, self.optimizer)
         terms = {name: term.detach() for name, term in result.terms.items()}
-        return {**terms, "loss": sum(terms.values()), **result.metrics}
+        return {**terms, "loss": _sum(terms.values()), **result.metrics}
 
     def settle(self, batch: Batch, step: int) -> None:
-        """Bring DDP's gradient buckets into their final order, with ``batch`` and the number of the step to come.
+        """Bring DDP's gradient buckets into their final order, using ``batch`` and the number of the next step.
 
-        DDP arranges them anew after its first backward pass, in the order in which gradients came; with a static
-        graph, after the second. Where a gradient lies decides in which order ranks sum it: from three ranks on, a
-        run that was started again would round otherwise than one that was not. So every process does these passes
-        and drops them. All ranks call this in training mode before their first step; a single process need not.
+        DDP rearranges the buckets after its first backward pass (with a static graph, after the second), in the
+        order in which the gradients arrived. The place of a gradient decides in which order the ranks sum it. So
+        with three or more ranks, a run that was started again would round differently from one that was not.
+        Therefore every process does these passes and drops their results. All ranks call this in training mode
+        before their first step; a single process need not.
         """
         wrapped = _unwrapped(self.task.model)
         if not isinstance(wrapped, DistributedDataParallel):
@@ -103,49 +108,49 @@ class Stepper:
         for _ in range(2 if wrapped.static_graph else 1):
             self.task.seed_generators(step)
             self._backward(self.task.select(batch, step, self._embed_without_graph))
-            statistics.restore(unless=False)
+            statistics.restore()
             self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, batch: Batch) -> _Computed:
         return self._backward_whole(batch) if self.accum == 1 else self._backward_accumulated(batch)
 
     def _backward_whole(self, batch: Batch) -> _Computed:
-        reference = self.task.reference_features(batch)  # first: the target's graph is not in memory yet
+        reference = self.task.reference_features(batch)  # first, while the target's graph is not in memory
         outputs = self.task.outputs(batch)
         result = self.task.objective(self.task.inputs(outputs, batch.index, reference))
         local = {name: s / _per_rank(n) for name, (s, n) in self.task.loss.local_terms(outputs).items()}
         result = replace(result, terms={**result.terms, **local})
         seed = backward_seed(result.terms.values(), result.update)
-        self._scaled(sum(result.terms.values())).backward(seed)
+        self._scaled(_sum(result.terms.values())).backward(seed)
         return _Computed({name: outputs[name].detach() for name in _embeddings_of(outputs)}, reference, result)
 
     def _backward_accumulated(self, batch: Batch) -> _Computed:
         task, chunks = self.task, batch.chunk(self.accum)
         device = batch.image.device
-        embedded, references, states = [], [], []
+        embedded, partial_terms, references, states = [], [], [], []
         with torch.no_grad(), running_statistics_kept(task.bare):
             for chunk in chunks:
                 states.append(random_state(device))
                 outputs = task.outputs(chunk)
-                local = task.loss.local_terms(outputs)
-                embedded.append(({k: outputs[k] for k in _embeddings_of(outputs)}, local))
+                embedded.append({k: outputs[k] for k in _embeddings_of(outputs)})
+                partial_terms.append(task.loss.local_terms(outputs))
                 references.append(task.reference_features(chunk))
 
         leaves = {
-            name: torch.cat([e[name] for e, _ in embedded]) if value.ndim > 1 else value.detach().clone()
-            for name, value in embedded[0][0].items()
+            name: torch.cat([e[name] for e in embedded]) if value.ndim > 1 else value.detach().clone()
+            for name, value in embedded[0].items()
         }
         wants_grad = {"image_features", "text_features"} | {
             name for name in _PARAMETERS if name in leaves and getattr(task.bare, name).requires_grad
         }
         for name in wants_grad:
             leaves[name].requires_grad_()
-        reference = None if references[0] is None else tuple(torch.cat(r) for r in zip(*references, strict=True))
+        reference = _joined(references)
         result = task.objective(task.inputs(leaves, batch.index, reference))
-        counts = {name: _per_rank(sum(local[name][1] for _, local in embedded)) for name in embedded[0][1]}
-        local = {name: sum(terms[name][0] for _, terms in embedded) / counts[name] for name in counts}
+        counts = {name: _per_rank(_sum(terms[name][1] for terms in partial_terms)) for name in partial_terms[0]}
+        local = {name: _sum(terms[name][0] for terms in partial_terms) / count for name, count in counts.items()}
         seed = backward_seed([*result.terms.values(), *local.values()], result.update)
-        self._scaled(sum(result.terms.values())).backward(seed)
+        self._scaled(_sum(result.terms.values())).backward(seed)
 
         for j, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
             restore_random_state(device, state)
@@ -154,20 +159,19 @@ class Stepper:
                 outputs = task.outputs(chunk)
                 pairs = []
                 for name in sorted(wants_grad):
-                    if name in _PARAMETERS:
-                        grad = leaves[name].grad if last else None
-                    else:
-                        grad = leaves[name].grad.chunk(self.accum)[j]
-                    if grad is not None and outputs[name].requires_grad:
-                        pairs.append((outputs[name], grad.to(outputs[name].dtype)))
+                    grad = leaves[name].grad
+                    if grad is None or not outputs[name].requires_grad or (name in _PARAMETERS and not last):
+                        continue
+                    own = grad if name in _PARAMETERS else grad.chunk(self.accum)[j]
+                    pairs.append((outputs[name], own.to(outputs[name].dtype)))
                 for name, (s, _) in task.loss.local_terms(outputs).items():
                     pairs.append((self._scaled(s / counts[name]), seed))
                 torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         result = replace(result, terms={**result.terms, **local})
         return _Computed({name: leaf.detach() for name, leaf in leaves.items()}, reference, result)
 
-    def _embed_without_graph(self, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-        """Outputs and reference features of the whole batch, a micro-batch at a time."""
+    def _embed_without_graph(self, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+        """Outputs and reference features of the whole batch, computed by micro-batch."""
         outputs, references = [], []
         with torch.no_grad(), running_statistics_kept(self.task.bare):
             for chunk in batch.chunk(self.accum):
@@ -175,29 +179,29 @@ class Stepper:
                 outputs.append({k: out[k] for k in _embeddings_of(out)})
                 references.append(self.task.reference_features(chunk))
         joined = {k: torch.cat([o[k] for o in outputs]) if v.ndim > 1 else v for k, v in outputs[0].items()}
-        return joined, tuple(torch.cat(r) for r in zip(*references, strict=True))
+        return joined, _joined(references)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def _update(self) -> Tensor:
-        """Clip and step, where the gradient is finite. Whether it is: a 0-d bool on the device."""
+        """Clip and step if the gradient is finite. Returns whether it is, as a 0-d bool on the device."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.task.bare.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         taken = norm.isfinite()
         if self.grad_clip_norm is not None:
-            # A norm of 0 clips nothing: what is not finite stays as it is, for the diagnosis.
+            # A norm of 0 clips nothing, so that gradients that are not finite stay unchanged for the diagnosis.
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip_norm, torch.where(taken, norm, 0.0))
         step_where(self.optimizer, taken)
         if self.scaler is not None:
-            self.scaler.update()  # by what unscale_ found; its own step() would make the host wait
+            self.scaler.update()  # uses what unscale_ found; the scaler's own step() would make the host wait
         return taken
 
     @torch.no_grad()
     def _bound_temperature(self, taken: Tensor) -> None:
-        scale = self.task.bare.logit_scale
+        scale = self.task.logit_scale
         scale.copy_(torch.where(taken, scale.clamp(0, math.log(self.logit_scale_bound)), scale))
 
     def _evidence_of(self, batch: Batch, step: int, computed: _Computed) -> Evidence:
@@ -213,8 +217,22 @@ class Stepper:
 
 
 def _per_rank(count: Tensor) -> Tensor:
-    """What a rank divides its sum by, so that DDP's average over ranks is the mean over all that was counted."""
+    """The number by which a rank divides its sum, so that DDP's average over ranks is the mean over all items."""
     return collectives.all_reduce_sum(count.clone()) / collectives.world_size()
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one term."""
+    return reduce(torch.add, terms)
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    """The reference's embeddings of all micro-batches; None without a reference."""
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    images, texts = zip(*present, strict=True)
+    return torch.cat(images), torch.cat(texts)
 
 
 def _embeddings_of(outputs: dict[str, Tensor]) -> list[str]:
@@ -223,22 +241,22 @@ def _embeddings_of(outputs: dict[str, Tensor]) -> list[str]:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """``model`` without torch.compile's wrapping."""
+    """``model`` without the wrapper of torch.compile."""
     return getattr(model, "_orig_mod", model)
 
 
-def _no_reduction(model: nn.Module):
+def _no_reduction(model: nn.Module) -> AbstractContextManager[None]:
     inner = _unwrapped(model)
     return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalizes by the batch as in training, but leaves its running statistics alone."""
+    """A context in which BatchNorm normalizes by the batch as in training, but keeps its running statistics."""
     norms = [norm for norm in _batch_norms(model) if norm.training]
     for norm in norms:
         norm.track_running_stats = False

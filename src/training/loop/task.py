@@ -1,7 +1,7 @@
-"""Target, frozen reference and loss behind two questions: what are this batch's embeddings, what do they cost?
+"""Target, frozen reference and loss: a task computes the embeddings of a batch, and the loss of embeddings.
 
-The loop knows nothing else, and the loss never sees a model. The reference is no submodule of anything that the
-optimizer, ``train()`` or a checkpoint touches: it stays frozen by construction.
+The loop uses the models and the loss only through the task, and the loss never sees a model. The reference is not
+a submodule of anything that the optimizer, ``train()`` or a checkpoint touches, so it always stays frozen.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from training.rng import MASKS, SELECTION, step_seed
 
 @dataclass(frozen=True)
 class Selection:
-    """Batch selection: keep the share ``keep_ratio`` of each batch in ``n_chunks`` draws (JEST)."""
+    """Batch selection (JEST): keep the share ``keep_ratio`` of each batch, drawn in ``n_chunks`` draws."""
 
     keep_ratio: float
     n_chunks: int
@@ -34,14 +34,18 @@ class Selection:
 
 
 class Task:
-    """One objective on one pair of models.
+    """One objective for one pair of models.
 
-    ``model``         what is trained, perhaps wrapped (DDP, compile); ``bare`` is the same without wrapping.
-    ``mean``, ``std`` of the target's pixels; ``precision`` of its forward passes.
-    ``loss``          from the registry; ``loss_weight`` multiplies what it returns.
-    ``reference``     its embeddings reach the loss where ``margins`` is set, ``distillation`` and ``selection``
-                      where they are given.
-    ``constant_scale``  1/tau of the loss in place of the model's, which is left to distillation; 0: the model's.
+    ``model``           the target, which is trained; it may be wrapped (DDP, torch.compile).
+    ``bare``            the target without wrapping.
+    ``logit_scale``     the target's parameter ln(1/tau).
+    ``mean``, ``std``   normalization of the target's pixels.
+    ``precision``       of the target's forward passes.
+    ``loss``            from the registry. ``loss_weight``: factor of its terms.
+    ``reference``       its embeddings are used by the loss if ``margins`` is True, and by ``distillation`` and
+                        ``selection`` if they are given.
+    ``constant_scale``  1/tau for the loss instead of the model's, which only distillation then uses; 0: the
+                        model's.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Task:
         seed: int = 0,
     ) -> None:
         self.model, self.bare = model, bare
+        self.logit_scale = bare.get_parameter("logit_scale")
         self.mean, self.std, self.precision = mean, std, precision
         self.loss, self.loss_weight = loss, loss_weight
         self.reference, self.margins, self.constant_scale = reference, margins, constant_scale
@@ -71,16 +76,17 @@ class Task:
     def seed_generators(self, step: int) -> None:
         """Seed torch's default generators for optimizer step ``step`` on this rank.
 
-        Dropout, patch dropout and stochastic depth draw from them. So their masks depend on the seed, the step and
-        the rank alone, and a run that goes on at this step draws them again without having kept a generator.
+        Dropout, patch dropout and stochastic depth draw from them. So their masks depend only on the seed, the
+        step and the rank. A run that resumes at this step draws the same masks, although no checkpoint has the
+        generators.
         """
         torch.manual_seed(step_seed(self._seed, step, collectives.rank(), MASKS))
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """The target's outputs for a batch on its device; keys as open_clip names them.
+        """The target's outputs for a batch on its device. The keys are open_clip's.
 
-        Embeddings are normalized again in float32: in bfloat16 their norms are off by up to 0.4 %, which a
-        temperature of 0.01 turns into tens of percents of a pair's weight.
+        The embeddings are normalized again in float32. In bfloat16 their norms are wrong by up to 0.4 %, and with
+        a temperature of 0.01 this changes a pair's weight by tens of percent.
         """
         image = normalize(batch.image, self.mean, self.std, self.precision.pixel_dtype)
         with self.precision.autocast():
@@ -89,13 +95,13 @@ class Task:
         return {**outputs, **unit}
 
     def reference_features(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """The reference's unit-norm embeddings, [b, d_r] each; None without one."""
+        """The reference's unit-norm embeddings, [b, d_r] each; None without a reference."""
         return None if self.reference is None else self.reference.features(batch)
 
     def inputs(
         self, outputs: dict[str, Tensor], index: Tensor, reference: tuple[Tensor, Tensor] | None
     ) -> LossInputs:
-        """What the loss gets for the samples ``index`` (int64 [b], on the CPU)."""
+        """The inputs of the loss for the samples ``index``, int64 [b] on the CPU."""
         ref_image, ref_text = reference or (None, None)
         return LossInputs(
             image=outputs["image_features"],
@@ -108,7 +114,7 @@ class Task:
         )
 
     def objective(self, inputs: LossInputs) -> LossOutput:
-        """The terms that are functions of the embeddings of this rank's whole batch."""
+        """The terms that depend on the embeddings of this rank's whole batch."""
         given = inputs if self.margins else replace(inputs, ref_image=None, ref_text=None)
         if self.constant_scale:
             scale = torch.full_like(inputs.logit_scale, self.constant_scale, requires_grad=False)
@@ -120,21 +126,26 @@ class Task:
         return replace(result, terms=terms)
 
     def select(
-        self, batch: Batch, step: int, forward: Callable[[Batch], tuple[dict[str, Tensor], tuple[Tensor, Tensor]]]
+        self,
+        batch: Batch,
+        step: int,
+        forward: Callable[[Batch], tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]],
     ) -> Batch:
-        """The samples of ``batch`` that step ``step`` trains on. ``forward`` gives outputs and reference features
-        of a whole batch without a graph."""
+        """The samples of ``batch`` that step ``step`` trains on.
+
+        ``forward`` returns the outputs and the reference features of a whole batch, without a graph.
+        """
         if self.selection is None:
             return batch
-        outputs, (ref_image, ref_text) = forward(batch)
+        outputs, reference = forward(batch)
+        assert reference is not None, "selection ranks samples by a reference"
         image = outputs["image_features"].float()
         generator = torch.Generator(image.device)
         generator.manual_seed(step_seed(self._seed, step, collectives.rank(), SELECTION))
         positions = select(
             image,
             outputs["text_features"].float(),
-            ref_image,
-            ref_text,
+            *reference,
             outputs["logit_scale"].detach().float(),
             keep_ratio=self.selection.keep_ratio,
             n_chunks=self.selection.n_chunks,

@@ -1,7 +1,7 @@
-"""The loop over one epoch: set rates, take a step, now and then say so.
+"""The loop over one epoch: set the learning rates, take a step, and log from time to time.
 
-Nothing here waits for the device between two log lines, but for a look at the count of skipped steps once per
-``--max_skipped_steps``: meters add up where the values are.
+Between two log lines nothing here waits for the device, because the meters add up on the device. The only
+exception is that the count of skipped steps is read once per ``--max_skipped_steps`` steps.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from training.loop.step import Stepper
 
 @dataclass
 class Trainer:
-    """One run's loop. ``step`` counts optimizer steps from the run's start; ``horizon.end_step`` ends it.
+    """The training loop of a run.
 
-    ``meters`` add up over the epoch that is under way; a run that goes on inside an epoch starts with those of
-    its checkpoint. ``settled``: the gradient buckets are (``Stepper.settle``).
+    ``step``     counts optimizer steps from the start of the run, which ends at ``horizon.end_step``.
+    ``meters``   add up over the current epoch. A run that resumes inside an epoch starts with its checkpoint's
+                 meters.
+    ``settled``  whether the gradient buckets have their final order (``Stepper.settle``).
     """
 
     stepper: Stepper
@@ -45,7 +47,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether this run has taken all steps that it was asked for."""
+        """Whether this run has taken all its steps."""
         return self.step >= self.horizon.end_step
 
     @property
@@ -54,9 +56,9 @@ class Trainer:
         return self.step // self.data.steps_per_epoch
 
     def train_epoch(self, after_step: Callable[[], bool]) -> None:
-        """From ``step`` to the end of its epoch, or of the run where that comes first.
+        """Train from ``step`` to the end of its epoch, or to the end of the run if that comes first.
 
-        ``after_step`` is called after each step; where it returns True, this is the last one for now.
+        ``after_step`` is called after each step. If it returns True, the loop stops after that step.
         """
         epoch, per_epoch = self.epoch, self.data.steps_per_epoch
         stop = min((epoch + 1) * per_epoch, self.horizon.end_step)
@@ -73,10 +75,10 @@ class Trainer:
                 if not self.settled:
                     self.stepper.settle(batch, self.step)
                     self.settled = True
-                self.rates.set(self.step, (-task.bare.logit_scale.detach()).exp())
+                self.rates.set(self.step, (-task.logit_scale.detach()).exp())
                 task.loss.set_temperature_rate(self.rates.lr_tau)
                 values = self.stepper(batch, self.step)
-                values["logit_scale"] = task.bare.logit_scale.detach().exp()
+                values["logit_scale"] = task.logit_scale.detach().exp()
                 for name, value in values.items():
                     self.meters.setdefault(name, Meter()).update(value, len(batch))
                 self.step += 1

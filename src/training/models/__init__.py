@@ -1,1 +1,1 @@
-"""The target, the frozen reference and the captioning model, built by open_clip; where weights come from."""
+"""Builds the target, the frozen reference and the captioning model with open_clip, and finds their weights."""

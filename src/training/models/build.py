@@ -1,10 +1,11 @@
-"""The target and the frozen reference, built by open_clip from the configuration.
+"""Builds the target and the frozen reference with open_clip from the configuration.
 
-A model is built with what its pretrained tag declares: activation (QuickGELU), mean, std, interpolation. open_clip
-only warns where a tag declares QuickGELU and the config named does not, and would embed with the wrong one.
+A model is built with the settings that its pretrained tag declares: activation (QuickGELU), mean, std,
+interpolation. open_clip only warns if the tag declares QuickGELU and the model's config does not, and would
+compute embeddings with the wrong activation.
 
-Initialisation depends on the seed alone: every rank builds the same model, and whoever draws random numbers before
-or after is not disturbed.
+The initial weights depend only on the seed. So every rank builds the same model, and building it does not change
+the state of the random number generators.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import open_clip
 import torch
@@ -28,6 +29,7 @@ from training.config.params import Config
 from training.distributed.collectives import node_main_first
 from training.distributed.process_group import World
 from training.models import pretrained
+from training.models.open_clip_model import OpenClipModel
 from training.models.pretrained import Weights, one_line
 from training.rng import seeded_cpu
 
@@ -35,17 +37,25 @@ _log = logging.getLogger(__name__)
 _OPENAI_LOGIT_SCALE = math.log(1 / 0.07)
 
 
+class _ModelTokenizer(Protocol):
+    """open_clip's tokenizers, for its own text towers and for Hugging Face's."""
+
+    context_length: int
+
+    def __call__(self, texts: list[str], /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model with what it expects of its inputs.
+    """A model and the requirements of its inputs.
 
     ``module``      open_clip model on the run's device; its forward returns a dict.
     ``preprocess``  size, mean, std, interpolation and resize mode of its images.
     ``tokenizer``   list of n captions -> int64 [n, context_length].
-    ``name``        as given; a config file by its stem.
+    ``name``        the name as given, or the stem of a config file.
     """
 
-    module: nn.Module
+    module: OpenClipModel
     preprocess: PreprocessCfg
     tokenizer: Callable[[list[str]], Tensor]
     name: str
@@ -53,9 +63,9 @@ class BuiltModel:
 
 
 def build_target(config: Config, world: World) -> BuiltModel:
-    """The model to train: weights, temperature, locked towers, gradient checkpointing.
+    """The model to train, with its weights, temperature, locked towers and gradient checkpointing.
 
-    ValueError: names, files or flags that do not fit; the message says which.
+    ValueError: a name, file or flag is wrong; the message names it.
     """
     c, loss = config.model, config.loss
     name = pretrained.open_clip_name(c.model, "--model")
@@ -89,10 +99,10 @@ def build_target(config: Config, world: World) -> BuiltModel:
 
 
 def build_reference(config: Config, world: World) -> BuiltModel | None:
-    """The frozen reference in eval mode, nothing in it asking for a gradient.
+    """The frozen reference, in eval mode and without parameters that require a gradient.
 
-    None where the run has no reference, or finds its features on disk.
-    With ``--ref_model_checkpoint`` beside a tag, the tag only says how to build the model. ValueError as above.
+    None if the run has no reference or reads its features from disk. If ``--ref_model_checkpoint`` is given beside
+    a tag, the tag only decides how the model is built. ValueError as for ``build_target``.
     """
     c = config.reference
     if not c.ref_model or (config.cache.cached_ref_features_dir and not config.cache.writes):
@@ -106,7 +116,7 @@ def build_reference(config: Config, world: World) -> BuiltModel | None:
 
 
 def build_captioner(config: Config, world: World) -> BuiltModel:
-    """The captioning model of ``--cap_model``, frozen and in eval mode. ValueError as above."""
+    """The captioning model of ``--cap_model``, frozen and in eval mode. ValueError as for ``build_target``."""
     c, flags = config.cache, ("--cap_model", "--cap_model_pretrained")
     return _build_frozen(config, world, c.cap_model, flags, c.cap_model_pretrained, role="captioning model")
 
@@ -121,7 +131,10 @@ def _build_frozen(
     *,
     role: str,
 ) -> BuiltModel:
-    """``model`` with the weights of ``tag`` (or file), or of ``checkpoint``. ``flags`` name model and tag."""
+    """``model`` with the weights of ``tag``, which may be a file, or of ``checkpoint``.
+
+    ``flags``: the flags of the model and of the tag.
+    """
     model_flag, weights_flag = flags
     said = f"{model_flag} {model}"
     name = pretrained.open_clip_name(model, model_flag)
@@ -160,8 +173,8 @@ def _create(
     force_preprocess_cfg: Mapping[str, Any] | None = None,
     pretrained_image: bool = False,
     **settings: Any,
-) -> nn.Module:
-    """An open_clip model on the CPU with ``weights``, its temperature in float32 whatever the precision."""
+) -> OpenClipModel:
+    """An open_clip model on the CPU with ``weights``. Its temperature is float32 in every precision."""
     scalars = {
         "init_logit_scale": architecture.get("init_logit_scale", _OPENAI_LOGIT_SCALE),
         "init_logit_bias": architecture.get("init_logit_bias"),
@@ -169,14 +182,14 @@ def _create(
     }
     own_weights = weights.file is None and brings_weights(name)
     is_timm = "timm_model_name" in architecture["vision_cfg"]
-    # timm resamples position embeddings that are there already: size after weights.
+    # timm resizes the position embeddings that it has, so the weights are loaded before the size is set.
     resize_later = force_image_size is not None and is_timm and weights.file is not None
     preprocess = {**weights.declared, **{k: v for k, v in (force_preprocess_cfg or {}).items() if v is not None}}
     fetches = own_weights or pretrained_image or "hf_model_name" in architecture["text_cfg"]
     with _fetching(fetches), seeded_cpu(seed):
         try:
             with _quiet_open_clip():
-                module = open_clip.create_model(
+                module: OpenClipModel = open_clip.create_model(
                     name,
                     load_weights=own_weights,
                     require_pretrained=own_weights,
@@ -206,20 +219,21 @@ def _create(
 
 
 def _initialize_caption_projection(module: nn.Module) -> None:
-    """Give CoCa's last layer weights of the scale that its other projections have.
+    """Initialize CoCa's last layer at the scale of its other projections.
 
-    open_clip leaves it as uninitialized memory, which no seed decides and which may hold NaN.
+    open_clip leaves it as uninitialized memory, which does not depend on the seed and may contain NaN.
     """
     decoder = getattr(module, "text_decoder", None)
     if isinstance(decoder, nn.Module):
-        nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)
+        projection = decoder.get_parameter("text_projection")  # [width, vocabulary]
+        nn.init.normal_(projection, std=len(projection) ** -0.5)
 
 
 def _keep_float32(module: nn.Module, initial: Mapping[str, float | None] | None) -> None:
-    """Temperature and bias in float32, at exactly their initial values where they are known.
+    """Keep temperature and bias in float32, at exactly their initial values if these are known.
 
-    bfloat16 resolves ln(1/tau) near 4 in steps of 1/64, some hundred times a step of the optimizer: it would
-    never move. Weights loaded afterwards keep their value too.
+    bfloat16 resolves ln(1/tau) near 4 in steps of 1/64, which is about a hundred times an optimizer step: the
+    temperature would never change. Values that are loaded afterwards stay exact too.
     """
     for name in ("logit_scale", "logit_bias"):
         parameter = getattr(module, name, None)
@@ -227,61 +241,66 @@ def _keep_float32(module: nn.Module, initial: Mapping[str, float | None] | None)
             continue
         value = parameter.detach().float()
         if initial is not None:
-            value = torch.full_like(value, initial[f"init_{name}"])
+            start = initial[f"init_{name}"]
+            assert start is not None, f"open_clip makes a {name} only if it is given an initial value"
+            value = torch.full_like(value, start)
         setattr(module, name, nn.Parameter(value))
 
 
 def start_temperature(module: nn.Module, loss: LossConfig) -> None:
-    """``--temperature``, where it was given and acts, rather than the one that came with weights."""
+    """Set the temperature to ``--temperature`` if that was given and acts; it replaces the one of the weights."""
     if loss.temperature is not None:
         with torch.no_grad():
-            module.logit_scale.fill_(math.log(1 / loss.temperature))
-        _log.info("temperature starts at %g, as --temperature says", loss.temperature)
+            module.get_parameter("logit_scale").fill_(math.log(1 / loss.temperature))
+        _log.info("the temperature starts at --temperature %g", loss.temperature)
 
 
-def _choose_scalars(module: nn.Module, loss: LossConfig) -> None:
-    """Which of temperature and bias are trained."""
+def _choose_scalars(module: OpenClipModel, loss: LossConfig) -> None:
+    """Decide whether the temperature and the bias are trained."""
     module.logit_scale.requires_grad_(loss.trains_temperature)
-    if getattr(module, "logit_bias", None) is not None and not loss.spec.trains_bias:
-        module.logit_bias.requires_grad_(False)  # the loss does not use it; DDP would wait for its gradient
+    bias = getattr(module, "logit_bias", None)
+    if bias is not None and not loss.spec.trains_bias:
+        bias.requires_grad_(False)  # the loss does not use it; DDP would wait for its gradient
 
 
-def _tokenizer(name: str, flag: str) -> Callable[[list[str]], Tensor]:
+def _tokenizer(name: str, flag: str) -> _ModelTokenizer:
     try:
         with _quiet_open_clip():
             return open_clip.get_tokenizer(name)
     except ImportError as error:
-        raise ValueError(f"{flag}: its tokenizer needs a package, pip install {error.name}") from error
+        raise ValueError(f"{flag}: its tokenizer needs a missing package: pip install {error.name}") from error
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"{flag}: its tokenizer cannot be had ({one_line(error)}); without a network it must be in the "
-            "Hugging Face cache already"
+            f"{flag}: its tokenizer cannot be loaded ({one_line(error)}); without a network it must already be in "
+            "the Hugging Face cache"
         ) from error
 
 
-def _lock(module: nn.Module, c: ModelConfig, *, is_hugging_face: bool) -> None:
+def _lock(module: OpenClipModel, c: ModelConfig, *, is_hugging_face: bool) -> None:
     if c.lock_image:
         groups = c.lock_image_unlocked_groups
         try:
             module.visual.lock(unlocked_groups=groups, freeze_bn_stats=c.lock_image_freeze_bn_stats)
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"--lock-image-unlocked-groups {groups}: {one_line(error)}") from error
+            raise ValueError(
+                f"--lock-image-unlocked-groups {groups}: this image tower cannot be locked so ({one_line(error)})"
+            ) from error
     if not c.lock_text:
         return
     if is_hugging_face:
         module.text.lock(c.lock_text_unlocked_layers, c.lock_text_freeze_layer_norm)
         return
-    tower = module.text if hasattr(module, "text") else module
+    tower: Any = module.text if hasattr(module, "text") else module
     getattr(tower, "lock" if tower is not module else "lock_text_tower")(c.lock_text_unlocked_layers)
     if not c.lock_text_freeze_layer_norm:
-        # open_clip's own towers lock every weight alike; the flag means here what it means for Hugging Face's.
+        # open_clip's own towers lock all weights. Here the flag does what it does in Hugging Face's towers.
         norms = [tower.ln_final, *(m for m in tower.transformer.modules() if isinstance(m, nn.LayerNorm))]
         for norm in norms:
             norm.requires_grad_(True)
 
 
 def _finish(
-    module: nn.Module, tokenizer: Callable, model: str, weights: Weights, world: World, *, role: str
+    module: OpenClipModel, tokenizer: _ModelTokenizer, model: str, weights: Weights, world: World, *, role: str
 ) -> BuiltModel:
     name = Path(model).stem if pretrained.is_config_file(model) else model
     source = "its own weights" if weights.file is None and brings_weights(model) else weights.source
@@ -296,27 +315,27 @@ def _finish(
 
 
 def _check_tower(tower: Mapping[str, Any], c: ModelConfig) -> None:
-    """Refuse flags that the image tower, by its ``vision_cfg``, would ignore."""
+    """ValueError: a flag that the image tower with the ``vision_cfg`` ``tower`` would ignore."""
     if c.force_patch_dropout and isinstance(tower.get("layers"), list):
         raise ValueError(
-            f"--force-patch-dropout {c.force_patch_dropout}: the image tower of {c.model} is a ResNet, without "
-            "patches to drop; leave the flag out"
+            f"--force-patch-dropout {c.force_patch_dropout}: the image tower of {c.model} is a ResNet, which has "
+            "no patches to drop; leave the flag out"
         )
     if c.pretrained_image and "timm_model_name" not in tower:
         raise ValueError(
-            f"--pretrained-image: the image tower of {c.model} is not one of timm's, which come with weights; "
-            "use --pretrained"
+            f"--pretrained-image: the image tower of {c.model} is not one of timm's, and only those come with "
+            "weights; use --pretrained"
         )
 
 
 def _fetching(needed: bool) -> AbstractContextManager[None]:
-    """Local rank 0 alone, then the others, where building may download; all at once where it cannot."""
+    """If building may download something, local rank 0 runs first, then the others; else all run at once."""
     return node_main_first() if needed else nullcontext()
 
 
 @contextmanager
 def _quiet_open_clip() -> Iterator[None]:
-    """Without open_clip's account of each build in the root logger, which says that no weights were loaded."""
+    """Suppress open_clip's log lines about each build. They would report that no weights were loaded."""
 
     def is_ours(record: logging.LogRecord) -> bool:
         return Path(record.pathname).parent != Path(open_clip.__file__).parent or record.levelno >= logging.ERROR

@@ -1,7 +1,7 @@
-"""What ``--precision`` means on a device: autocast dtype, dtype of the pixels, whether gradients are scaled.
+"""The meaning of ``--precision`` on a device: autocast dtype, dtype of the pixels, gradient scaling.
 
-amp                     float16 autocast with a gradient scaler on a GPU; float32 on the CPU, which has no
-                        float16 arithmetic worth using
+amp                     float16 autocast with a gradient scaler on a GPU; float32 on the CPU, where float16 is too
+                        slow to be useful
 amp_bf16, amp_bfloat16  bfloat16 autocast
 bf16, fp16              weights of matrix products in that dtype (open_clip), no autocast
 pure_bf16, pure_fp16    all weights in that dtype
@@ -19,7 +19,12 @@ from open_clip import get_input_dtype
 
 @dataclass(frozen=True)
 class Precision:
-    """``autocast_dtype`` None: no autocast. ``pixel_dtype``: what the model's first layer expects."""
+    """A precision on a device.
+
+    ``autocast_dtype``    None: no autocast.
+    ``pixel_dtype``       the dtype that the model's first layer expects.
+    ``scales_gradients``  whether training needs a gradient scaler.
+    """
 
     name: str
     device_type: str
@@ -27,14 +32,14 @@ class Precision:
     pixel_dtype: torch.dtype
     scales_gradients: bool
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context for forward passes."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.autocast_dtype)
 
     def scaler(self) -> torch.amp.GradScaler | None:
-        """A new gradient scaler, where this precision needs one."""
+        """A new gradient scaler; None if this precision needs none."""
         return torch.amp.GradScaler(self.device_type) if self.scales_gradients else None
 
 

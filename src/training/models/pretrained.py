@@ -1,7 +1,8 @@
-"""Where models and weights come from: config files and names, pretrained tags and files.
+"""Finds models by name or config file, and weights by pretrained tag or file.
 
-A *tag* (``--pretrained openai``) is more than weights: open_clip's table also says how they were trained, with
-which activation and which normalization. ``find`` returns both, and ``training.models`` builds what is declared.
+A *tag* (``--pretrained openai``) stands for more than weights: open_clip's table also declares how they were
+trained, that is, their activation and their normalization. ``find`` returns both, and ``build.py`` builds the
+declared model.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ OWN_WEIGHTS = "its own"
 
 @dataclass(frozen=True)
 class Weights:
-    """What a model starts from.
+    """The initial weights of a model.
 
-    ``file``      weights to load, or None.
-    ``declared``  what the tag says of them: mean, std, interpolation, resize_mode, quick_gelu; empty for files.
-    ``source``    for logs.
+    ``file``      the file of the weights, or None.
+    ``declared``  what the tag declares: mean, std, interpolation, resize_mode, quick_gelu; empty for files.
+    ``source``    a description for the log.
     """
 
     file: str | None = None
@@ -47,57 +48,63 @@ class Weights:
 
 
 def is_config_file(model: str) -> bool:
-    """Whether the value of ``--model`` is a path of a model config JSON rather than a name."""
+    """Whether ``model``, the value of ``--model``, is the path of a model config JSON and not a name."""
     return model.endswith(".json")
 
 
 def open_clip_name(model: str, flag: str) -> str:
-    """open_clip's name of the model that ``flag`` was given.
+    """open_clip's name for ``model``, the value of ``flag``.
 
-    A JSON file is registered under its stem and a digest of its contents: two files of one stem, or one that is
-    called like a built-in model, are two models, and open_clip's tags for built-in names do not apply to them.
-    ValueError: no such model, no such file, not a model config.
+    A JSON file is registered under its stem and a digest of its contents. So two files with the same stem are two
+    models, a file with the stem of a built-in model is another model than that one, and open_clip's tags for
+    built-in names do not apply to files. ValueError: there is no such model or file, or the file is not a model
+    config.
     """
     if is_config_file(model):
         return _register(Path(model), f"{flag} {model}")
-    # open_clip writes names with a slash (ViT-B/32) like this itself.
+    # open_clip replaces slashes in names (ViT-B/32) in the same way.
     name = model if brings_weights(model) else model.replace("/", "-")
     if brings_weights(name) or name in open_clip.list_models():
         return name
     close = difflib.get_close_matches(name, open_clip.list_models(), n=3)
-    hint = f"did you mean {', '.join(close)}?" if close else "open_clip.list_models() has the names"
-    raise ValueError(f"{flag} {model}: neither a model of open_clip nor the path of a model config JSON; {hint}")
+    hint = f"did you mean {', '.join(close)}?" if close else "open_clip.list_models() lists the names"
+    raise ValueError(
+        f"{flag} {model}: this is neither a model of open_clip nor the path of a model config JSON; {hint}"
+    )
 
 
 def architecture(name: str, where: str) -> dict[str, Any]:
     """The model config of open_clip's model ``name``, with its ``vision_cfg`` and ``text_cfg``.
 
-    ``where``: flag and value, for the ValueError where it cannot be had (``hf-hub:`` and ``local-dir:`` names).
+    ValueError: the config of a ``hf-hub:`` or ``local-dir:`` name cannot be loaded. ``where``: flag and value, for
+    the message.
     """
     try:
         return open_clip.get_model_config(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: its open_clip_config.json cannot be had ({one_line(error)})") from error
+        raise ValueError(f"{where}: its open_clip_config.json cannot be loaded ({one_line(error)})") from error
 
 
 def try_to_build(name: str, where: str) -> None:
-    """Build open_clip's model ``name`` without memory for it. ValueError: its config has an error."""
+    """Build open_clip's model ``name`` without allocating weights. ValueError: its config has an error."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with torch.device("meta"):
             open_clip.create_model(name, load_weights=False, device="meta")
     except (TypeError, AssertionError, AttributeError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{where}: open_clip cannot build a model of this config ({one_line(error)})") from error
+        raise ValueError(
+            f"{where}: open_clip cannot build a model from this config ({one_line(error)})"
+        ) from error
     finally:
         logging.disable(disabled)
 
 
 def one_line(error: Exception) -> str:
-    """What a library said, fit for one sentence; of torch's list of weights that do not fit the first."""
+    """A library's error message in one line. Of torch's list of weights that do not fit only the first stays."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 2 and lines[0].startswith("Error(s) in loading state_dict"):
-        return f"{lines[1].rstrip('. ')}; {len(lines) - 2} more like it"
+        return f"{lines[1].rstrip('. ')}; and {len(lines) - 2} more errors"
     return " ".join(" ".join(lines).split())[:400] or type(error).__name__
 
 
@@ -109,7 +116,7 @@ def _register(path: Path, where: str) -> str:
         raise ValueError(f"{where}: the model config cannot be read ({error})") from None
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config if isinstance(config, dict) else ())
     if missing:
-        raise ValueError(f"{where}: not an open_clip model config, it has no {', '.join(sorted(missing))}")
+        raise ValueError(f"{where}: this is not an open_clip model config, it has no {', '.join(sorted(missing))}")
     canonical = json.dumps(config, sort_keys=True)
     name = f"{path.stem}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
     if name not in open_clip.list_models():
@@ -121,9 +128,10 @@ def _register(path: Path, where: str) -> str:
 
 
 def find(name: str, pretrained: str, flag: str, model_flag: str) -> Weights:
-    """The weights that ``flag`` names, for open_clip's model ``name``: a tag, downloaded if need be, or a file.
+    """The weights that ``pretrained``, a tag or a file, names for open_clip's model ``name``. ``flag``: its flag.
 
-    ValueError: neither, or a tag whose weights are not cached and cannot be downloaded.
+    A tag's weights are downloaded if they are not cached. ValueError: ``pretrained`` is neither a tag nor a file,
+    or the tag's weights are not cached and cannot be downloaded.
     """
     if not pretrained:
         return Weights()
@@ -139,34 +147,43 @@ def find(name: str, pretrained: str, flag: str, model_flag: str) -> Weights:
 
 
 def identity(model: str, flag: str, *weights: str | None) -> dict[str, str]:
-    """What was given to ``flag`` for a model and its weights, in words that name it: a file by its contents."""
-    told = [f"file {_digest(given, os.stat(given).st_mtime)}" if os.path.isfile(given) else given
+    """A text for a model and one for its weights, by which both are recognized; files by their contents.
+
+    ``model``: the value of ``flag``. ``weights``: flag values, which may be files.
+    """
+    texts = [f"file {_digest(given, os.stat(given).st_mtime)}" if os.path.isfile(given) else given
             for given in weights if given]  # fmt: skip
-    return {"model": open_clip_name(model, flag), "weights": " as ".join(told) or OWN_WEIGHTS}
+    return {"model": open_clip_name(model, flag), "weights": " as ".join(texts) or OWN_WEIGHTS}
 
 
 @lru_cache(maxsize=8)
 def _digest(path: str, changed: float) -> str:
-    """``changed``: when the file was last written to, so that a new content is read again."""
+    """``changed``: when the file was last written, so that a changed file is read again."""
     return digest(Path(path), size=8)
 
 
 def from_checkpoint(name: str, checkpoint: str, tag: str) -> Weights:
-    """The weights in ``checkpoint`` for a model that is built as ``tag`` ('': none) declares.
+    """The weights in ``checkpoint`` for a model that is built as ``tag`` declares; '': there is no tag.
 
-    ValueError: ``tag`` is a file, that is, weights are given twice.
+    ValueError: ``tag`` is a file, so that weights are given twice, or no tag of the model.
     """
     declared = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    if tag and not declared and not os.path.exists(tag):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(
+            f"--ref_model_pretrained {tag}: {name} has no such tag; its tags are {tags}. Beside a checkpoint the "
+            "tag only decides how the model is built, so it may be left out"
+        )
     if tag and not declared:
         raise ValueError(
-            f"--ref_model_checkpoint {checkpoint} and --ref_model_pretrained {tag} are two files of weights: give "
-            f"one; beside a checkpoint only a tag of {name} has a use, it says how the model is built"
+            f"--ref_model_checkpoint {checkpoint} and --ref_model_pretrained {tag} both give weights: give one; "
+            f"beside a checkpoint only a tag of {name} is useful, which decides how the model is built"
         )
     return Weights(checkpoint, declared, checkpoint)
 
 
 def _hub_files(declared: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Repository on the Hugging Face hub, and the names that its weights may have there, the safe format first."""
+    """The repository on the Hugging Face hub, and the names that its weights may have there, safetensors first."""
     repository, _, name = declared["hf_hub"].rpartition("/")
     if not name:
         return repository, [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
@@ -174,7 +191,8 @@ def _hub_files(declared: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 
 def _cached(declared: Mapping[str, Any]) -> str | None:
-    # Looked up here first: the hub's client asks the network about files that it has, and retries for a minute.
+    # The cache is searched here first: the hub's client asks the network even about cached files, and retries for
+    # a minute.
     if not declared.get("hf_hub"):
         return None
     repository, names = _hub_files(declared)
@@ -186,7 +204,7 @@ def _download(name: str, tag: str, declared: Mapping[str, Any], flag: str, model
     try:
         return open_clip.download_pretrained(dict(declared))
     except (OSError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[-1]
+        cause = one_line(error) or type(error).__name__
     if declared.get("hf_hub"):
         repository, names = _hub_files(declared)
         cache = huggingface_hub.constants.HF_HUB_CACHE
@@ -199,7 +217,7 @@ def _download(name: str, tag: str, declared: Mapping[str, Any], flag: str, model
     model = f"{model_flag} {sibling} " if needs_sibling else ""
     raise ValueError(
         f"{flag} {tag}: the weights of {name} are not on this machine and cannot be downloaded. Expected: "
-        f"{expected}. Download them where there is a network and copy the cache, or give the file itself: "
+        f"{expected}. Download them on a machine with a network and copy the cache, or give the file itself: "
         f"{model}{flag} FILE. (Cause: {cause})"
     )
 
@@ -207,7 +225,7 @@ def _download(name: str, tag: str, declared: Mapping[str, Any], flag: str, model
 def load(model: nn.Module, file: str, flag: str) -> None:
     """Load ``file`` into an open_clip ``model``: state dict or training checkpoint, safetensors, big_vision's npz.
 
-    No code from the file runs. open_clip converts what other projects wrote and resizes position embeddings.
+    No code from the file is run. open_clip converts the formats of other projects and resizes position embeddings.
     ValueError: the file does not fit the model.
     """
     try:
@@ -219,7 +237,7 @@ def load(model: nn.Module, file: str, flag: str) -> None:
         if own.keys() == state.keys() and all(own[key].shape == state[key].shape for key in own):
             model.load_state_dict(state)
             return
-        # open_clip converts only what it reads itself.
+        # open_clip converts weights only while it reads a file.
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder, "weights.pt")
             torch.save(state, copy)
@@ -229,9 +247,10 @@ def load(model: nn.Module, file: str, flag: str) -> None:
 
 
 def count_parameters(model: str, flag: str, **forced: Any) -> int | None:
-    """Parameters of ``model``, a name or a config's path, built without memory for them.
+    """The number of parameters of ``model``, a name or the path of a config. No memory is allocated for them.
 
-    ``forced``: further arguments of ``open_clip.create_model``. None where its config has to be downloaded first.
+    ``forced``: further arguments of ``open_clip.create_model``. None if the model's config must be downloaded
+    first.
     """
     name = open_clip_name(model, flag)
     try:
@@ -244,7 +263,7 @@ def count_parameters(model: str, flag: str, **forced: Any) -> int | None:
 
 @contextlib.contextmanager
 def _quiet_meta_device() -> Iterator[None]:
-    """Tensors without memory, and nothing of open_clip's warning that weights are missing."""
+    """Tensors without memory, and without open_clip's warning that weights are missing."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
