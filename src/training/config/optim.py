@@ -93,7 +93,7 @@ def resolve_schedule(given: Given, lr: float, trains: bool) -> ScheduleConfig:
             raise Refusal("--lr-scheduler const-cooldown needs --epochs-cooldown: give its length in epochs")
         if given.epochs_cooldown > given.epochs:
             raise Refusal(
-                f"{given.say('epochs_cooldown')} is longer than {given.say('epochs')}: give at most {given.epochs}"
+                f"{given.say('epochs_cooldown')} is longer than {given.say('epochs')}: give a shorter cooldown"
             )
     if given.lr_scheduler == "cosine" and given.lr_min > lr:
         raise Refusal(
