@@ -1,6 +1,6 @@
-"""The house: which room may import which, what starts without torch, and that each name stands for one thing.
+"""The architecture: which room may import which, what starts without torch, and that names are unique.
 
-docs/architecture.md draws what ``FLOORS`` says.
+docs/architecture.md draws ``FLOORS``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training.run", "training.dry_run"),
     ("training.main", "training.check_data", "training.check_cache"),
 )
-# The same inside the method: modules of one row do not import each other, but for the losses.
+# The same inside the method: modules of one row do not import each other, except the losses.
 METHOD: tuple[tuple[str, ...], ...] = (
     ("batch", "collectives", "float32", "normalize", "schedules", "losses.registry"),
     ("sample_state",),
@@ -46,13 +46,13 @@ MAY_COMMUNICATE = {
     "training.distributed.process_group",
     "training.checkpoint.sample_state_io",
 }
-# Outside these, torch.distributed may be named for its types alone.
+# Outside these modules, torch.distributed may be imported only for its types.
 MAY_USE_TYPES = {"drrho_clip.sample_state": {"torch.distributed.device_mesh", "torch.distributed.tensor"}}
 MOST_ENTRIES = 14
 
 
 def imports_of(module: str) -> set[str]:
-    """Every module of ours, or torch.distributed one, that ``module`` names, at any depth of its code."""
+    """Every module that ``module`` imports, at any depth of its code."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
@@ -65,7 +65,7 @@ def imports_of(module: str) -> set[str]:
 
 
 def ours(module: str) -> set[str]:
-    """The modules of ours that ``module`` imports; a package stands for nothing, as no ``__init__`` holds code."""
+    """The modules of this project that ``module`` imports, without packages, whose ``__init__`` holds no code."""
     return {name for name in imports_of(module) if name in MODULES and not is_package(name)} - {module}
 
 
@@ -79,18 +79,18 @@ def room_of(module: str) -> tuple[int, str]:
         for room in rooms:
             if module == room or module.startswith(f"{room}."):
                 return floor, room
-    raise AssertionError(f"{module} has no place in FLOORS: put it into a room, or give it one")
+    raise AssertionError(f"{module} is not in FLOORS: put it into a room, or add one")
 
 
 def against_the_floors(module: str, imported: str) -> str | None:
-    """What is wrong with that import; None: nothing."""
+    """What is wrong with this import; None: nothing."""
     (floor, room), (other_floor, other) = room_of(module), room_of(imported)
     if room == other or other_floor < floor:
         return None
     if other_floor == floor:
         return (
-            f"{module} imports {imported}: {room} and {other} are on one floor and do not know each other; let "
-            "the hall (training.run) hand over what one needs of the other"
+            f"{module} imports {imported}: {room} and {other} are on one floor and may not import each other; "
+            "let the hall (training.run) pass what one needs from the other"
         )
     return (
         f"{module} imports {imported}: {other} stands above {room}, and imports go down only; move what is needed "
@@ -113,7 +113,7 @@ def test_an_import_against_the_floors_is_named_with_its_rule():
     up = against_the_floors("training.data.loader", "training.cache.features")
     assert up is not None and "training.cache stands above training.data, and imports go down only" in up
     across = against_the_floors("training.loop.trainer", "training.evaluation.evaluate")
-    assert across is not None and "on one floor and do not know each other" in across
+    assert across is not None and "on one floor and may not import each other" in across
     assert against_the_floors("training.loop.trainer", "training.data.loader") is None
 
 
@@ -121,7 +121,7 @@ def test_rooms_of_the_method_are_in_order():
     level = {f"drrho_clip.{name}": i for i, row in enumerate(METHOD) for name in row}
     for module in MODULES:
         if module.startswith("drrho_clip") and not is_package(module):
-            assert module in level, f"{module} has no place in METHOD"
+            assert module in level, f"{module} is not in METHOD"
             for imported in runtime_imports(module):
                 assert level[imported] <= level[module], f"{module} imports {imported}, which stands above it"
 
@@ -155,14 +155,14 @@ def runtime_imports(module: str) -> set[str]:
 
 @pytest.mark.parametrize("package", sorted(m for m in MODULES if is_package(m)))
 def test_packages_hold_a_docstring_and_nothing_else(package):
-    """Importing one module of a room costs that module alone."""
+    """So that importing a module of a room imports no other one."""
     tree = ast.parse(MODULES[package].read_text())
-    assert ast.get_docstring(tree), f"{package} says nothing of what is in it"
+    assert ast.get_docstring(tree), f"{package} has no docstring"
     assert len(tree.body) == 1, f"{package} holds code: an __init__ is a docstring, and re-exports nothing"
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES.values()}), ids=lambda f: f.name)
-def test_no_room_is_a_hall(folder):
+def test_no_room_has_too_many_entries(folder):
     entries = [p.name for p in folder.iterdir() if p.name not in ("__init__.py", "__pycache__", "py.typed")]
     hall = folder == SRC / "training"
     assert hall or len(entries) <= MOST_ENTRIES, f"{folder} has {len(entries)} entries: make a room of some"
@@ -179,7 +179,7 @@ def test_each_class_has_a_name_of_its_own():
 
 
 def test_refusals_come_without_torch():
-    """In a new process, as torch cannot be imported away."""
+    """In a new process, because this one has imported torch."""
     modules = [m for m in MODULES if m.startswith(WITHOUT_TORCH)]
     code = f"import sys, importlib\nfor m in {modules}: importlib.import_module(m)\nprint('torch' in sys.modules)"
     done = subprocess.run(
@@ -193,7 +193,7 @@ def test_collectives_stay_in_their_rooms(module):
     allowed = MAY_USE_TYPES.get(module, set())
     named = {name for name in imports_of(module) if name.startswith("torch.distributed")}
     assert all(any(name.startswith(a) for a in allowed) for name in named), (
-        f"{module} names {named}: ranks speak through {sorted(MAY_COMMUNICATE)} alone"
+        f"{module} names {named}: ranks communicate only through {sorted(MAY_COMMUNICATE)}"
     )
     source = MODULES[module].read_text()
     assert "torch.distributed." not in "\n".join(
@@ -202,7 +202,7 @@ def test_collectives_stay_in_their_rooms(module):
 
 
 def _code_lines(source: str) -> list[str]:
-    """Lines without docstrings and comments."""
+    """The lines of code, without docstrings and comments."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
@@ -211,6 +211,6 @@ def _code_lines(source: str) -> list[str]:
 
 
 def test_only_builders_unpack_the_configuration_for_the_loop():
-    """The step, the task and the loop take plain values; they would work under another command line."""
+    """The step, the task and the loop take plain values, so they work under another command line too."""
     for module in ("training.loop.step", "training.loop.task", "training.loop.trainer"):
         assert not {name for name in imports_of(module) if name.startswith("training.config")}

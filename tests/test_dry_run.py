@@ -1,4 +1,4 @@
-"""--dry_run: lengths, sizes and places against hand-made numbers, and that nothing is done."""
+"""--dry_run: lengths, sizes and paths against numbers computed by hand, and that nothing is done."""
 
 from __future__ import annotations
 
@@ -126,5 +126,5 @@ def test_a_folder_that_holds_another_run_is_refused_as_by_the_run_itself(tmp_pat
         dry_run.describe(config("", tmp_path))
 
 
-def test_notes_are_shown(tmp_path):
+def test_remarks_are_shown(tmp_path):
     assert dry_run.describe(config("--rho 3", tmp_path)).endswith("  remark: --rho: no effect without --fastclip")

@@ -43,9 +43,6 @@ def start(tmp_path, *flags, world=MAIN):
     return open_run(config, world, folder)
 
 
-# ------------------------------------------------------------------------------------------------ meters
-
-
 # -------------------------------------------------------------------------------------------------- lines
 
 
@@ -100,7 +97,7 @@ def test_an_error_is_in_the_log_and_is_raised(tmp_path, capfd):
         _ = 1 / 0
     text = (tmp_path / "a" / "out.log").read_text()
     assert "ERROR" in text and "ZeroDivisionError" in text and "_ = 1 / 0" in text
-    assert "ZeroDivisionError" not in capfd.readouterr().err  # Python's own traceback goes there
+    assert "ZeroDivisionError" not in capfd.readouterr().err  # where Python prints the traceback itself
     assert not (tmp_path / "a" / "job.done").exists()
 
 

@@ -83,7 +83,7 @@ def embed(weights):
 
 
 def test_python_and_torchrun_land_on_the_same_embeddings_and_u(folder, tmp_path):
-    """On a set that is one global batch, K ranks take the steps of one."""
+    """If the data set is one global batch, K ranks take the same steps as one rank."""
     script = [sys.executable, ROOT / "src" / "training" / "main.py"]
     one = start([*script, *flags(folder, "one"), *reference_flags(folder), *DRRHO], tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -20,7 +20,7 @@ def check(line: str, ranks: int = 1, device: torch.device = CPU) -> list[str]:
 
 
 def test_a_batch_without_negatives():
-    with pytest.raises(ValueError, match=r"--batch-size 1 on 1 rank: fastclip .* at least 2"):
+    with pytest.raises(ValueError, match=r"--batch-size 1 on 1 rank: the loss 'fastclip' .* at least 2"):
         check(f"{FASTCLIP} --batch-size 1")
     check(f"{FASTCLIP} --batch-size 1", ranks=2)
     check(f"{SYNTHETIC} --batch-size 1 --siglip")

@@ -1,4 +1,4 @@
-"""Runs of the whole program in one process: other kinds of data, where runs end, and how they begin again."""
+"""Runs of the whole program in one process: other kinds of data, where runs end, and how they resume."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def flags(tmp_path):
-    """Of a run of 24 samples in 3 steps per epoch on synthetic data, but for what is given in addition."""
+    """The flags of a run of 24 synthetic samples in 3 steps per epoch, and what is given in addition."""
     model = tiny_models.path("tiny-vit", tmp_path)
     common = f"--model {model} --logs {tmp_path}/logs --batch-size 8 --workers 0 --precision fp32 --lr 1e-3"
     common += " --log-every-n-steps 1 --warmup 0 --seed 3"
@@ -100,7 +100,7 @@ def test_amp_on_the_cpu_is_float32_and_says_so_once(flags, tmp_path):
 
 
 class Killed(Exception):
-    """What the job's time limit does in the middle of an epoch."""
+    """Stands for the end of the job at its time limit, in the middle of an epoch."""
 
 
 @pytest.mark.parametrize("name", [(), ("--name", "mine")])
@@ -138,7 +138,7 @@ def test_a_job_that_its_launcher_starts_again_goes_on(flags, tmp_path, monkeypat
     log = (folder / "out.log").read_text()
     assert log.count("restarted before the first checkpoint: starts at the beginning") == 1
     assert log.count("resumed ") == 1 and "epoch_1.pt: 1 epochs, 3 steps" in log
-    assert len(lines(log)) == 9  # nothing twice: both were killed as an epoch began
+    assert len(lines(log)) == 9  # no line twice: both launches were killed at the beginning of an epoch
     assert (folder / "job.done").exists()
     whole, parts = (read(path / "checkpoints" / "epoch_3.pt") for path in (tmp_path / "logs" / "whole", folder))
     assert all(torch.equal(parts["state_dict"][key], value) for key, value in whole["state_dict"].items())
@@ -171,7 +171,7 @@ def test_latest_without_a_checkpoint_starts_nothing(flags, tmp_path, capfd, what
 
 
 def test_the_parts_of_a_run_each_reach_their_end(flags, tmp_path):
-    """--stop_epochs: what the part before left, job.done, is gone until the next part ends too."""
+    """--stop_epochs: the job.done of the first part is gone until the second part ends."""
     words = flags("--name", "a", "--epochs", "2")
     done = tmp_path / "logs" / "a" / "job.done"
     assert program.main([*words, "--stop_epochs", "1"]) == 0

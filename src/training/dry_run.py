@@ -1,4 +1,4 @@
-"""``--dry_run``: what a run would be, without data, weights, process group or folder.
+"""``--dry_run``: what a run would do, found out without data, weights, process group or folder.
 
 how long    an epoch is ceil(samples / global batch) steps; the schedules' length and where this run ends
 how large   parameters, counted on torch's meta device; the sample state, 4 N columns / K bytes per rank
@@ -29,7 +29,7 @@ from training.models.pretrained import count_parameters
 
 @dataclass(frozen=True)
 class StateSize:
-    """The sample state: ``columns`` float32 numbers for each of ``rows`` samples, cut over the ranks."""
+    """The sample state: ``columns`` float32 numbers for each of ``rows`` samples, divided among the ranks."""
 
     rows: int
     columns: int
@@ -43,7 +43,7 @@ class StateSize:
 def describe(config: Config, world_size: int | None = None) -> str:
     """The plan for ``world_size`` ranks (default: as launched, else ``--world_size``), a few lines of text.
 
-    ValueError: what the run itself would be refused for, such as a folder that holds another run.
+    ValueError: an error with which the run itself would be refused, such as a folder that holds another run.
     """
     ranks = launched_ranks(config, os.environ) if world_size is None else world_size
     config = config.on_ranks(ranks)
@@ -63,7 +63,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
 
 
 def launched_ranks(config: Config, env: Mapping[str, str]) -> int:
-    """As many ranks as torchrun or srun started, else ``--world_size``: one process can plan for K ranks."""
+    """The ranks that torchrun or srun started, else ``--world_size``: one process can plan for K ranks."""
     started = env.get("WORLD_SIZE") or env.get("SLURM_STEP_NUM_TASKS")
     return int(started) if started else config.distributed.world_size
 
@@ -101,7 +101,7 @@ def _models(config: Config, features: FeatureSource | None) -> Iterator[tuple[st
 
 
 def _model(name: str, parameters: int | None, weights: str) -> str:
-    size = "size known after its download" if parameters is None else f"{parameters:,} parameters"
+    size = "size unknown before its download" if parameters is None else f"{parameters:,} parameters"
     return f"{name}, {size}, {f'weights {weights}' if weights else 'random weights'}"
 
 
@@ -165,7 +165,7 @@ def _files(config: Config) -> Iterator[tuple[str, str]]:
     if "tensorboard" in config.run.report_to:
         names.append("tensorboard/")
     yield "files", ", ".join(names)
-    resumes = resume.checkpoint_to_resume(config, chosen, fetch=False)
+    resumes = resume.locate_checkpoint(config, chosen)
     if resumes:
         yield "resumes", str(resumes)
 

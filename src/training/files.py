@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and checksums that tell whether one is still what was written."""
+"""Files that are written completely or not at all, and checksums that show whether a file has changed since."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BLOCK = 1 << 20  # bytes that are read at a time
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """An open file that becomes ``path`` when the body has ended.
+    """A file to write to, which becomes ``path`` when the body has ended.
 
-    At any moment, also after a crash of the machine, there is the file that was there before or the whole new one.
-    Where the body raises, nothing has changed.
+    At any moment, even after a crash of the machine, ``path`` is the old file or the whole new one. If the body
+    raises, it is the old one.
     """
     temporary = _beside(path)
     try:
@@ -48,7 +48,7 @@ def link(existing: Path, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` survive a crash of the machine, on file systems that offer it."""
+    """Make the names in ``folder`` survive a crash of the machine, on file systems that support it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,7 +60,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file's content: finds damage, in the time that reading takes."""
+    """CRC-32 of a file's content: finds damage, and takes no longer than reading the file."""
     crc = 0
     for block in _blocks(path):
         crc = zlib.crc32(block, crc)
@@ -68,7 +68,7 @@ def checksum(path: Path) -> int:
 
 
 def digest(path: Path, size: int = 16) -> str:
-    """BLAKE2b of a file's content, ``size`` bytes in hexadecimal: tells one file's content from every other's."""
+    """BLAKE2b of a file's content, ``size`` bytes in hexadecimal: different for different contents."""
     found = hashlib.blake2b(digest_size=size)
     for block in _blocks(path):
         found.update(block)
@@ -82,5 +82,5 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def _beside(path: Path) -> Path:
-    """A hidden name in the same folder that nobody else uses, on other machines neither."""
+    """A hidden name in the same folder that no other process uses, on any machine."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")

@@ -2,8 +2,8 @@
 
 Rank 0 reports (``--log-local``: one rank per node, into ``out-RANK.log``). On the other ranks a ``RunLog`` has the
 same methods and they do nothing (warnings still reach the console), so the loop never asks which rank it is on.
-Log lines and bars coexist: on a terminal lines are written above the bar, elsewhere there is no bar and slow work
-says where it is every so often.
+On a terminal, log lines are written above the progress bar; elsewhere there is no bar, and slow work logs its
+progress at intervals.
 
     with open_run(config, world, choose_folder(config, world)) as log:
         log.info("training data: ...")
@@ -40,14 +40,14 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressBar:
-    """How far slow work is: a bar on a terminal, elsewhere a log line every ``every`` seconds."""
+    """The progress of slow work: a bar on a terminal, elsewhere a log line every ``every`` seconds."""
 
     def __init__(
         self, total: int, desc: str, *, initial: int = 0, unit: str = "it", shown: bool, every: float
     ) -> None:
         self.total, self.desc, self.unit, self.every = total, desc, unit, every
         self.count = self.initial = initial
-        self.started = self.told = time.monotonic()
+        self.started = self.reported = time.monotonic()
         terminal = shown and sys.stderr.isatty()
         self.plain = shown and not terminal
         self.bar = tqdm(
@@ -58,9 +58,9 @@ class ProgressBar:
     def update(self, n: int = 1) -> None:
         self.count += n
         self.bar.update(n)
-        if self.plain and time.monotonic() - self.told >= self.every:
-            self.told = time.monotonic()
-            left = (self.told - self.started) * (self.total - self.count) / max(self.count - self.initial, 1)
+        if self.plain and time.monotonic() - self.reported >= self.every:
+            self.reported = time.monotonic()
+            left = (self.reported - self.started) * (self.total - self.count) / max(self.count - self.initial, 1)
             share = 100 * self.count / max(self.total, 1)
             eta = timedelta(seconds=int(left))
             logger.info(f"{self.desc}: {self.count}/{self.total} {self.unit} ({share:.0f}%) ETA: {eta}")
@@ -73,16 +73,16 @@ class ProgressBar:
 
 
 class Writer:
-    """Where scalars go; this one drops them."""
+    """A destination of scalars; this one discards them."""
 
     def scalars(self, step: int, values: Mapping[str, float], axis: str) -> None:
         """``values`` at position ``step`` of ``axis``, 'step' or 'epoch'."""
 
     def watch(self, model: nn.Module) -> None:
-        """Follow parameters and gradients, where the place can."""
+        """Record parameters and gradients, if the destination can."""
 
     def goes_on(self, step: int) -> None:
-        """The run goes on after ``step`` steps: what an earlier launch has sent of later ones is void."""
+        """The run resumes after ``step`` steps: what an earlier launch has sent about later steps is discarded."""
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -127,7 +127,7 @@ class WandbWriter(Writer):
             resume="allow" if folder.restarted or config.run.resume else None,
         )
         self.log_every = config.run.log_every_n_steps
-        # Not W&B's own step, which may never go back.
+        # Not W&B's own step, which cannot go back.
         for axis, prefix in (("step", "train"), ("epoch", "val"), ("epoch", "data")):
             self.run.define_metric(axis)
             self.run.define_metric(f"{prefix}/*", step_metric=axis)
@@ -166,11 +166,11 @@ class RunLog:
     def progress(
         self, total: int, desc: str, *, initial: int = 0, unit: str = "it", every: float = 15.0
     ) -> ProgressBar:
-        """A context manager with ``update(n)``. ``every=math.inf``: no lines of its own off a terminal."""
+        """A context manager with ``update(n)``. ``every=math.inf``: no log lines."""
         return ProgressBar(total, desc, initial=initial, unit=unit, shown=self.world.is_main, every=every)
 
     def eval_result(self, result: Mapping[str, Any]) -> None:
-        """Append one object to ``eval_results.jsonl``; its floats go out as ``val/NAME`` against its 'epoch'.
+        """Append one object to ``eval_results.jsonl``; its floats are sent as ``val/NAME`` against its 'epoch'.
 
         NaN and infinity, which JSON does not know, are written as null.
         """
@@ -182,12 +182,12 @@ class RunLog:
         self.scalars(result["epoch"], {f"val/{k}": v for k, v in result.items() if isinstance(v, float)}, "epoch")
 
     def watch(self, model: nn.Module) -> None:
-        """``--debug``: let W&B follow parameters and gradients."""
+        """``--debug``: let W&B record parameters and gradients."""
         for writer in self.writers:
             writer.watch(model)
 
     def goes_on(self, step: int) -> None:
-        """The run is a continued one, with ``step`` steps behind it."""
+        """The run has been resumed after ``step`` steps."""
         for writer in self.writers:
             writer.goes_on(step)
 
@@ -209,11 +209,12 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None:  # Python prints the traceback on the console itself
-            record = logger.makeRecord(
-                logger.name, logging.ERROR, __file__, 0, "the run ended with an error", (), (kind, error, trace)
-            )
+            text, cause = "the run ended with an error", (type(error), error, trace)
+            record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), cause)
             for handler in self.handlers:
                 if isinstance(handler, logging.FileHandler):
                     handler.handle(record)
@@ -221,7 +222,7 @@ class RunLog:
 
 
 def open_run(config: Config, world: World, folder: RunFolder) -> RunLog:
-    """Create ``folder`` and start logging; ValueError where what ``--report-to`` names is not installed."""
+    """Create ``folder`` and start logging. ValueError: a package that ``--report-to`` needs is not installed."""
     create_folder(folder, config, world)
     reports = world.is_main or (config.run.log_local and world.is_local_main)
     level = logging.DEBUG if config.run.debug else logging.INFO
@@ -241,9 +242,9 @@ def open_run(config: Config, world: World, folder: RunFolder) -> RunLog:
 
 
 class EarlyRecords(logging.Handler):
-    """Keeps what is logged before the run's folder is there, for its log. A context manager.
+    """Keeps what is logged before the run's folder exists, for the run's log. A context manager.
 
-    Where the run never comes to ``hand_over``, warnings go to stderr at the end.
+    If the run ends before ``hand_over``, its warnings are printed on stderr.
     """
 
     def __init__(self) -> None:
@@ -254,7 +255,7 @@ class EarlyRecords(logging.Handler):
         self.records.append(record)
 
     def hand_over(self) -> None:
-        """Log it all now, where the log goes by now, and keep nothing more."""
+        """Log all records with the handlers that exist now, and keep no more."""
         root = logging.getLogger()
         root.removeHandler(self)
         for record in self.records:
@@ -309,7 +310,7 @@ def _named(package: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ValueError(
-            f"--report-to {package}: the package is not usable here ({error}); pip install {package}"
+            f"--report-to {package}: the package cannot be imported ({error}); pip install {package}"
         ) from error
 
 

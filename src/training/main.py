@@ -1,4 +1,4 @@
-"""The program: parse the flags, then plan or run.
+"""The program: parse the flags, then print the plan or run it.
 
 ``python src/training/main.py``, ``python -m training.main``, ``torchrun ... -m training.main`` and
 ``srun python -u src/training/main.py`` are the same.
@@ -19,13 +19,13 @@ from training.distributed import launcher
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what ``argv`` (default: the command line) asks for; the exit code."""
+    """Run what ``argv`` (default: the command line) asks for; returns the exit code."""
     try:
         config = parse(argv)
     except Refusal as refusal:
         launcher.say_once(f"error: {refusal}")
         return 2
-    # Imported when the flags are known to be sound: --help and refusals do not wait for torch.
+    # Imported after the flags have been checked: --help and refusals do not wait for torch.
     from training import dry_run, run
     from training.distributed import collectives, failures, process_group
 

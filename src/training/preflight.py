@@ -1,7 +1,6 @@
-"""What a run is refused for once its ranks are known, before anything is built or written.
+"""The checks that need the number of ranks, the device or the files, before anything is built or written.
 
-The parser has said what the flags alone tell; here they meet the number of ranks, the device and the files. What
-costs something to open is opened here, once, and handed on.
+The parser has checked the flags by themselves. What is expensive to open is opened here, once, and passed on.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from training.models import pretrained
 
 @dataclass(frozen=True)
 class Opened:
-    """What a run reads besides its data, and sentences on it for the log.
+    """What a run reads besides its data, and remarks on it for the log.
 
     ``features``: the reference's embeddings, ``captions``: synthetic ones; None where the run reads none.
-    ``sets``: result prefix -> what zero-shot accuracy is measured on.
+    ``sets``: prefix of a result's name -> data set for zero-shot accuracy.
     """
 
     features: FeatureSource | None
@@ -35,7 +34,7 @@ class Opened:
 
 
 def check(config: Config, world: World) -> Opened:
-    """What the run is to be made of. ValueError: the first thing that is wrong."""
+    """Check the run and open what it reads. ValueError: the first thing that is wrong."""
     remarks = []
     check_models(config)
     features = open_features(config)
@@ -45,8 +44,8 @@ def check(config: Config, world: World) -> Opened:
         check_teachers(config, features)
         if features is not None:
             remarks.append(
-                f"the reference's features come from disk: {features.describe()}. They are of one fixed view of "
-                "each image, whatever augmentation the target sees"
+                f"the reference's features are read from disk: {features.describe()}. They are of one fixed view "
+                "of each image, whatever augmentation the target sees"
             )
         if captions is not None:
             remarks.append(f"captions are the samples' own or synthetic ones: {captions.describe()}")
@@ -57,14 +56,16 @@ def check(config: Config, world: World) -> Opened:
                     "--use-bn-sync: no effect in a single process, whose BatchNorm sees the whole batch"
                 )
     if (config.trains or config.cache.writes) and config.data.dataset_type == "webdataset":
+        assert config.data.train_data is not None  # without data there is no data type
         remarks += look_for_shards(config.data.train_data, "--train-data", config.data.max_bad_fraction)
     if config.evaluation.val_dataset_type == "webdataset":
+        assert config.evaluation.val_data is not None
         remarks += look_for_shards(config.evaluation.val_data, "--val-data")
     return Opened(features, captions, {} if config.cache.writes else open_sets(config), tuple(remarks))
 
 
 def check_models(config: Config) -> None:
-    """ValueError: a model config file of which open_clip can build nothing."""
+    """ValueError: open_clip cannot build a model from a model config file."""
     for flag, model in (("--model", config.model.model), ("--ref_model", config.reference.ref_model)):
         if model and pretrained.is_config_file(model):
             pretrained.try_to_build(pretrained.open_clip_name(model, flag), f"{flag} {model}")
@@ -75,15 +76,15 @@ def check_batch(config: Config, ranks: int) -> None:
     spec = config.loss.spec
     if spec.sample_state and config.run.batch_size * ranks < 2:
         raise ValueError(
-            f"--batch-size {config.run.batch_size} on {ranks} rank: {spec.name} compares a sample with the others "
-            "of its global batch, which needs at least 2"
+            f"--batch-size {config.run.batch_size} on {ranks} rank: the loss {spec.name!r} compares a sample with "
+            "the others of its global batch, which needs at least 2"
         )
 
 
 def check_teachers(config: Config, features: FeatureSource | None) -> None:
     """ValueError: the teachers' widths do not add up to the reference's, whose ``features`` may be on disk.
 
-    A reference whose config would have to be downloaded first is left to the loss.
+    A reference whose config would have to be downloaded first is checked by the loss.
     """
     reference, widths = config.reference, config.loss.distill_teacher_dimension
     if "distill" not in reference.usage or config.loss.spec.distills or widths == (-1,):
@@ -99,5 +100,5 @@ def check_teachers(config: Config, features: FeatureSource | None) -> None:
     if sum(widths) != width:
         raise ValueError(
             f"--distill_teacher_dimension {' '.join(map(str, widths))}: these widths add up to {sum(widths)}, but "
-            f"the embeddings of {source} are {width} wide"
+            f"the embeddings of {source} are {width} wide; give widths that add up to it"
         )

@@ -1,17 +1,17 @@
 """Every seed and every generator of a run.
 
-A random number follows from ``--seed`` and from what it is for (``seed_of``), never from what was drawn before it:
-so any rank, loader process or resumed run draws the same one. What is drawn, and its seed:
+A random number is determined by ``--seed`` and by its purpose (``seed_of``), never by what was drawn before it: so
+any rank, loader process or resumed run draws the same one. What is drawn, and its seed:
 
     the order of samples       (seed, epoch, turn[, lane]), see ``data.order`` and the sources
     a sample's view            ``sample_seed``: crop, color, which of several captions
-    dropout and its like       ``step_seed``, MASKS
+    dropout and similar masks  ``step_seed``, MASKS
     batch selection            ``step_seed``, SELECTION
     initial weights            ``seeded_cpu``: the same on every rank
     synthetic captions         (seed, row, number of the caption), see ``cache.captioner``
 
 ``seed_of`` is a keyed hash (BLAKE2b), and orders come from a counter-based generator keyed by it (Philox): both
-are fixed by their definitions and do not change with the release of a library.
+are fixed by their definitions and do not change between releases of a library.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MASKS, SELECTION = range(2)  # what random numbers of a step are for: each gets seeds of its own
+MASKS, SELECTION = range(2)  # purposes of the random numbers in a step: each has its own seeds
 
 
 def seed_of(*parts: int) -> int:
@@ -37,27 +37,27 @@ def seed_of(*parts: int) -> int:
 
 
 def sample_seed(seed: int, epoch: int, turn: int, row: int) -> int:
-    """For what is random about one visit of one sample."""
+    """The seed of all random numbers for one use of one sample."""
     return seed_of(seed, epoch, turn, row)
 
 
 def step_seed(seed: int, step: int, rank: int, purpose: int) -> int:
-    """For what is random inside optimizer step ``step`` on ``rank``. ``purpose``: MASKS or SELECTION."""
+    """The seed for ``purpose``, MASKS or SELECTION, inside optimizer step ``step`` on ``rank``."""
     return seed_of(seed, step, rank, purpose)
 
 
 def generator(*key: int) -> np.random.Philox:
-    """A generator of its own for ``key``."""
+    """The generator for ``key``."""
     return np.random.Philox(key=seed_of(*key))
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
-    """A random order of 0..n-1, int64 [n], fixed by ``key``: the argsort of n words of the generator."""
+    """A random order of 0..n-1, int64 [n], determined by ``key``: the argsort of n words of its generator."""
     return np.argsort(generator(*key).random_raw(n), kind="stable")
 
 
 def draws(n: int, weights: Sequence[float] | np.ndarray, *key: int) -> np.ndarray:
-    """``n`` draws with replacement of 0..len(weights)-1, by ``weights``, fixed by ``key``; int64 [n]."""
+    """``n`` draws with replacement of 0..len(weights)-1, by ``weights``, determined by ``key``; int64 [n]."""
     uniform = (generator(*key).random_raw(n) >> np.uint64(11)) * 2.0**-53
     ends = np.cumsum(np.asarray(weights, dtype=np.float64))
     return np.searchsorted(ends / ends[-1], uniform, side="right")
@@ -84,7 +84,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded_cpu(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator for the body; afterwards it is as before. A GPU's is left alone."""
+    """Seed torch's CPU generator for the body; afterwards it is as before. Those of GPUs are not touched."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -96,7 +96,7 @@ def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 
 def restore_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
-    """Go back to ``random_state``."""
+    """Restore what ``random_state`` returned."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)

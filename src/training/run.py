@@ -39,7 +39,7 @@ from training.preflight import Opened
 class Start:
     """What a run begins with, checked before anything is built or written.
 
-    ``checkpoint``: what it resumes; None where it starts at the beginning.
+    ``checkpoint``: what it resumes from; None: it starts at the beginning.
     """
 
     config: Config
@@ -50,20 +50,20 @@ class Start:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What the log should say before anything else."""
+        """What is logged before anything else."""
         return (*self.config.remarks, *self.opened.remarks)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended. ``complete``: nothing is left to do. ``requeue``: Slurm is to start it again."""
+    """How a run ended. ``complete``: nothing is left to do. ``requeue``: Slurm should start it again."""
 
     complete: bool = True
     requeue: bool = False
 
 
 def launch(config: Config) -> None:
-    """Join the other ranks and do what ``config`` asks for. ValueError: what the user can mend."""
+    """Join the other ranks and do what ``config`` asks for. ValueError: an error that the user can fix."""
     with EarlyRecords() as early:
         world = process_group.start(config.distributed)
         config = config.on_ranks(world.world_size)
@@ -102,14 +102,14 @@ def _begin(start: Start, log: RunLog) -> None:
 
 
 def write_cache(start: Start, log: RunLog) -> None:
-    """Go through the training data once and keep what the flags ask for."""
+    """Go through the training data once and write the cache that the flags ask for."""
     _begin(start, log)
     precompute.write(start.config, start.world, log)
     log.done()
 
 
 def evaluate(start: Start, log: RunLog) -> Ended:
-    """Evaluate the model, as built or as ``--resume`` has it, without training."""
+    """Evaluate the model without training, as it is built or as ``--resume`` loads it."""
     target = build_target(start.config, start.world)
     evaluation = open_evaluation(target, start.config, start.world, log, start.opened.sets)
     state = RunState(name=start.folder.name, model=target.module)
@@ -139,7 +139,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
     )
     log.info(describe(config, world))
     if start.checkpoint is not None:
-        _resume(start, log, state, trainer)
+        _resume(start, start.checkpoint, log, state, trainer)
     if config.run.debug:
         log.watch(task.bare)
     with (
@@ -149,7 +149,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
         Agreement() as agreement,
     ):
         keeping = Checkpointer(config.run, trainer, state, saver, interrupts, agreement, watchdog)
-        if start.checkpoint is not None and _evaluation_is_missing(start, state, trainer):
+        if start.checkpoint is not None and _evaluation_is_missing(folder, start.checkpoint, state, trainer):
             _evaluate(log, trainer, state, evaluation)
         _train_epochs(log, trainer, state, keeping, evaluation, watchdog)
         with watchdog.paused(SAVE):
@@ -168,13 +168,13 @@ def _set_numerics(config: Config, world: World, log: RunLog) -> None:
     torch.manual_seed(config.run.seed + world.rank)
 
 
-def _resume(start: Start, log: RunLog, state: RunState, trainer: Trainer) -> None:
+def _resume(start: Start, checkpoint: Path, log: RunLog, state: RunState, trainer: Trainer) -> None:
     config, per_epoch = start.config, trainer.data.steps_per_epoch
     if config.model.pretrained:
-        log.info(f"--resume comes before --pretrained {config.model.pretrained}: weights are the checkpoint's")
+        log.info(f"--pretrained {config.model.pretrained} has no effect: the weights are those of the checkpoint")
     global_batch = config.run.batch_size * trainer.world.world_size
     resumed = resume.resume(
-        start.checkpoint,
+        checkpoint,
         state,
         steps_per_epoch=per_epoch,
         global_batch=global_batch,
@@ -187,23 +187,24 @@ def _resume(start: Start, log: RunLog, state: RunState, trainer: Trainer) -> Non
     trainer.meters = held_meters(state.meters) if begun else {}
     if state.skipped:
         trainer.stepper.skipped.load_state_dict(state.skipped)
-    for result in _own_evaluations(start) or ():  # the one that followed the checkpoint is not in it
+    # The evaluation that followed the checkpoint is not in it.
+    for result in _own_evaluations(start.folder, checkpoint) or ():
         if result.get("step") == state.step:
             state.best = best.update(state.best, result, result["epoch"])
     log.goes_on(trainer.step)
 
 
-def _evaluation_is_missing(start: Start, state: RunState, trainer: Trainer) -> bool:
-    """Whether this run was ended between a checkpoint and the evaluation that follows it."""
-    results = _own_evaluations(start)
+def _evaluation_is_missing(folder: RunFolder, checkpoint: Path, state: RunState, trainer: Trainer) -> bool:
+    """Whether this run ended between a checkpoint and the evaluation that follows it."""
+    results = _own_evaluations(folder, checkpoint)
     follows = state.epoch_step == 0 or trainer.finished
     return results is not None and follows and state.step not in {result.get("step") for result in results}
 
 
-def _own_evaluations(start: Start) -> list[dict[str, Any]] | None:
-    """What this run has measured so far; None where the checkpoint is not its own. Collective."""
-    own = start.checkpoint.resolve().parent == start.folder.checkpoints.resolve()
-    return collectives.on_main(start.folder.evaluations) if own else None
+def _own_evaluations(folder: RunFolder, checkpoint: Path) -> list[dict[str, Any]] | None:
+    """The evaluations of this run so far; None: the checkpoint is not its own. Collective."""
+    own = checkpoint.resolve().parent == folder.checkpoints.resolve()
+    return collectives.on_main(folder.evaluations) if own else None
 
 
 def _evaluate(log: RunLog, trainer: Trainer, state: RunState, evaluation: Evaluation) -> None:
@@ -241,7 +242,7 @@ def _train_epochs(
 
 
 def _report_skips(log: RunLog, train_data: TrainData, epoch: int) -> None:
-    """What all ranks have left out since the last call, after ``epoch`` epochs. All ranks call it together."""
+    """Log what all ranks have left out since the last call, after ``epoch`` epochs. All ranks call it together."""
     total = Skips()
     for skips in collectives.gather_object(train_data.skips.take_epoch()):
         total.merge(skips)

@@ -103,7 +103,7 @@ def test_the_reference_is_not_built(lab):
     for line in (CACHED, f"{CACHED} {REFERENCE}"):
         run = lab.run(lab.words(f"{FIXED} --gamma 0.5 {line}"))
         assert "reference tiny-vit-reference" not in run.log
-        assert "features come from disk: 16 rows of 2 x 24 float32" in run.log
+        assert "features are read from disk: 16 rows of 2 x 24 float32" in run.log
         assert "one fixed view of each image, whatever augmentation" in run.log
     assert "reference tiny-vit-reference" in lab.run(lab.words(f"{FIXED} --gamma 0.5 {REFERENCE}")).log
 
@@ -273,4 +273,6 @@ def test_another_model_than_the_flags_name_is_refused(lab, capsys):
 def test_the_teachers_widths_are_those_of_the_cache(lab, capsys):
     widths = "--ref_features_usage distill --distill_teacher_dimension 20 3"
     sentence = fails(lab, f"{FIXED} {CACHED} {widths}", capsys)
-    assert sentence.endswith("add up to 23, but the embeddings of --cached_ref_features_dir are 24 wide")
+    assert sentence.endswith(
+        "add up to 23, but the embeddings of --cached_ref_features_dir are 24 wide; give widths that add up to it"
+    )

@@ -63,7 +63,7 @@ def test_nothing_is_deleted_while_a_file_cannot_be_read(tmp_path, caplog):
 
 
 def damage_and_find(folder: str) -> list[tuple[str, str]]:
-    """Flip a bit of the newest checkpoint, in each of its parts in turn: which one is then the latest."""
+    """Flip a bit in each part of the newest checkpoint in turn: (part, the checkpoint that is then the latest)."""
     found = []
     newest = Path(folder, "epoch_2.pt")
     weights = pt_file.read(newest)["state_dict"]["tower.0.weight"].numpy().tobytes()
@@ -89,7 +89,7 @@ def test_a_flipped_bit_anywhere_is_noticed_and_the_one_before_is_taken(tmp_path,
 
     all_ranks(save_two, str(tmp_path))
     for found in all_ranks(damage_and_find, str(tmp_path)):
-        assert len(found) == 1 + 1 + size + 1  # the file, the metadata, each rank's rows, and none
+        assert len(found) == 1 + 1 + size + 1  # the .pt, the metadata, each rank's rows, and no damage
         assert dict(found) == {name: "epoch_1.pt" for name, _ in found[:-1]} | {"nothing": "epoch_2.pt"}
 
 
@@ -100,7 +100,7 @@ def save_two(folder: str) -> None:
 
 
 def test_newest_is_what_was_saved_last_even_if_an_earlier_save_was_further(tmp_path):
-    """After a resume from an older checkpoint the run's steps before count for nothing."""
+    """After a resume from an older checkpoint, the steps that the run took after it do not count."""
     save([tmp_path / "epoch_2.pt"], Run(0).epochs(2).state)
     save([tmp_path / "epoch_1.pt"], Run(0).epochs(1).state)
     assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"

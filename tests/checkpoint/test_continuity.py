@@ -1,4 +1,4 @@
-"""Continue = resume: N steps equal n steps, an end, and N - n steps, bit for bit, through the program itself."""
+"""A resumed run: N steps equal n steps, a stop, and N - n steps, bit for bit, through the program itself."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def lab(tmp_path_factory) -> Path:
 
 
 def command(lab: Path, ranks: int, name: str, objective: str) -> list[str]:
-    """12 steps of 8 samples: the last batch of an epoch, of 30 samples, goes on into a second pass."""
+    """12 steps of 8 samples: the last batch of an epoch of 30 samples is filled from a second pass."""
     text = f"""--model {lab}/tiny-vit.json --train-data {lab}/{{00000..00004}}.tar --train-num-samples 30
         --data_size 30 --batch-size {8 // ranks} --epochs {EPOCHS} --workers 0 --lanes 2,1 --precision fp32
         --lr 1e-3 --warmup 2 --force-patch-dropout 0.25 --aug-cfg scale=(0.3,1.0) --seed 5
@@ -49,7 +49,7 @@ def command(lab: Path, ranks: int, name: str, objective: str) -> list[str]:
 
 
 def run(lab: Path, ranks: int, words: list[str]) -> list[list]:
-    """What each rank has trained on. A single rank runs here."""
+    """What each rank has trained on. A single rank runs in this process."""
     if ranks > 1:
         results = run_program(ranks, words, record)
     else:
@@ -78,7 +78,7 @@ def outcome(lab: Path, name: str) -> tuple[dict[str, torch.Tensor], list[str], d
     """Weights, optimizer and u; the logged losses with their means; the counters."""
     held = read(lab / "logs" / name / "checkpoints" / f"epoch_{EPOCHS}.pt")
     log = (lab / "logs" / name / "out.log").read_text()
-    # From LR on, a line says nothing that depends on the time that a step took.
+    # From LR on, nothing in a line depends on how long a step took.
     lines = re.findall(r"(Train Epoch: .*?) ETA.*(LR: .*)", log)
     counters = {key: held[key] for key in ("epoch", "epoch_step", "step", "samples_seen", "stream", "skipped")}
     return tensors(dict(held)), lines, counters
@@ -86,7 +86,7 @@ def outcome(lab: Path, name: str) -> tuple[dict[str, torch.Tensor], list[str], d
 
 @pytest.fixture(scope="module")
 def uninterrupted(lab):
-    """The run that nothing stops, made once per objective and number of ranks."""
+    """The run without a stop, made once per objective and number of ranks."""
     runs = {}
 
     def make(ranks: int, objective: str) -> tuple[str, list[list]]:
@@ -133,12 +133,15 @@ def test_a_continued_run_is_the_uninterrupted_one(lab, uninterrupted, ranks, obj
 def test_the_number_of_ranks_may_change_at_every_launch(lab):
     """4 ranks, 2, 1, and 4 again: the same global batches, the same losses."""
     common = command(lab, 4, "@", OBJECTIVES["drrho"])
-    for flag in ("--lanes", "--force-patch-dropout"):  # the first launch's; masks would be those of other ranks
+    for flag in (
+        "--lanes",
+        "--force-patch-dropout",
+    ):  # lanes of the first launch; dropout masks would be those of other ranks
         del common[common.index(flag) : common.index(flag) + 2]
     common += ["--global_batch_size", "8"]
 
     def launch(name: str, ranks: int, *more: str) -> list[list[list[int]]]:
-        """The sample ids of each step, those of all ranks in a row."""
+        """The sample ids of each step, those of all ranks one after another."""
         words = [name if word == "@" else word for word in common]
         seen = run(lab, ranks, [*words, *more])
         return [[i for _, ids, _ in step for i in ids] for step in zip(*seen, strict=True)]

@@ -1,4 +1,4 @@
-"""Ranks and loader processes that are killed outright: the run goes on by itself and ends as if nothing had been.
+"""Ranks and loader processes that are killed: the run resumes by itself and ends like an undisturbed one.
 
 ``benchmarks/kill.py`` is the same with more kills, and at random instants too.
 """
@@ -57,7 +57,7 @@ def test_a_killed_loader_process_ends_its_launch_with_a_clear_message(killed):
     _, output = killed
     told = [line for line in output.splitlines() if "loader process" in line]
     assert len(told) == 1
-    how = r"was killed \(signal: Killed\), by hand, .*|has ended without a word to the trainer, killed, .*"
+    how = r"was killed \(signal: Killed\): by a user, .*|has ended without a report to the trainer: killed, .*"
     assert re.fullmatch(rf"error: rank 0 failed: loader process \d+ ({how})", told[0])
 
 

@@ -1,8 +1,8 @@
-"""A run that an earlier version started goes on as that version would have.
+"""A run that an earlier version started resumes as that version would have continued it.
 
 ``assets/run_0.1.tar.xz`` is a run of version 0.1 that was stopped after 6 of 12 steps: its data, its models, and
-its folder with ``step_6.pt`` and the rows of two ranks. ``expected.pt`` is what that version had in the end where
-nothing stopped it: the weights, the sample state, and each rank's batches from the seventh on.
+its folder with ``step_6.pt`` and the rows of two ranks. ``expected.pt`` is the end of the same run without a stop:
+the weights, the sample state, and each rank's batches from the seventh on.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def run(folder: Path, *more: str) -> list[list]:
 
 @pytest.fixture(scope="module")
 def rounds_alike(folder) -> bool:
-    """Whether this machine gets to ``step_6.pt`` from the beginning as the one did that made it.
+    """Whether this machine reaches the same ``step_6.pt`` from the beginning as the machine that made it.
 
-    Another processor or another release of torch may add up in another order.
+    Another processor or another release of torch may sum in another order.
     """
     run(folder, "--name", "again", "--stop_iters", "6")
     then, now = (
@@ -61,7 +61,7 @@ def rounds_alike(folder) -> bool:
 
 
 def test_a_run_of_version_0_1_goes_on_with_the_same_samples_to_the_same_weights(folder, rounds_alike):
-    """Samples and pixels are the same; weights and u are, bit for bit, wherever the machine allows that."""
+    """Samples and pixels are the same; weights and u are too, bit for bit, if the machine rounds alike."""
     expected = torch.load(folder / "expected.pt", weights_only=True)
     assert run(folder, "--name", "stopped", "--resume", "latest") == expected["batches"]
     checkpoint = folder / "logs/stopped/checkpoints/epoch_3.pt"

@@ -92,7 +92,7 @@ def test_the_folder_is_copied_in_the_background_and_at_the_end(folder, tmp_path)
         appears(remote / "out.log")
     (folder / "launch.json").write_text("{}")
     with remote_sync(config(tmp_path / "remote", remote_sync_frequency=1000), folder):
-        appears(remote / "launch.json")  # at the start, and then not for long
+        appears(remote / "launch.json")  # copied at the start; it is not changed again for a while
         (folder / "job.done").write_text("")
         assert not (remote / "job.done").exists()
     assert (remote / "job.done").exists()
@@ -126,7 +126,7 @@ def test_a_target_that_fails_later_does_not_end_the_run(folder, tmp_path, caplog
         deadline = time.monotonic() + 20
         while "--remote-sync failed" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert "--remote-sync failed, trying again later" in caplog.text
+        assert "--remote-sync failed, will try again later" in caplog.text
         (tmp_path / "remote").unlink()
     assert relative(tmp_path / "remote" / "run") == ["out.log"]
 
@@ -141,7 +141,7 @@ def test_a_file_that_is_no_checkpoint_is_left_out(folder, tmp_path, caplog):
 def test_targets_that_cannot_work_are_refused_at_the_start(folder, tmp_path, monkeypatch):
     (folder / "out.log").write_text("1")
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setitem(sys.modules, "s3fs", None)  # as where s3fs is not installed
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if s3fs were not installed
     for target, protocol, sentence in [
         (f"file://{tmp_path}/file", "fsspec", "cannot be written to"),
         ("nosuch://bucket", "fsspec", "nosuch"),
@@ -159,7 +159,7 @@ def test_without_the_flag_nothing_happens(folder):
 
 @pytest.fixture
 def copied(folder, tmp_path) -> tuple[Run, Path]:
-    """A run that has copied two checkpoints and then lost its machine, and where they are."""
+    """A run that copied two checkpoints before its machine was lost, and the address of the copies."""
     run = Run(0)
     copy = RemoteSync(folder, f"file://{tmp_path}/remote/run")
     for epoch in (1, 2):
@@ -225,7 +225,7 @@ def test_a_particular_one_is_fetched_by_its_address(copied, folder):
 
 
 def test_the_program_resumes_from_a_copy(tmp_path):
-    """On a machine that has nothing but the address; the end is that of the run that nothing stopped."""
+    """On a machine that has only the address; the run ends like the undisturbed one."""
     words = (
         "--dataset-type synthetic --train-num-samples 24 --batch-size 8 --workers 0 --precision fp32 --fastclip"
     )

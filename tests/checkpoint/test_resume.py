@@ -1,4 +1,4 @@
-"""What a run can go on from: other numbers of ranks and rows, published files, bare weights."""
+"""What a run can resume from: other numbers of ranks and rows, published files, bare weights."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_published_columns_are_whole_whatever_the_ranks_and_suffice_to_resume(tm
         assert torch.equal(held[f"u_{short}"], expected.nan_to_num(0.0)[:, None])
     shutil.rmtree(tmp_path / "epoch_1.state")
     resumed = Run(1).resumed(tmp_path / "epoch_1.pt").everything()["rows.log_u_image"]
-    assert "the columns in the file stand in for it" in caplog.text
+    assert "the columns in the file are used instead" in caplog.text
     expected = alone["rows.log_u_image"]
     torch.testing.assert_close(resumed, expected.masked_fill(expected == 0, torch.nan), equal_nan=True)
 
@@ -141,7 +141,7 @@ def test_a_published_checkpoint_resumes_weights_optimizer_and_u(tmp_path):
 
 @pytest.mark.parametrize("temperature", ["constant", "learnable"])
 def test_the_three_groups_of_a_published_optimizer(tmp_path, temperature):
-    """Written out as the published code lays its file out; with a constant temperature the last group is empty."""
+    """The layout of the published code's file; with a constant temperature the last group is empty."""
     shapes = {"tower.0.weight": (4, 3), "tower.0.bias": (4,), "tower.1.weight": (4,), "tower.1.bias": (4,)}
     shapes |= {"tower.2.weight": (2, 4), "tower.2.bias": (2,), "logit_scale": ()}
     weights = {f"module.{name}": torch.full(shape, 0.5) for name, shape in shapes.items()}

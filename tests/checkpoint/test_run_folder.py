@@ -1,4 +1,4 @@
-"""A run's folder: its name, who may go on in it, what is put there."""
+"""A run's folder: its name, which runs may use it, and what is written there."""
 
 import os
 from dataclasses import replace
@@ -154,13 +154,13 @@ def test_a_restarted_job_finds_its_folder(tmp_path, monkeypatch, name, first, ag
     folder = start(config)
     save(folder, 1)
     os.utime(folder.path / "launch.json", (1, 1))
-    start(config_of(tmp_path, "--name", "another"))  # the same job's second run, by its name
+    start(config_of(tmp_path, "--name", "another"))  # a second run of the same job, with another name
     (tmp_path / "another" / "launch.json").write_text("{}")
     for key, value in again.items():
         monkeypatch.setenv(key, value)
     found = choose_folder(config, MAIN)
     assert found.path == folder.path and found.restarted
-    for key, value in other.items():  # a job of its own that was restarted, too
+    for key, value in other.items():  # another job, which was restarted too
         monkeypatch.setenv(key, value)
     if name:
         with pytest.raises(ValueError, match="already holds a run"):
@@ -209,7 +209,7 @@ def test_ranks_agree_on_the_name_and_on_the_refusal(tmp_path):
 
 
 def saved(folder, name, steps):
-    """A checkpoint in ``folder``, later than those before."""
+    """A checkpoint in ``folder``, saved later than all others there."""
     run = Run(0).train(steps)
     save_run([folder / f"{name}.pt"], run.state)
     return folder / f"{name}.pt"
@@ -226,7 +226,7 @@ def test_a_restarted_job_goes_on_from_its_own_checkpoints_and_not_from_the_file_
     folder = start(config)
     assert checkpoint_to_resume(config, folder) == old
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert checkpoint_to_resume(config, start(config)) == old  # it was ended before it had saved
+    assert checkpoint_to_resume(config, start(config)) == old  # it ended before it saved anything
     own = saved(folder.checkpoints, "step_2", 2)
     for _ in range(2):
         assert checkpoint_to_resume(config, start(config)) == own
@@ -243,7 +243,7 @@ def test_a_damaged_launch_file_is_that_of_another_run(tmp_path, monkeypatch):
 
 
 def restarted_on_one_node(logs: str) -> bool:
-    """Torchrun's agents count for themselves: the one of rank 0 is new, the other has started its ranks before."""
+    """Each torchrun agent has its own count: that of rank 0 is new, the other has started its ranks before."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHELASTIC_RUN_ID", "job")
         patch.setenv("TORCHELASTIC_RESTART_COUNT", "1" if dist.get_rank() else "0")
@@ -251,7 +251,7 @@ def restarted_on_one_node(logs: str) -> bool:
         return choose_folder(config, World(dist.get_rank(), 0, 2, 1, torch.device("cpu"))).restarted
 
 
-def test_a_node_that_came_new_does_not_hide_that_the_job_is_not(tmp_path, monkeypatch):
+def test_a_new_node_does_not_hide_that_the_job_was_restarted(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     folder = start(config_of(tmp_path))

@@ -1,4 +1,4 @@
-"""All that a run is comes back from a checkpoint, bit for bit; what does not fit is refused in a sentence."""
+"""The state of a run is restored from a checkpoint, bit for bit; a checkpoint that does not fit is refused."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_hyperparameters_are_those_of_this_runs_flags(tmp_path):
 
 
 def misfit(folder: Path, change) -> str:
-    """What a resume says where ``change(run)`` made the run differ from the one that was saved."""
+    """The error of a resume after ``change(run)`` made the run differ from the one that was saved."""
     run = Run(1)
     change(run)
     with pytest.raises(ValueError) as refusal:
@@ -146,5 +146,5 @@ def test_parameters_in_another_order_are_noticed_without_their_names(saved):
 def test_a_checkpoint_moved_without_its_rows_is_refused(saved):
     (saved / "elsewhere").mkdir()
     moved = shutil.copy(saved / "epoch_1.pt", saved / "elsewhere")
-    with pytest.raises(ValueError, match=r"epoch_1\.state.*copy that folder beside the file"):
+    with pytest.raises(ValueError, match=r"epoch_1\.state.*copy its folder beside the file"):
         Run(1).resumed(Path(moved))

@@ -1,4 +1,4 @@
-"""Checkpoints: a resumed run goes on as if nothing had happened; what is on disk is complete or skipped."""
+"""Saving: which files are kept, saving while training continues, and saves that fail."""
 
 from __future__ import annotations
 
@@ -112,16 +112,13 @@ def fail_to_write(folder: str) -> str:
     return "saved"
 
 
-def test_a_failed_write_is_told_once_and_hangs_nobody(tmp_path):
+def test_a_failed_write_is_reported_once_and_no_rank_hangs(tmp_path):
     main, other = ranks(2).run(fail_to_write, str(tmp_path))
     assert main.startswith("SaveFailed: ") and "disk full" in main
     assert other.startswith("PeerFailed")
 
 
-# --- which one is the newest ------------------------------------------------------------------------------
-
-
-# --- while training goes on -------------------------------------------------------------------------------
+# --- while training continues -----------------------------------------------------------------------------
 
 
 def test_what_is_saved_is_the_state_at_the_call_whatever_comes_after(tmp_path, monkeypatch):
@@ -136,11 +133,11 @@ def test_what_is_saved_is_the_state_at_the_call_whatever_comes_after(tmp_path, m
     with Saver(tmp_path, RUN) as keeper:
         keeper.save(run.state, ["epoch_1"])
         after = run.epochs(1).everything()
-        assert not (tmp_path / "epoch_1.pt").exists()  # it has not been waited for
+        assert not (tmp_path / "epoch_1.pt").exists()  # the call does not wait for the write
         may_write.set()
         keeper.wait()
         assert_same(Run(1).resumed(tmp_path / "epoch_1.pt").everything(), at_the_call)
-        keeper.save(run.state, ["epoch_2"])  # into the same host memory
+        keeper.save(run.state, ["epoch_2"])  # reuses the same host memory
         run.epochs(1)
     assert_same(Run(1).resumed(tmp_path / "epoch_2.pt").everything(), after)
     assert_same(Run(1).resumed(tmp_path / "epoch_1.pt").everything(), at_the_call)
@@ -154,15 +151,15 @@ def test_a_failed_save_does_not_end_the_run_unless_it_is_the_last(tmp_path, monk
             saver.save(run.state, ["step_3"])
             saver.wait()
         assert "step_3.pt could not be saved (No space left on device)" in caplog.text
-        assert "the run goes on" in caplog.text and names(tmp_path) == []
+        assert "the run continues" in caplog.text and names(tmp_path) == []
         saver.save(run.train(1).state, ["step_4"])
     assert names(tmp_path) == ["step_4.pt", "step_4.state"]
 
 
-def test_a_file_for_which_there_is_no_space_is_told_as_that_and_takes_its_rows_along(
+def test_a_file_for_which_there_is_no_space_is_reported_as_such_and_its_rows_are_removed(
     tmp_path, monkeypatch, caplog
 ):
-    """The disk is full in the middle of the .pt, where torch would speak of a position in the file."""
+    """The disk gets full in the middle of the .pt, where torch's own error is about a position in the file."""
     run = Run(0).epochs(1)
 
     class Full(io.FileIO):
@@ -183,7 +180,7 @@ def test_a_file_for_which_there_is_no_space_is_told_as_that_and_takes_its_rows_a
 
 
 def limited(folder: str) -> str:
-    """Save into a file system that is full for all but the first checkpoint."""
+    """Save to a file system that has room for the first checkpoint only."""
     import resource
 
     run = Run(0).epochs(1)
@@ -207,9 +204,3 @@ def test_a_full_disk_leaves_what_is_complete(tmp_path):
     main, other = ranks(2).run(limited, str(tmp_path))
     assert "step_2.pt could not be saved" in main and "too large" in main and other.startswith("PeerFailed")
     assert names(tmp_path) == ["step_1.pt", "step_1.state"]
-
-
-# --- more samples than before -----------------------------------------------------------------------------
-
-
-# --- files of others, and files that do not fit -----------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Cached features and captions on the command line: bad combinations are one sentence."""
+"""Flags of cached features and captions: bad combinations are refused with one sentence."""
 
 import pytest
 
@@ -18,10 +18,10 @@ WRITE = f"{DATA} --data_size 2000 {REFERENCE} --cache_ref_model_features"
         (f"{WRITE} --dataset-type synthetic", "synthetic data is noise"),
         (f"{WRITE} --cache_group_size 4 --cache_rank 4", "--cache_rank 4: jobs are numbered from 0 to"),
         (f"{WRITE} --cache_rank 1", "--cache_rank 1: jobs are numbered from 0 to"),
-        (f"{WRITE} --resume latest", "--resume latest: --cache_ref_model_features goes on by itself"),
+        (f"{WRITE} --resume latest", "--resume latest: --cache_ref_model_features continues by itself"),
         (f"{WRITE} --skip_webdataset_split_by_node", "--skip_webdataset_split_by_node: "),
-        (f"{WRITE} --cached_ref_features_dir f/{{0..3}}.pt", "to write, give one folder"),
-        (f"{WRITE} --cached_ref_features_dir s3://bucket/f", "to write, give one folder"),
+        (f"{WRITE} --cached_ref_features_dir f/{{0..3}}.pt", "a cache is written into one local folder"),
+        (f"{WRITE} --cached_ref_features_dir s3://bucket/f", "a cache is written into one local folder"),
         (f"{FASTCLIP} --cached_ref_features_dir nowhere", "there is no such folder on this machine"),
         (
             f"{DATA} --fastclip --gamma 1.0 --cached_ref_features_dir .",
@@ -29,23 +29,29 @@ WRITE = f"{DATA} --data_size 2000 {REFERENCE} --cache_ref_model_features"
         ),
         (
             f"{DATA} --data_size 9 --cached_ref_features_dir .",
-            "--cached_ref_features_dir .: the loss 'clip' has no use",
+            "--cached_ref_features_dir .: the loss 'clip' does not use",
         ),
         (f"{FASTCLIP} --cached_ref_features_dir . --ref_model_pretrained x", "no effect without --ref_model"),
         (f"{FASTCLIP} --num_samples_per_shard 0", "--num_samples_per_shard 0: the value must lie in"),
         (f"{FASTCLIP} --cache_group_size 0", "--cache_group_size 0: the value must lie in"),
         (f"{FASTCLIP} --cache_rank -1", "--cache_rank -1: the value must lie in"),
-        (f"{CAPTION} --cache_ref_model_features {REFERENCE}", "are two runs, each of which reads all images once"),
+        (
+            f"{CAPTION} --cache_ref_model_features {REFERENCE}",
+            "need two runs, each of which reads all images once",
+        ),
         (f"{CAPTION} --cap_model ''", "--cache_syn_texts needs --cap_model"),
         (f"{CAPTION} --cap_model ViT-B-32", "--cap_model ViT-B-32: it has no caption decoder"),
         (f"{CAPTION} --cap_model coca_ViT", "--cap_model coca_ViT: open_clip has no such model"),
         (f"{CAPTION} --cap_model_pretrained ''", "--cap_model coca_ViT-B-32 has no weights"),
-        (f"{CAPTION} --precision bf16", "--precision bf16: open_clip casts a part of CoCa's decoder only"),
+        (f"{CAPTION} --precision bf16", "--precision bf16: open_clip casts only a part of CoCa's decoder"),
         (f"{CAPTION} --num_syn_texts 0", "--num_syn_texts 0: the value must lie in"),
         (f"{FASTCLIP} --cap_model coca_ViT-B-32", "run once with --cache_syn_texts, then train with"),
         (f"{FASTCLIP} --cached_syn_texts_dir nowhere", "there is no such folder on this machine"),
         (f"{DATA} --cached_syn_texts_dir .", "--cached_syn_texts_dir . needs --data_size"),
-        (f"{FASTCLIP} --cached_ref_features_dir . --cached_syn_texts_dir .", "holds features of the own captions"),
+        (
+            f"{FASTCLIP} --cached_ref_features_dir . --cached_syn_texts_dir .",
+            "holds features of the samples' own captions",
+        ),
     ],
 )
 def test_refused(line, sentence, capsys):
@@ -66,7 +72,7 @@ def test_any_loss_and_usage_will_do_to_write():
 
 
 def test_features_stand_for_a_reference(tmp_path):
-    """Their use is as a live reference's; the model they came from need not be named."""
+    """They are used like a live reference; the model that computed them need not be named."""
     cached = f"--cached_ref_features_dir {tmp_path}"
     assert config(f"{FASTCLIP} {cached}").reference.usage == {"ref"}
     assert config(
@@ -80,11 +86,11 @@ def test_features_stand_for_a_reference(tmp_path):
 
 
 def test_flags_without_effect_are_named(tmp_path):
-    notes = config(f"{FASTCLIP} --ref_features_offset 5 --cache_rank 0 --num_samples_per_shard 9").remarks
-    assert "--ref_features_offset, --num_samples_per_shard: no effect without --cached_ref_features_dir" in notes
-    assert "--cache_rank: no effect without a cache to write" in notes
+    remarks = config(f"{FASTCLIP} --ref_features_offset 5 --cache_rank 0 --num_samples_per_shard 9").remarks
+    assert "--ref_features_offset, --num_samples_per_shard: no effect without --cached_ref_features_dir" in remarks
+    assert "--cache_rank: no effect in a run that writes no cache" in remarks
     assert config(f"{WRITE} --ref_features_offset 5").remarks == (
-        "--ref_features_offset: no effect on what is written, rows keep their numbers",
+        "--ref_features_offset: no effect when a cache is written; rows keep their numbers",
     )
 
 

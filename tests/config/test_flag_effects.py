@@ -1,4 +1,4 @@
-"""Every flag has an effect: two values of each, and what they change. Refused flags are refused.
+"""Every flag has an effect: two values of each, and what they change. Unsupported flags are refused.
 
 The two commands of a row differ in that flag alone, ``also`` is what both need besides.
 """
@@ -265,7 +265,7 @@ def test_effect(key, lab, monkeypatch):
 
 
 def test_a_run_repeats(lab):
-    """Runs are kept, so their observations are not repeated above: one command gives one result."""
+    """Runs are cached and not repeated above, so the same command must give the same result."""
     words = lab.words("")
     first, second = lab.run(words), Lab.run(replace(lab, runs={}), words)
     assert first.folder != second.folder

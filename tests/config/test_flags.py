@@ -1,4 +1,4 @@
-"""The published face: names, defaults, types, spellings, --config_file."""
+"""The published command line: names, defaults, types, spellings, --config_file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NEW = {
     "--tau_gradient",
     "--u_format",
 }
-# The published type in words of ours, where it is another one.
+# Our kind for a published type, where the words differ.
 KINDS = {"yaml/json file": "str", "key=value list": "pairs"}
 SAMPLES = {
     "str": ["some"],
@@ -117,18 +117,18 @@ def test_bare_separators_of_torchrun_are_ignored(argv):
 @pytest.mark.parametrize(
     "argv, expected",
     [
-        (["--epoch", "3"], "--epoch: not a flag of this program, did you mean --epochs?"),
-        (["--zzz"], "--zzz: not a flag of this program, see --help"),
+        (["--epoch", "3"], "--epoch: not a flag of this program; did you mean --epochs?"),
+        (["--zzz"], "--zzz: not a flag of this program; see --help"),
         (["stray"], "stray: not a flag"),
         (["--lr", "fast"], "--lr: 'fast' is not a number"),
         (["--epochs", "2.5"], "--epochs: '2.5' is not an integer"),
-        (["--data_size", "3:4"], "--data_size: '3:4' is not an integer, nor integers joined with ::"),
+        (["--data_size", "3:4"], "--data_size: '3:4' is neither an integer nor integers joined with ::"),
         (["--precision", "fp8"], "--precision: invalid choice: 'fp8'"),
         (["--name"], "--name: expected one argument"),
         (["--image-mean"], "--image-mean: expected at least one argument"),
         (["--aug-cfg", "scale"], "--aug-cfg: 'scale' is not of the form key=value"),
         (["--fastclip=yes"], "--fastclip: ignored explicit argument 'yes'"),
-        (["--data-size", "x"], "--data_size: 'x' is not an integer"),
+        (["--data-size", "x"], "--data_size: 'x' is neither an integer"),
     ],
 )
 def test_bad_words(argv, expected):
@@ -185,7 +185,7 @@ def test_config_file_and_command_line_read_the_same(tmp_path):
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ({"batch-sizes": 8}, "there is no flag 'batch-sizes' to set, did you mean --batch-size?"),
+        ({"batch-sizes": 8}, "there is no flag 'batch-sizes' to set; did you mean --batch-size?"),
         ({"config_file": "x"}, "there is no flag 'config_file' to set"),
         ({"batch-size": 8, "batch_size": 8}, "'batch_size' is set twice"),
         ({"batch_size": "8"}, "batch_size: expected an integer, found '8'"),

@@ -1,4 +1,4 @@
-"""From flags to one frozen configuration: what follows from what."""
+"""From flags to one frozen configuration: which values follow from which flags."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_published_drrho_command():
     assert (c.loss.temperature, c.loss.multiply_tau, c.loss.gamma) == (0.01, True, 1.0)
     assert (c.optim.lr, c.optim.lr_tau, c.optim.beta2, c.optim.eps) == (3.125e-4, 0.0, 0.98, 1e-6)
     assert (c.data.data_size, c.data.dataset_type, c.run.batch_size) == (255020000, "webdataset", 640)
-    assert c.remarks == ("--local-loss: no effect with this loss, which crosses ranks in its own way",)
+    assert c.remarks == ("--local-loss: no effect with this loss, which has its own exchange between ranks",)
 
 
 def test_published_individual_command():
@@ -69,7 +69,7 @@ def test_published_evaluation_command():
 @pytest.mark.parametrize(
     "line, name, decided_by",
     [
-        (DATA, "clip", "no flag asks for another one"),
+        (DATA, "clip", "the default"),
         (f"{DATA} --siglip", "siglip", "--siglip"),
         (f"{DATA} --loss siglip", "siglip", "--loss siglip"),
         (f"{DATA} --siglip --loss siglip", "siglip", "--loss siglip"),
@@ -254,7 +254,7 @@ def test_flags_are_kept_as_they_were_given():
 
 
 def test_every_flag_reaches_the_configuration():
-    # Refused ones have nothing to reach; these are resolved into other fields.
+    # Refused flags reach nothing; these are resolved into other fields.
     resolved = {"loss", "siglip", "fastclip", "config_file", "distill_model", "distill_pretrained"}
     resolved |= {"ref_features_usage", "dataset_resampled", "cache_ref_model_features", "cache_syn_texts"}
     reached = {field.name for group in groups(config(DATA)) for field in fields(group)}

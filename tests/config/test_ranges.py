@@ -23,7 +23,7 @@ def test_published_flags_without_an_effect_are_refused_unless_at_their_default(k
     assert sentence == f"{other}: {flag.refused}"
 
 
-# For every interval one value just outside, one on the edge that belongs to it.
+# For every interval: values outside it, and a value on its edge that belongs to it.
 EDGES = {
     "(0, inf)": (["0", "-1", "inf", "nan"], "0.5"),
     "[0, inf)": (["-1"], "0"),
@@ -33,7 +33,7 @@ EDGES = {
     "[0, 1]": (["-0.5", "1.5", "nan"], "0"),
     "(-inf, inf)": (["nan", "inf"], "-1"),
 }
-# What these need to be in order.
+# Other flags that these need to be valid.
 COMPANY = {
     "image_std": DATA,
     "temperature": DATA,

@@ -1,4 +1,4 @@
-"""Flags without effect are named, and defaults are none of them."""
+"""Flags without an effect are named, and flags at their default are not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.commands import DATA, FASTCLIP, config
         ),
         (
             f"{DATA} --requeue_on_preempt",
-            "--requeue_on_preempt: no effect outside of Slurm, which has the queue",
+            "--requeue_on_preempt: no effect outside of a Slurm job",
         ),
         (f"{DATA} --eps 1e-8 --optimizer lion", "--eps: no effect with this optimizer"),
         (f"{DATA} --lock-text-unlocked-layers 1", "--lock-text-unlocked-layers: no effect without --lock-text"),

@@ -1,4 +1,4 @@
-"""What ranks tell each other, and how one that fails ends all."""
+"""Communication between ranks, and how the failure of one ends all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several ranks say when they end: one line for what all are refused for, and no tracebacks of bystanders."""
+"""What several ranks print when they end: one line for an error of all, no tracebacks of the other ranks."""
 
 import contextlib
 import io
@@ -25,23 +25,23 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def torchrun(*words: object) -> tuple[int, list[str]]:
-    """Exit code, and the lines of our program's ranks that are errors or begin a traceback."""
+    """Exit code, and the lines of the ranks of our program that are errors or begin a traceback."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, "-m", "training.main", "--", *map(str, words)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    ours = done.stderr.partition("torch/distributed/elastic")[0]  # the launcher's own account comes last
+    ours = done.stderr.partition("torch/distributed/elastic")[0]  # the launcher's own report comes last
     return done.returncode, [line for line in ours.splitlines() if line.startswith(("error", "Traceback"))]
 
 
 def test_an_unknown_flag_under_torchrun(tmp_path):
     code, lines = torchrun(*DATA, "--logs", tmp_path, "--nonsense", 3)
     assert code != 0
-    assert lines == ["error: --nonsense: not a flag of this program, see --help"]
+    assert lines == ["error: --nonsense: not a flag of this program; see --help"]
 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_a_bad_checkpoint_under_torchrun(tmp_path, there):
-    """Refused by the parser; and, where there is a file that is none, when the ranks have met."""
+    """A file that is missing is refused by the parser; one that is not a checkpoint, when the ranks have met."""
     bad = tmp_path / "bad.pt"
     if there:
         bad.write_bytes(b"bad")
@@ -52,7 +52,7 @@ def test_a_bad_checkpoint_under_torchrun(tmp_path, there):
 
 
 def told(messages: list[str], call: int) -> str:
-    process_group._met.start = f"start {call}"  # a board that nobody has written to
+    process_group._met.start = f"start {call}"  # an empty board
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         failures.tell(ValueError(messages[int(os.environ["RANK"])]))
     return printed.getvalue()
@@ -90,7 +90,7 @@ def test_one_rank_says_what_is_wrong_and_its_peers_end_quietly(tmp_path):
     (_, bystander), (_, culprit) = (process.communicate(timeout=120) for process in processes)
     assert [process.returncode for process in processes] == [1, 2]
     assert culprit.splitlines()[-1] == "error (rank 1): row 7 is bad"
-    assert bystander.splitlines()[-1] == "rank 0 ends, since another rank has: its own message says why"
+    assert bystander.splitlines()[-1] == "rank 0 ends because another rank has ended: that rank's message says why"
     assert "Traceback" not in bystander + culprit
 
 
@@ -115,6 +115,6 @@ def test_an_interruption_is_one_line(monkeypatch, capfd, tmp_path):
     ],
 )
 def test_errors_of_a_lost_rank_are_told_from_others(monkeypatch, message, lost):
-    assert not collectives.lost_peer(RuntimeError(message))  # alone there is none to lose
+    assert not collectives.lost_peer(RuntimeError(message))  # a single process has no peer to lose
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     assert collectives.lost_peer(RuntimeError(message)) == lost

@@ -1,4 +1,4 @@
-"""Who am I: launcher variables and flags; and what ranks do together, on real gloo groups."""
+"""The rank of a process, by launcher variables and flags; and what ranks do together, on real gloo groups."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 def launch(monkeypatch):
     """``launch(flags, VARIABLE=value...)``: the World and the arguments with which the group would start."""
     for name in [*LAUNCHER, *(n for n in os.environ if n.startswith("SLURM_"))]:
-        monkeypatch.setenv(name, "")  # recorded, so that what start() sets is gone after the test
+        monkeypatch.setenv(name, "")  # so that monkeypatch removes what start() sets
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -154,7 +154,7 @@ def test_slurm_can_meet_at_a_url(launch):
 @pytest.mark.parametrize(
     ("flags", "variables", "sentence"),
     [
-        ({"world_size": 2, "dist_url": "tcp://h:1"}, {}, "--world_size 2: nothing says which"),
+        ({"world_size": 2, "dist_url": "tcp://h:1"}, {}, "--world_size 2: it is not known which"),
         ({"world_size": 2}, {"RANK": "0"}, "MASTER_ADDR is not set"),
         ({}, {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "RANK is 2"),
         ({"world_size": 4}, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "--world_size 4"),
@@ -221,7 +221,7 @@ def test_two_processes_meet_as_under_slurm_at_a_file_and_by_hand(tmp_path):
 
 
 def start_under_torchrun(port: int, late: int) -> list[int]:
-    """Rank ``late`` comes after the other one, which has read by then what the store holds of it."""
+    """Rank ``late`` comes after the other rank, which has read its old entries in the store by then."""
     rank = int(os.environ["RANK"])
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     try:

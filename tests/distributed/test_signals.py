@@ -68,7 +68,7 @@ def test_other_threads_change_no_handler():
 
 
 def wishes(stops: dict[int, int], saves: dict[int, int], steps: int) -> tuple[list, tuple]:
-    """The answers to each exchange. Rank r wishes to stop from step ``stops[r]`` on, to save at ``saves[r]``."""
+    """The answers to each exchange. Rank r asks to stop from step ``stops[r]`` on, and to save at ``saves[r]``."""
     rank = dist.get_rank()
     agreement = Agreement()
     answers = []
@@ -85,7 +85,7 @@ def test_all_ranks_hear_of_any_wish_at_the_next_step():
 
 
 def one_after_the_other(folder: str) -> bool:
-    """Rank 1 takes part in a step's exchange only when rank 0 has come through it."""
+    """Rank 1 takes part in the exchange of a step only after rank 0 has finished its call."""
     through = True
     with Agreement() as agreement:
         for step in range(3):
@@ -116,7 +116,7 @@ class Failed(Exception):
 
 
 def leave_by_error() -> str:
-    """Rank 0 fails while rank 1 has yet to take part in its last exchange."""
+    """Rank 0 fails while rank 1 has not yet taken part in the last exchange."""
     agreement = Agreement()
     try:
         with agreement:
@@ -201,7 +201,7 @@ def test_a_loader_ends_with_a_trainer_that_is_killed():
         time.sleep(0.02)
 
 
-# --- going on --------------------------------------------------------------------------------------------------
+# --- queued again ------------------------------------------------------------------------------------------------
 
 
 class Slurm:

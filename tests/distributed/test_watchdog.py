@@ -28,7 +28,7 @@ TIMEOUT = 1.0
 
 
 def enter(rank: int, size: int, port: int, folder: str, body, argument) -> None:
-    """A rank's process: ``body(world, argument)`` in a group, its stderr in a file."""
+    """The process of a rank: runs ``body(world, argument)`` in a group, with stderr in a file."""
     with open(Path(folder, f"stderr-{rank}"), "wb") as file:
         os.dup2(file.fileno(), 2)
     os.environ.update(
@@ -51,7 +51,7 @@ def enter(rank: int, size: int, port: int, folder: str, body, argument) -> None:
 
 
 class Group:
-    """``size`` processes that do ``body``."""
+    """``size`` processes that run ``body``."""
 
     def __init__(self, folder: Path, size: int, body, argument=None) -> None:
         context, port = mp.get_context("forkserver"), free_port()
@@ -158,7 +158,7 @@ def test_a_stopped_process_that_holds_the_store(tmp_path):
         group.until("at-work-0")
         os.kill(int(group.until("pid-0")), signal.SIGSTOP)
         assert group.wait(1) == [HUNG]
-        assert "It is with rank 0 or its launcher" in group.stderr(1)
+        assert "the store belongs to rank 0 or its launcher" in group.stderr(1)
 
 
 class Boom(RuntimeError):
@@ -166,7 +166,7 @@ class Boom(RuntimeError):
 
 
 def one_raises(world: World, how: str) -> None:
-    """Rank 1 of 3 raises; 0 is in a collective then, 2 in something that nothing but its watchdog ends."""
+    """Rank 1 of 3 raises while rank 0 is in a collective, and rank 2 in a call that only its watchdog can end."""
     with Watchdog(world, 0) as dog:
         dog.beat(0)
         collectives.barrier()
@@ -186,7 +186,7 @@ def test_a_rank_that_raises_ends_all_with_one_traceback(tmp_path):
         assert group.wait(0, 1, 2) == [1, 1, 1]
         assert words(group).count("Traceback") == 1
         assert "Boom: tensor 7 is odd" in group.stderr(1) and "in one_raises" in group.stderr(1)
-        # The run's log is rank 0's.
+        # Rank 0 writes the run's log.
         assert "the run ends: rank 1 failed: Boom: tensor 7 is odd" in group.stderr(0)
         assert "Boom" not in group.stderr(2)
 
@@ -202,8 +202,8 @@ def test_a_rank_that_is_killed_ends_the_others_with_one_line(tmp_path):
         group.until("at-work-1")
         os.kill(int(group.until("pid-1")), signal.SIGKILL)
         assert group.wait(0, 2) == [1, 1]
-        # One rank tells it; that the run ends is the word of rank 0's watchdog, where its main thread takes long.
-        assert words(group).count("error: a rank has ended without a word") == 1
+        # One rank reports it. Rank 0's watchdog adds that the run ends, if its main thread takes long.
+        assert words(group).count("error: a rank has ended without a report") == 1
         assert "Traceback" not in words(group)
 
 
@@ -268,7 +268,7 @@ def test_who_is_named():
     assert "rank 1 hangs in load (a.py:3); ranks 0, 2 wait in work" in named(
         {0: status(4, True), 1: status(4, False, "load"), 2: status(4, True)}
     )
-    # All wait: for different things, of which the earliest is the one that the others have behind them.
+    # All wait, at different steps: the rank at the earliest step is the one that hangs.
     assert "rank 1 hangs" in named({0: status(5, True), 1: status(4, True)})
     assert "hang" not in named({0: status(5, True), 1: status(5, True)})
     many = describe(dict.fromkeys(range(100), status(5, False)) | {7: None})

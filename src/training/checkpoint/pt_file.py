@@ -1,7 +1,7 @@
 """A ``.pt`` file of tensors and plain values: read without running code from it, written in one piece.
 
-torch refuses whatever is neither a tensor nor a plain value. Published files hold numpy scalars too: those, and
-nothing else, are let through here.
+torch refuses everything that is neither a tensor nor a plain value. Published files hold numpy scalars too; only
+these are allowed here in addition.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from training.files import replacing
 
 _scalar = np.float64(0).__reduce__()[0]
-_SAFE = [
+_SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtype,
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
     (_scalar, "numpy.core.multiarray.scalar"),  # as numpy 1 wrote it
@@ -28,8 +28,8 @@ _SAFE = [
 ]
 
 
-def read(path: str | os.PathLike) -> dict[str, Any]:
-    """What ``path`` holds, on the CPU; tensors are mapped from the file and read when they are used.
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of ``path``, on the CPU; tensors are mapped from the file and read when they are used.
 
     ValueError: it does not exist, is not complete, or holds something other than tensors and plain values.
     """
@@ -43,14 +43,14 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_SAFE):
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # foreign bytes make the unpickler fail in any way
+    except Exception as error:  # the unpickler can fail in any way on foreign bytes
         raise ValueError(f"checkpoint {path}: cannot be read ({_reason(error)})") from error
     if not isinstance(held, dict):
         raise ValueError(f"checkpoint {path}: holds a {type(held).__name__}, not a dict of weights")
     return held
 
 
-def weights_of(held: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
+def weights_of(held: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The model's weights in what ``read`` returned, a checkpoint or bare weights, under their plain names."""
     weights = held.get("state_dict", held)
     if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -58,7 +58,7 @@ def weights_of(held: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Te
     return plain_names(weights)
 
 
-def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The model's weights in the file ``path``, on the CPU, without the prefixes of DDP and torch.compile."""
     return weights_of(read(path), path)
 
@@ -72,7 +72,7 @@ def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(path: Path, held: Mapping[str, Any]) -> None:
-    """Save ``held`` as ``path`` in one piece: there is the old file or the whole new one, also after a crash.
+    """Save ``held`` as ``path`` in one piece: after a crash there is either the old file or the whole new one.
 
     Tensors are saved from the CPU, so that the file loads on machines without a GPU.
     """
@@ -81,7 +81,7 @@ def write(path: Path, held: Mapping[str, Any]) -> None:
 
 
 def _save(held: Mapping[str, Any], file: IO[bytes]) -> None:
-    """torch.save, but a full disk is the OSError that it is, and not torch's word on a position in the file."""
+    """torch.save, but a full disk raises its OSError, instead of torch's error about a position in the file."""
     failures: list[OSError] = []
 
     class Noting:
@@ -96,19 +96,19 @@ def _save(held: Mapping[str, Any], file: IO[bytes]) -> None:
             file.flush()
 
     try:
-        torch.save(_portable(held), Noting())
+        torch.save(_portable(held), Noting())  # type: ignore[arg-type]  # needs write and flush alone
     except RuntimeError as error:
         raise (failures[0] if failures else error) from error
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with the file, out of torch's page of advice."""
+    """What is wrong with the file, extracted from torch's long message."""
     refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     if refused:
-        return f"it holds a {refused[1]}, which is neither a tensor nor a plain value; nothing of it was run"
+        return f"it holds a {refused[1]}, which is neither a tensor nor a plain value; no code in it was run"
     if "Weights only load failed" in str(error) or isinstance(error, LookupError):
         return "it was not written by torch.save"
-    return str(error).strip().partition(". ")[0] or "it ends too early"
+    return str(error).strip().partition(". ")[0] or "it is cut short"
 
 
 def _portable(tree: Any) -> Any:

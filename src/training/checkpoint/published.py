@@ -6,7 +6,7 @@ in full, float32 [N, 1] per column:
     u_im, u_tt                      log u ("u_format": "log", zero for samples never seen), or u itself
     tau_im, tau_tt                  individual temperatures
     m_grad_tau_*, v_grad_tau_*      their Adam moments
-    bound_*                         what log u is short of: u = stored * exp(bound)
+    bound_*                         what is missing from log u: u = stored * exp(bound)
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _COLUMNS = {
 
 
 def to_published(columns: Mapping[str, Tensor], initial_tau: float) -> dict[str, Any]:
-    """The sample state's ``columns``, [N] with NaN for never seen, as entries of a published file.
+    """The sample state's ``columns``, [N] with NaN for samples never seen, as entries of a published file.
 
-    Never seen becomes u = 0 and a temperature that is still ``initial_tau``, moments 0.
+    A sample never seen gets u = 0, the temperature ``initial_tau`` and moments 0.
     """
     entries: dict[str, Any] = {"u_format": "log"}
     for name, ours in _COLUMNS.items():
@@ -42,15 +42,15 @@ def to_published(columns: Mapping[str, Tensor], initial_tau: float) -> dict[str,
 
 
 def has_columns(held: Mapping[str, Any]) -> bool:
-    """Whether a file carries the sample state itself."""
+    """Whether the file itself contains the sample state."""
     return any(f"{name}_im" in held for name in ("u", "tau"))
 
 
 def from_published(held: Mapping[str, Any], u_format: str | None = None) -> dict[str, Tensor]:
-    """The sample state's columns in a published file, float32 [N], NaN for never seen; empty where it has none.
+    """The sample state in a published file: column -> float32 [N], NaN for samples never seen; empty: none.
 
-    ``u_format``  'log' or 'linear' for a file that does not say; one with a negative u can only be 'log'.
-    ValueError: the file does not tell and nobody else did.
+    ``u_format``  'log' or 'linear' for a file that does not show it; one with a negative u can only be 'log'.
+    ValueError: neither the file nor ``u_format`` shows it.
     """
     found = {ours: held[name].reshape(-1).float() for name, ours in _COLUMNS.items() if name in held}
     stored = {d: held[f"u_{d}"].reshape(-1).float() for d in ("im", "tt") if f"u_{d}" in held}
@@ -59,7 +59,7 @@ def from_published(held: Mapping[str, Any], u_format: str | None = None) -> dict
     kind = held.get("u_format") or ("log" if any((u < 0).any() for u in stored.values()) else u_format)
     if kind not in ("log", "linear"):
         raise ValueError(
-            "the checkpoint's u columns may hold u or log u, nothing in it tells: say --u_format log (DRRho-CLIP "
+            "the checkpoint does not show whether its u columns hold u or log u: give --u_format log (DRRho-CLIP "
             "code) or --u_format linear (FastCLIP code)"
         )
     for short, long in (("im", "image"), ("tt", "text")):

@@ -1,12 +1,12 @@
-"""``--remote-sync``: rank 0 copies the run's folder elsewhere while the run goes on.
+"""``--remote-sync``: rank 0 copies the run's folder elsewhere during the run.
 
-Every ``--remote-sync-frequency`` seconds a thread copies the files that changed since, through fsspec, so that the
-target may be anything that fsspec knows. Of the checkpoints only complete ones go, the sample state before the
-file that names it, and each file gets its name at the target once it is there in full: what is found there can be
-resumed. Nothing is ever deleted at the target.
+Every ``--remote-sync-frequency`` seconds a thread copies the files that have changed, through fsspec, so that the
+target may be anything that fsspec supports. Only complete checkpoints are copied, the sample state before the file
+that names it, and a file gets its name at the target when its copy is complete: every checkpoint found there can
+be resumed. Nothing is ever deleted at the target.
 
-A run whose own folder holds nothing to go on from, on another cluster say, fetches the newest checkpoint there;
-``--resume URL`` fetches a particular one.
+With ``--resume latest``, a run that has no checkpoint of its own (on another cluster, for example) fetches the
+newest one from there; ``--resume URL`` fetches a particular one.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from fsspec.core import url_to_fs
 
 from training.checkpoint import pt_file
 from training.checkpoint.catalog import contents, problem
+from training.checkpoint.sample_state_io import SavedState
 from training.config.run import RunConfig
 from training.distributed.collectives import on_main, rank_in
 
 T = TypeVar("T")
 
-HURRY = 30.0  # seconds for the last copy of a run that has to go
+HURRY = 30.0  # seconds for the last copy of a run that must end soon
 
 _log = logging.getLogger(__name__)
 
@@ -47,11 +48,11 @@ class RemoteSync:
         self._copied: dict[Path, tuple[int, int]] = {}
 
     def __call__(self) -> int:
-        """Copy what is new or has changed since the last call; the number of files copied."""
+        """Copy what is new or has changed since the last call; returns the number of files copied."""
         versions = {file: _version(file) for file in self._folder.rglob("*") if file.is_file()}
         copied = 0
         for file in self._in_order(versions):
-            # What has appeared since the look at the folder waits for the next call.
+            # A file that has appeared since the folder was listed waits for the next call.
             version = versions.get(file)
             if version is None or self._copied.get(file) == version:
                 continue
@@ -63,18 +64,18 @@ class RemoteSync:
         return copied
 
     def probe(self) -> None:
-        """Write a word at the target and remove it again."""
-        word = str(PurePosixPath(self._target, ".probe"))
+        """Write a small file at the target and remove it again."""
+        file = str(PurePosixPath(self._target, ".probe"))
         self._files.makedirs(self._target, exist_ok=True)
-        self._files.pipe_file(word, b"?")
-        self._files.rm_file(word)
+        self._files.pipe_file(file, b"?")
+        self._files.rm_file(file)
 
     def _in_order(self, files: Iterable[Path]) -> list[Path]:
-        """The files to copy: those of the sample states first, then the checkpoints, then the rest."""
+        """The files to copy, in order: those of sample states, then the checkpoints, then all others."""
         complete, unreadable = contents(self._checkpoints)
         for path in unreadable:
             _log.warning("--remote-sync: %s cannot be read and is not copied", path)
-        states = dict.fromkeys(found.folder for found in complete if found.folder)
+        states = dict.fromkeys(found.state.folder for found in complete if found.state)
         rows = [file for state in states for file in sorted(state.iterdir())]
         rest = sorted(f for f in files if self._checkpoints not in f.parents)
         return [*rows, *(found.path for found in complete), *rest]
@@ -92,7 +93,7 @@ class RemoteSync:
         return str(PurePosixPath(self._target, *file.relative_to(self._folder).parts))
 
     def _copy(self, file: Path, version: tuple[int, int]) -> bool:
-        """Whether ``file`` is at the target now: a checkpoint that was replaced meanwhile is not put in place."""
+        """Copy ``file``; whether it is at the target now: a checkpoint replaced during the copy is not."""
         target = PurePosixPath(self._place(file))
         partial = target.with_name(f".{target.name}.part")
         self._files.makedirs(str(target.parent), exist_ok=True)
@@ -104,7 +105,7 @@ class RemoteSync:
 
 
 def _version(file: Path) -> tuple[int, int] | None:
-    """What changes with a file's content; None where it is gone."""
+    """Values that change with the content of a file; None: the file is gone."""
     try:
         status = file.stat()
     except FileNotFoundError:
@@ -113,10 +114,10 @@ def _version(file: Path) -> tuple[int, int] | None:
 
 
 def fetch_newest(config: RunConfig, name: str, folder: Path, into: Path) -> Path | None:
-    """Fetch the newest checkpoint that ``--remote-sync`` has copied of the run ``name``; None where there is none.
+    """Fetch the newest checkpoint of the run ``name`` from the target of ``--remote-sync``; None: there is none.
 
-    With it come the run's log and results, into ``folder``, so that they go on there. All ranks call it together.
-    ValueError: the target cannot be read.
+    The run's log and results are fetched too, into ``folder``, where the run appends to them. All ranks call it
+    together. ValueError: the target cannot be read.
     """
     root = _url(config, name)
     for found in on_main(lambda: _attempt(f"{root}/checkpoints", _names)):
@@ -132,9 +133,9 @@ def fetch_newest(config: RunConfig, name: str, folder: Path, into: Path) -> Path
 
 
 def fetch(url: str, folder: Path) -> Path:
-    """Copy the checkpoint at ``url``, a .pt, with its sample state into ``folder``, which is made anew for it.
+    """Copy the checkpoint at ``url``, a .pt, with its sample state into ``folder``, which is emptied before.
 
-    All ranks call it together. ValueError: it cannot be read, or is not what was written.
+    All ranks call it together. ValueError: it cannot be read, or is damaged.
     """
     path = on_main(lambda: _attempt(url, lambda files, remote: _fetch(files, remote, folder)))
     fault = problem(path)
@@ -151,13 +152,12 @@ def _fetch(files: AbstractFileSystem, remote: str, folder: Path) -> Path:
     _log.info("fetching %s", remote)
     try:
         files.get_file(remote, str(path))
-        state = pt_file.read(path).get("sample_state")
+        state = SavedState.named_in(pt_file.read(path), path)
         if state:
-            place = folder / PurePosixPath(state["folder"]).name
-            place.mkdir()
-            for name in state["files"]:
-                source = PurePosixPath(remote).with_name(place.name) / PurePosixPath(name).name
-                files.get_file(str(source), str(place / source.name))
+            state.folder.mkdir()
+            for name in state.files:
+                source = PurePosixPath(remote).with_name(state.folder.name) / PurePosixPath(name).name
+                files.get_file(str(source), str(state.folder / source.name))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -165,14 +165,14 @@ def _fetch(files: AbstractFileSystem, remote: str, folder: Path) -> Path:
 
 
 def _fetch_records(files: AbstractFileSystem, remote: str, folder: Path) -> None:
-    """What is only ever appended to, where it is not there."""
+    """Fetch the files that a run appends to, unless ``folder`` has them."""
     for name in ("out.log", "eval_results.jsonl"):
         if not (folder / name).exists() and files.exists(f"{remote}/{name}"):
             files.get_file(f"{remote}/{name}", str(folder / name))
 
 
 def _names(files: AbstractFileSystem, folder: str) -> list[str]:
-    """The checkpoints in the remote ``folder``, the newest first."""
+    """The names of the checkpoints in the remote ``folder``, newest first."""
     there = files.ls(folder, detail=False) if files.exists(folder) else []
     found = [p for p in map(PurePosixPath, there) if p.suffix == ".pt" and not p.name.startswith(".")]
     return [path.name for path in sorted(found, key=lambda p: files.modified(str(p)), reverse=True)]
@@ -187,17 +187,17 @@ def _attempt(url: str, function: Callable[[AbstractFileSystem, str], T]) -> T:
 
 @dataclass
 class Copying:
-    """``--remote-sync`` at work. ``patience``: seconds for the last copy, None for as long as it takes."""
+    """A running ``--remote-sync``. ``patience``: seconds that the last copy may take; None: no limit."""
 
     patience: float | None = None
 
 
 @contextmanager
 def remote_sync(config: RunConfig, folder: Path) -> Iterator[Copying]:
-    """Keep ``folder`` copied while the body runs, and once more after it; does nothing without ``--remote-sync``.
+    """Copy ``folder`` while the body runs, and once more after it; without ``--remote-sync`` do nothing.
 
-    All ranks enter. A target that cannot be written to is a ValueError on entry. Later copies that fail are logged
-    and tried again, the run goes on. Where the body fails, the last copy has half a minute.
+    All ranks enter. ValueError on entry: the target cannot be written to. Later copies that fail are logged and
+    tried again, and the run continues. If the body fails, the last copy may take ``HURRY`` seconds.
     """
     copying = Copying()
     if config.remote_sync is None:
@@ -211,7 +211,7 @@ def remote_sync(config: RunConfig, folder: Path) -> Iterator[Copying]:
         try:
             copy.probe()
         except Exception as error:  # each backend has exceptions of its own
-            raise ValueError(f"--remote-sync {config.remote_sync}: cannot be written to ({error})") from error
+            raise ValueError(f"--remote-sync {config.remote_sync}: it cannot be written to ({error})") from error
         keep = (copy, config.remote_sync_frequency, stopped)
         started.append(threading.Thread(target=_keep, args=keep, name="remote sync", daemon=True))
         started[0].start()
@@ -227,23 +227,24 @@ def remote_sync(config: RunConfig, folder: Path) -> Iterator[Copying]:
         for thread in started:
             thread.join(copying.patience)
             if thread.is_alive():
-                _log.warning("--remote-sync: the last copy is not complete; the next launch goes on with it")
+                _log.warning("--remote-sync: the last copy is not complete; the next launch continues it")
 
 
 def _keep(copy: RemoteSync, every: float, stopped: threading.Event) -> None:
-    """Copy now, every ``every`` seconds, and a last time when told to stop."""
+    """Copy now, then every ``every`` seconds, and a last time when ``stopped`` is set."""
     last = False
     while True:
         try:
             copy()
-        except Exception as error:  # as above, and a file may just have been removed
-            _log.warning("--remote-sync failed%s: %s", "" if last else ", trying again later", error)
+        except Exception as error:  # as above; or a file has just been removed
+            _log.warning("--remote-sync failed%s: %s", "" if last else ", will try again later", error)
         if last:
             return
         last = stopped.wait(every)
 
 
 def _url(config: RunConfig, name: str) -> str:
+    assert config.remote_sync is not None  # callers have checked that the flag is given
     target = config.remote_sync.rstrip("/")
     if config.remote_sync_protocol == "s3" and "://" not in target:
         target = f"s3://{target}"

@@ -1,7 +1,7 @@
-"""What a run goes on from, and taking it over: our checkpoints, published ones, bare weights.
+"""What a run resumes from, and how its state is restored: our checkpoints, published ones, bare weights.
 
 Weights, optimizer and counters come from the ``.pt`` (``run_state``); the sample state from the folder beside it,
-for any number of ranks, or from the columns that a published file carries in full.
+for any number of ranks, or from the complete columns in a published file.
 """
 
 from __future__ import annotations
@@ -19,19 +19,36 @@ from training.checkpoint import pt_file, published, remote_sync, sample_state_io
 from training.checkpoint.catalog import find_latest, problem
 from training.checkpoint.run_folder import RunFolder
 from training.checkpoint.run_state import RunState
+from training.checkpoint.sample_state_io import SavedState
 from training.config.params import Config
 from training.distributed.collectives import rank_in
 
 _log = logging.getLogger(__name__)
 
 
-def checkpoint_to_resume(config: Config, folder: RunFolder, *, fetch: bool = True) -> Path | str | None:
-    """What the run goes on from; None: it starts at its beginning. Collective.
+def checkpoint_to_resume(config: Config, folder: RunFolder) -> Path | None:
+    """The checkpoint to resume from, fetched if it is remote; None: the run starts at the beginning. Collective.
 
-    After a restart the newest checkpoint that this job itself has saved, whatever ``--resume`` said at first. Else
-    ``--resume FILE``, ``--resume URL``, or with ``latest`` the newest one in the run's folder, then the newest
-    that ``--remote-sync`` has copied. What lies elsewhere is fetched; without ``fetch`` it is only named.
-    ValueError: the user asks for what is not there, or is damaged. (A job may be restarted before its first.)
+    ValueError: the user asks for a checkpoint that does not exist or is damaged. (A restarted job may have none.)
+    """
+    found = locate_checkpoint(config, folder)
+    if not isinstance(found, str):
+        return found
+    if config.run.resume != "latest":
+        return remote_sync.fetch(found, folder.fetched)
+    newest = remote_sync.fetch_newest(config.run, folder.name, folder.path, folder.fetched)
+    if newest is None:
+        raise _nothing_to_resume(folder)
+    return newest
+
+
+def locate_checkpoint(config: Config, folder: RunFolder) -> Path | str | None:
+    """Where the checkpoint to resume from is: a file or a URL; None: the run starts at the beginning. Collective.
+
+    After a restart it is the newest checkpoint that this job itself has saved, regardless of ``--resume``. Else it
+    is ``--resume FILE`` or ``--resume URL``; with ``latest``, the newest one in the run's folder or, if there is
+    none, the target of ``--remote-sync``, from which the newest will be fetched. Nothing is fetched here.
+    ValueError: as ``checkpoint_to_resume``, for checkpoints on this machine.
     """
     wanted = config.run.resume
     if folder.restarted:
@@ -42,35 +59,31 @@ def checkpoint_to_resume(config: Config, folder: RunFolder, *, fetch: bool = Tru
     if wanted is None:
         return None
     if wanted == "latest":
-        return _newest(config, folder, fetch)
+        latest = find_latest(folder.checkpoints) or config.run.remote_sync
+        if latest is None:
+            raise _nothing_to_resume(folder)
+        return latest
     if "://" in wanted:
-        return remote_sync.fetch(wanted, folder.fetched) if fetch else wanted
+        return wanted
     if not Path(wanted).is_file():
-        raise ValueError(f"--resume {wanted}: there is no such file, check the path")
+        raise ValueError(f"--resume {wanted}: there is no such file; check the path")
     fault = problem(Path(wanted))
     if fault:
         raise ValueError(f"--resume {wanted}: {fault}; give another one, or --resume latest with --name")
     return Path(wanted)
 
 
-def _newest(config: Config, folder: RunFolder, fetch: bool) -> Path | str:
-    latest = find_latest(folder.checkpoints)
-    if latest is None and config.run.remote_sync is not None:
-        latest = config.run.remote_sync
-        if fetch:
-            latest = remote_sync.fetch_newest(config.run, folder.name, folder.path, folder.fetched)
-    if latest is None:
-        raise ValueError(
-            f"--resume latest: no complete checkpoint in {folder.checkpoints}; check --logs and --name, give a "
-            "file, or leave the flag out to start at the beginning"
-        )
-    return latest
+def _nothing_to_resume(folder: RunFolder) -> ValueError:
+    return ValueError(
+        f"--resume latest: no complete checkpoint in {folder.checkpoints}; check --logs and --name, give a file, "
+        "or leave the flag out to start at the beginning"
+    )
 
 
 def resume(
     path: Path, state: RunState, *, steps_per_epoch: int, global_batch: int, u_format: str | None = None
 ) -> bool:
-    """Fill ``state`` from ``path``, a checkpoint of ours or a published one; False: bare weights, the model alone.
+    """Fill ``state`` from ``path``, our checkpoint or a published one; False: bare weights, for the model only.
 
     Collective. ``steps_per_epoch``, ``global_batch``: see ``RunState.fill``; ``u_format``: see
     ``published.from_published``. The file has been checked (``problem``).
@@ -86,15 +99,16 @@ def resume(
 
 
 def _load_rows(path: Path, held: Mapping[str, Any], state: SampleState, u_format: str | None) -> None:
-    saved = held.get("sample_state")
-    folder = path.parent / Path(saved["folder"]).name if saved else None
-    missing = sample_state_io.missing(folder, saved["files"]) if folder else None
-    if folder and not missing:
-        sample_state_io.read(folder, state)
+    saved = SavedState.named_in(held, path)
+    missing = sample_state_io.missing(saved.folder, saved.files) if saved else None
+    if saved and not missing:
+        sample_state_io.read(saved.folder, state)
         return
     columns = published.from_published(held, u_format)
     if not columns and missing:
-        raise ValueError(f"checkpoint {path}: its sample state lacks {missing}; copy that folder beside the file")
+        raise ValueError(
+            f"checkpoint {path}: its sample state is incomplete ({missing}); copy its folder beside the file"
+        )
     if not columns:
         if rank_in() == 0:
             _log.warning("%s holds no sample state: every sample counts as never seen", path)
@@ -103,21 +117,23 @@ def _load_rows(path: Path, held: Mapping[str, Any], state: SampleState, u_format
     if length > state.num_samples:
         raise ValueError(
             f"--data_size {state.num_samples}: checkpoint {path} has {length} rows, and none may be lost; give at "
-            "least as many"
+            f"least {length}"
         )
     if missing and rank_in() == 0:
         _log.warning(
-            "checkpoint %s: its sample state lacks %s; the columns in the file stand in for it", path, missing
+            "checkpoint %s: its sample state is incomplete (%s); the columns in the file are used instead",
+            path,
+            missing,
         )
     unseen = {name: F.pad(c, (0, state.num_samples - len(c)), value=torch.nan) for name, c in columns.items()}
     state.load_state_dict(unseen)
 
 
 def _check_parts(path: Path, then: list[int] | None, now: tuple[int, ...]) -> None:
-    """With a --data_size per source only the last one may grow: otherwise rows would change their samples."""
+    """ValueError: rows would belong to other samples. With a --data_size per source only the last may grow."""
     if then and (len(then) > 1 or len(now) > 1) and list(now[: len(then) - 1]) != list(then[:-1]):
         raise ValueError(
-            f"--data_size {'::'.join(map(str, now))}: checkpoint {path} has {'::'.join(map(str, then))}, and with "
-            "other sizes before the last its rows would be those of other samples; append sources, or let only "
-            "the last one grow"
+            f"--data_size {'::'.join(map(str, now))}: checkpoint {path} has {'::'.join(map(str, then))}, and if a "
+            "size before the last changes, its rows belong to other samples; append sources, or let only the last "
+            "one grow"
         )

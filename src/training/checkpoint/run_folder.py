@@ -1,19 +1,19 @@
-"""A run's folder, ``LOGS/NAME/``: which one this run uses, and what is put there at its start.
+"""A run's folder, ``LOGS/NAME/``: which one this run uses, and what is written there at the start.
 
     out.log              the log (``--log-local``: ``out-RANK.log``, one per node)
     params.txt           every flag, ``name: value``, sorted
     launch.json          which job and which launcher started the run, so that a restart finds its folder
     checkpoints/         epoch_N.pt
-    tensorboard/         events, where reported
+    tensorboard/         events, with --report-to tensorboard
     eval_results.jsonl   one JSON object per evaluation
     job.done             the run reached its end
 
 Without ``--name`` the name is made of the time and the main settings. A job that Slurm requeues or torchrun
-restarts would then start another run each time; it is recognized by ``launch.json`` and goes on in the folder
-that it had.
+restarts would then start another run each time; instead it is recognized by ``launch.json`` and continues in the
+folder that it had.
 
-A folder is protected from another run once there is something to lose, a checkpoint or the end. What a command
-left that failed before that, the next one of that name takes over; its log is appended to.
+A folder is protected from other runs once it holds a checkpoint or the run has ended. If a command failed before
+that, the next run of that name takes over the folder, and appends to its log.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _COUNTERS = {"slurm": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_C
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run lives. ``restarted``: the launcher started this job before, so it resumes what is there."""
+    """A run's folder. ``restarted``: the launcher has started this job before, so it resumes what is there."""
 
     path: Path
     name: str
@@ -54,7 +54,7 @@ class RunFolder:
 
     @property
     def fetched(self) -> Path:
-        """Where checkpoints from elsewhere are put, apart from the run's own."""
+        """The folder for checkpoints fetched from elsewhere, separate from the run's own."""
         return self.checkpoints / FETCHED
 
     @property
@@ -67,11 +67,11 @@ class RunFolder:
 
     @property
     def found_newest(self) -> float:
-        """When the newest checkpoint was saved that this job found here at its first start; 0 without any."""
+        """When the newest checkpoint that this job found here at its first start was saved; 0: there was none."""
         return _read_launch(self.path / "launch.json").get("newest", 0.0)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of ``eval_results.jsonl``; one that was cut off counts for nothing."""
+        """The lines of ``eval_results.jsonl``; a line that was cut off is ignored."""
         found = []
         for line in self.results.read_text().splitlines() if self.results.is_file() else []:
             with suppress(ValueError):
@@ -82,7 +82,7 @@ class RunFolder:
 def choose_folder(config: Config, world: World) -> RunFolder:
     """The folder of this run, the same on every rank; nothing is created.
 
-    ValueError (on every rank) where the folder holds another run and ``--resume`` was not given.
+    ValueError (on every rank): the folder holds another run, and ``--resume`` was not given.
     """
     answer: RunFolder | str | None = None
     restarts = _restarted_launchers(os.environ, gather_object(_restarts(os.environ)))
@@ -98,7 +98,7 @@ def choose_folder(config: Config, world: World) -> RunFolder:
 
 
 def create_folder(folder: RunFolder, config: Config, world: World) -> None:
-    """Make the folder on rank 0 (``--log-local``: on every node) and fill in what is known at the start.
+    """Create the folder on rank 0 (``--log-local``: on every node), and write what is known at the start.
 
     All ranks call it together. ValueError on the rank that cannot write there, PeerFailed on the others.
     """
@@ -114,7 +114,7 @@ def create_folder(folder: RunFolder, config: Config, world: World) -> None:
 
 def _fill(folder: RunFolder, config: Config) -> None:
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    folder.done.unlink(missing_ok=True)  # of the part before: this one has yet to reach its end
+    folder.done.unlink(missing_ok=True)  # left by an earlier part of the run, and this one has not reached its end
     (folder.path / "params.txt").write_text(
         "".join(f"{name}: {value}\n" for name, value in sorted(config.flags.items()))
     )
@@ -135,10 +135,10 @@ def default_name(config: Config, now: float) -> str:
 
 
 def launch_identity(env: Mapping[str, str]) -> dict[str, str]:
-    """What stays the same when a launcher starts this job again: launcher name -> identity.
+    """What stays the same when a launcher restarts this job: launcher name -> identity.
 
-    Slurm keeps job and step number across a requeue. torchrun keeps its run id across restarts; where it has none
-    ("none", its default), the agent itself stays: its host and process id.
+    Slurm keeps job and step number across a requeue. torchrun keeps its run id across restarts; if it has none
+    ("none", its default), its agent stays the same: host and process id.
     """
     identity = {}
     if "SLURM_JOB_ID" in env:
@@ -155,7 +155,7 @@ def copy_code(folder: Path) -> Path:
     if target.exists():
         target = folder / time.strftime("code_%Y_%m_%d-%H_%M_%S")
     source = Path(__file__).resolve().parents[2]
-    packages = ("training", "drrho_clip")  # by name: installed, their parent is site-packages
+    packages = ("training", "drrho_clip")  # by name, because the parent of installed packages is site-packages
     for package in packages:
         shutil.copytree(
             source / package,
@@ -167,7 +167,7 @@ def copy_code(folder: Path) -> Path:
 
 
 def _write_launch(folder: RunFolder, identity: Mapping[str, str]) -> None:
-    """``launch.json``, in one piece. ``newest``: when the newest checkpoint was saved that the job found there."""
+    """Write ``launch.json``. ``newest``: when the newest checkpoint that the job found there was saved."""
     file = folder.path / "launch.json"
     newest = _read_launch(file).get("newest", 0.0) if folder.restarted else newest_time(folder.checkpoints)
     with replacing(file) as writing:
@@ -175,7 +175,7 @@ def _write_launch(folder: RunFolder, identity: Mapping[str, str]) -> None:
 
 
 def _read_launch(file: Path) -> dict[str, Any]:
-    """What it holds; nothing where it is not there or damaged."""
+    """The content of ``launch.json``; empty if it is missing or damaged."""
     try:
         held = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -191,34 +191,34 @@ def _choose(config: Config, env: Mapping[str, str], restarts: Mapping[str, str])
             return RunFolder(earlier, earlier.name, restarted=True)
         if config.run.resume == "latest":
             raise ValueError(
-                "--resume latest: say which run with --name (its folder under --logs), or give a file"
+                "--resume latest: give --name (the run's folder under --logs), or the file of a checkpoint"
             )
         name = _free_name(logs, default_name(config, time.time()))
     path = logs / name
-    # A new agent of a torchrun job, for a node that was lost, counts from 0 again; the name says it is this run.
+    # A new torchrun agent, for a node that was lost, counts restarts from 0; --name shows that it is this run.
     same_job = {k: v for k, v in launch_identity(env).items() if k == "torchrun" and env[_RUN_ID] != "none"}
     if _launched_by(path, {**same_job, **restarts}) and (restarts or not (path / "job.done").exists()):
         return RunFolder(path, name, restarted=True)
     if _holds_run(path) and config.run.resume is None:
         raise ValueError(
-            f"--name {name}: {path} already holds a run; continue it with --resume latest, "
+            f"--name {name}: {path} already holds a run; resume it with --resume latest, "
             "give the new run another --name, or remove the folder"
         )
     return RunFolder(path, name)
 
 
 def _restarts(env: Mapping[str, str]) -> dict[str, int]:
-    """How often each launcher says it started this process before."""
+    """How often each launcher has started this process before, by its own count."""
     return {launcher: int(env.get(counter) or 0) for launcher, counter in _COUNTERS.items()}
 
 
 def _restarted_launchers(env: Mapping[str, str], counts: Sequence[Mapping[str, int]]) -> dict[str, str]:
-    """The launchers that started this job before, as any rank says: agents of several nodes count on their own."""
+    """The launchers that have started this job before, by any rank's count: each torchrun agent has its own."""
     return {k: v for k, v in launch_identity(env).items() if any(count[k] > 0 for count in counts)}
 
 
 def _launched_by(path: Path, launchers: Mapping[str, str]) -> bool:
-    """Whether the run in ``path`` was started by one of ``launchers``."""
+    """Whether one of ``launchers`` started the run in ``path``."""
     recorded = _read_launch(path / "launch.json") if launchers else {}
     return any(recorded.get(k) == v for k, v in launchers.items())
 
@@ -232,12 +232,12 @@ def _find_launched(logs: Path, launchers: Mapping[str, str]) -> Path | None:
 
 
 def _free_name(logs: Path, name: str) -> str:
-    """``name``, numbered where runs of the same second have it."""
+    """``name``, with a number if a run of the same second has it."""
     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
     return next(free for free in names if not (logs / free).exists())
 
 
 def _holds_run(path: Path) -> bool:
-    """Whether something would be lost; what a start that failed leaves is not worth protecting."""
+    """Whether there is something to lose. What a failed start leaves behind is not protected."""
     checkpoints = path / "checkpoints"
     return (path / "job.done").exists() or any(checkpoints.glob("*.pt"))

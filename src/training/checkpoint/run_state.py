@@ -1,8 +1,8 @@
-"""All that a run is, and how it becomes the contents of a checkpoint and comes back.
+"""The complete state of a run, and how it is stored in a checkpoint and restored from it.
 
 Weights, optimizer, scaler and counters are the same on all ranks and go into the checkpoint's file; the sample
-state is sharded and goes beside it (``sample_state_io``). Random numbers need no place: each step seeds its own
-from (seed, step, rank), and the stream of samples from its position.
+state is sharded and goes beside it (``sample_state_io``). Random numbers need not be saved: each step seeds its
+own from (seed, step, rank), and the stream of samples from its position.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMAT = 2
 
 @dataclass
 class RunState:
-    """All that a run is.
+    """The complete state of a run.
 
     ``model``         the bare model, without DDP around it.
     ``optimizer``     None where nothing is trained (``--epochs 0``).
@@ -36,12 +36,12 @@ class RunState:
     ``epoch``         completed epochs.
     ``epoch_step``    steps taken of the epoch after those; 0 at an epoch's boundary.
     ``step``          optimizer steps in all. ``samples_seen``: samples of all ranks in these steps.
-    ``stream``        where the training data stands, and what its order follows from: plain values of all ranks
+    ``stream``        the position in the training data and what determines its order: plain values of all ranks
                       (``data.loader.TrainData.state_dict``).
     ``meters``        sums of the epoch's log lines (``loop.metrics.hold``). ``skipped``: the count of steps left
                       out.
     ``best``          metric -> [best value, after which epoch].
-    ``flags``         every flag's value, as text: what the run was told. ``data_sizes``: rows per source.
+    ``flags``         the value of every flag, as text. ``data_sizes``: rows per source.
     """
 
     name: str
@@ -62,11 +62,11 @@ class RunState:
 
     @property
     def stem(self) -> str:
-        """What a checkpoint of this state is called: by its epoch, or by its step inside one."""
+        """The name of a checkpoint of this state, without suffix: after its epoch, or its step inside an epoch."""
         return f"epoch_{self.epoch}" if self.epoch_step == 0 else f"step_{self.step}"
 
     def held(self) -> dict[str, Any]:
-        """What a checkpoint's file holds of this state, in the published format; tensors are not copied."""
+        """What the file of a checkpoint holds of this state, in the published format; tensors are not copied."""
         held = {
             "format": FORMAT,
             "name": self.name,
@@ -91,14 +91,14 @@ class RunState:
         return held
 
     def fill(self, held: Mapping[str, Any], path: Path, *, steps_per_epoch: int, global_batch: int) -> bool:
-        """Take over all but the sample state from what ``path`` held; False: bare weights, which fill the model.
+        """Take all but the sample state from ``held``, the content of ``path``; False: it is bare weights.
 
-        What a published file does not say follows from its completed epochs: ``steps_per_epoch`` steps of
+        Counts that a published file lacks follow from its completed epochs: ``steps_per_epoch`` steps of
         ``global_batch`` samples each. ValueError: it is of another model or optimizer.
         """
         _load_model(self.model, pt_file.weights_of(held, path), path)
         if "epoch" not in held:
-            _log.info("%s holds weights alone: the run starts at its beginning", path)
+            _log.info("%s holds weights only: the run starts at the beginning", path)
             return False
         if self.optimizer is not None and "optimizer" in held:
             _load_optimizer(self.optimizer, held, path)
@@ -111,39 +111,41 @@ class RunState:
         self.stream = held.get("stream")
         self.meters, self.skipped, self.best = (held.get(name, {}) for name in ("meters", "skipped", "best"))
         _log.info("resumed %s: %d epochs, %d steps", path, self.epoch, self.step)
-        self._tell_changes(held.get("flags", {}))
+        self._log_changes(held.get("flags", {}))
         return True
 
-    def _tell_changes(self, then: Mapping[str, str]) -> None:
-        """Say which flags are others than those that the checkpoint was made with."""
+    def _log_changes(self, then: Mapping[str, str]) -> None:
+        """Log the flags whose values differ from ``then``, those with which the checkpoint was saved."""
         changed = [
-            f"--{key} {self.flags[key]} ({then[key]} then)"
+            f"--{key} {self.flags[key]} (it was {then[key]})"
             for key in sorted(self.flags.keys() & then.keys() - {"resume"})
             if self.flags[key] != then[key]
         ]
         if changed:
-            _log.info("flags that the checkpoint was not made with: %s", ", ".join(changed))
+            _log.info("flags that have changed since the checkpoint was saved: %s", ", ".join(changed))
 
 
 def _load_model(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     own = model.state_dict()
     missing, surplus = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     differing = [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    for what, names in (("lacks", missing), ("has unknown", surplus), ("has another shape of", differing)):
+    for what, names in (("lacks", missing), ("has an unknown", surplus), ("has another shape of", differing)):
         if names:
             raise ValueError(
-                f"checkpoint {path} {what} {names[0]!r} ({len(names)} in all): it is of another --model"
+                f"checkpoint {path} {what} {names[0]!r} ({len(names)} in all): it was saved with another --model"
             )
     model.load_state_dict(weights)
 
 
 def _load_optimizer(optimizer: Optimizer, held: Mapping[str, Any], path: Path) -> None:
-    """Take over moments and step counts; rates, betas and decay stay those of this run's flags."""
+    """Take moments and step counts; rates, betas and decay remain those of this run's flags."""
     saved, current = held["optimizer"], optimizer.state_dict()
     kind = type(optimizer).__name__
     if held.get("optimizer_class", kind) != kind:
-        raise ValueError(f"checkpoint {path} is of the optimizer {held['optimizer_class']}, --optimizer is {kind}")
-    # The published code keeps a group for the temperature also where it is constant, without a parameter.
+        raise ValueError(
+            f"checkpoint {path} was saved with the optimizer {held['optimizer_class']}, but --optimizer is {kind}"
+        )
+    # The published code keeps a group for the temperature, without a parameter, even where it is constant.
     saved_groups = [group for group in saved["param_groups"] if group["params"]]
     _check_groups(saved_groups, current["param_groups"], path)
     groups = []
@@ -159,19 +161,20 @@ def _load_optimizer(optimizer: Optimizer, held: Mapping[str, Any], path: Path) -
         for key, value in values.items():
             if isinstance(value, Tensor) and value.ndim and value.shape != shapes[index]:
                 raise ValueError(
-                    f"checkpoint {path}: the optimizer's {key} of parameter {index} is {list(value.shape)}, "
-                    f"the parameter {list(shapes[index])}: the parameters come in another order than here"
+                    f"checkpoint {path}: the optimizer's {key} of parameter {index} has shape "
+                    f"{list(value.shape)}, the parameter has shape {list(shapes[index])}: its parameters are in "
+                    "another order"
                 )
-    # A deep copy, since torch keeps tensors that need no conversion, and these are mapped from the file.
+    # A deep copy, because torch keeps tensors that need no conversion, and these are mapped from the file.
     optimizer.load_state_dict({"state": deepcopy(saved["state"]), "param_groups": groups})
 
 
-def _check_groups(saved: list[dict], current: list[dict], path: Path) -> None:
-    hint = "the locked parts or the temperature scheme are not those that it was saved with"
+def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]], path: Path) -> None:
+    hint = "it was saved with other locked parts or another temperature scheme"
     sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in current]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"checkpoint {path}: its optimizer has groups of {sizes[0]} parameters, this run {sizes[1]}: {hint}"
+            f"checkpoint {path}: its optimizer has groups of {sizes[0]} parameters, this run of {sizes[1]}: {hint}"
         )
     for theirs, ours in zip(saved, current, strict=True):
         names = zip(theirs.get("param_names", ()), ours.get("param_names", ()))

@@ -1,8 +1,8 @@
-"""The sample state on disk: a folder that ``torch.distributed.checkpoint`` writes, every rank its own rows.
+"""The sample state on disk: a folder of ``torch.distributed.checkpoint``, to which each rank writes its own rows.
 
-Any number of ranks can read it again, also into a table with more rows. What was written is described by
-``Files``, name -> [bytes, CRC-32], which the checkpoint that names the folder keeps: so a file that is missing,
-cut short or has a flipped bit is noticed before anything of it is used.
+Any number of ranks can read it again, also into a table with more rows. ``Files`` describes what was written, name
+-> [bytes, CRC-32], and is kept in the checkpoint that names the folder: a file that is missing, cut short or has a
+flipped bit is noticed before anything of it is used.
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
@@ -28,19 +35,33 @@ from training.files import checksum, sync_folder
 Files = Mapping[str, Sequence[int]]
 
 
-# Raised by torch.distributed.checkpoint in a run of one process, where nothing is amiss. Process-wide, since
-# Python cannot silence a warning in one thread.
+@dataclass(frozen=True)
+class SavedState:
+    """A sample state that a checkpoint names: its folder beside the checkpoint, and what was written there."""
+
+    folder: Path
+    files: Files
+
+    @classmethod
+    def named_in(cls, held: Mapping[str, Any], path: Path) -> SavedState | None:
+        """What the checkpoint ``path``, whose content is ``held``, names; None where it names none."""
+        named = held.get("sample_state")
+        return cls(path.parent / Path(named["folder"]).name, named["files"]) if named else None
+
+
+# torch.distributed.checkpoint warns in a run of one process, where nothing is wrong. The filter is process-wide,
+# because Python cannot silence a warning in one thread.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def write(folder: Path, columns: Mapping[str, Tensor], group: Group = None) -> Files:
-    """Write ``columns`` (column -> [N], DTensor or plain) into the new ``folder``; what is there then.
+    """Write ``columns`` (column -> [N], DTensor or plain) into the new ``folder``; the files it then has.
 
-    All ranks call it together, with a ``group`` of their own where it runs beside training. OSError on rank 0,
-    PeerFailed on the others: a rank could not write, or not all see one folder.
+    All ranks call it together, with a separate ``group`` if it runs during training. OSError on rank 0,
+    PeerFailed on the others: a rank could not write, or the ranks do not see the same folder.
     """
     with _exchanged(folder, group):
-        # Nothing to copy ahead, as all is on the CPU; on GPUs that would take a stream and a context on the first.
+        # All is on the CPU already. With GPUs, copying ahead would create a stream and a context on the first one.
         writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
         dcp.save(dict(columns), storage_writer=writer, process_group=group)
     parts = gather_object(_written(folder, rank_in(group)), group)
@@ -52,7 +73,9 @@ def write(folder: Path, columns: Mapping[str, Tensor], group: Group = None) -> F
             raise failure
         unseen = missing(folder, files)
         if unseen:
-            raise OSError(f"rank 0 does not see {unseen} that another rank wrote; nodes need one shared --logs")
+            raise OSError(
+                f"rank 0 does not see what another rank wrote ({unseen}); all nodes need one shared --logs"
+            )
         sync_folder(folder)
 
     on_main(check, group)
@@ -64,14 +87,16 @@ def read(folder: Path, state: SampleState) -> None:
 
     ValueError: a column is missing, or there are more rows than ``state`` has.
     """
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = dcp.FileSystemReader(folder).read_metadata()
+    columns = saved.state_dict_metadata
     for name in state.columns:
-        if name not in saved:
-            raise ValueError(f"sample state {folder} lacks the column {name!r}; it has {sorted(saved)}")
-        if saved[name].size[0] > state.num_samples:
+        if name not in columns:
+            raise ValueError(f"sample state {folder} lacks the column {name!r}; it has {sorted(columns)}")
+        rows = _column(saved, name).size[0]
+        if rows > state.num_samples:
             raise ValueError(
-                f"--data_size {state.num_samples}: the sample state {folder} has {saved[name].size[0]} rows, and "
-                "none may be lost; give at least as many"
+                f"--data_size {state.num_samples}: the sample state {folder} has {rows} rows, and "
+                f"none may be lost; give at least {rows}"
             )
     with _exchanged(folder):
         dcp.load(dict(state.local()), checkpoint_id=folder, planner=_Planner(state.rows))
@@ -96,37 +121,46 @@ def whole(state: SampleState) -> dict[str, Tensor]:
 
 
 def missing(folder: Path, files: Files) -> str | None:
-    """The first of ``files`` that is not there in full; None: all are."""
+    """What is wrong with the first of ``files`` that is not there completely; None: all are."""
     for name, (size, _) in files.items():
         file = folder / Path(name).name
         if not file.is_file():
-            return f"{file}, which is missing"
+            return f"{file} is missing"
         if file.stat().st_size != size:
-            return f"{file}, which has {file.stat().st_size} bytes where {size} were written"
+            return f"{file} has {file.stat().st_size} bytes instead of {size}"
     return None
 
 
 def damaged(folder: Path, files: Files, part: int = 0, parts: int = 1) -> str | None:
-    """The first of every ``parts``-th of ``files`` from ``part`` on whose checksum is another one now."""
+    """What is wrong with the first damaged file; None: all checksums agree.
+
+    Only every ``parts``-th of ``files``, sorted by name, is read, starting with number ``part``.
+    """
     for name in sorted(files)[part::parts]:
         file = folder / Path(name).name
         try:
             crc = checksum(file)
         except OSError as error:
-            return f"{file}, which cannot be read ({error})"
+            return f"{file} cannot be read ({error})"
         if crc != files[name][1]:
-            return f"{file}, whose checksum is not that of what was written"
+            return f"{file} is damaged: its checksum is not the one that was written"
     return None
 
 
 def _written(folder: Path, rank: int) -> Files | OSError:
-    """What ``rank`` has written into ``folder``."""
+    """The files that ``rank`` has written into ``folder``."""
     try:
         files = [f for f in folder.iterdir() if f.name.startswith(f"__{rank}_")]
         files += [folder / ".metadata"] if rank == 0 else []
         return {f.name: [f.stat().st_size, checksum(f)] for f in files}
     except OSError as error:
         return error
+
+
+def _column(saved: Metadata, name: str) -> TensorStorageMetadata:
+    column = saved.state_dict_metadata[name]
+    assert isinstance(column, TensorStorageMetadata), f"{name!r} is no tensor"
+    return column
 
 
 class _Planner(dcp.DefaultLoadPlanner):
@@ -137,9 +171,10 @@ class _Planner(dcp.DefaultLoadPlanner):
         self._rows = rows
 
     def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None  # torch sets the planner up before it asks for a plan
         items: list[ReadItem] = []
         for name in self.state_dict:
-            saved = self.metadata.state_dict_metadata[name]
+            saved = _column(self.metadata, name)
             stop = min(self._rows.stop, saved.size[0])
             if stop > self._rows.start:
                 wanted = ChunkStorageMetadata(
@@ -154,11 +189,11 @@ class _Planner(dcp.DefaultLoadPlanner):
 
 @contextmanager
 def _exchanged(folder: Path, group: Group = None) -> Iterator[None]:
-    """Around torch.distributed.checkpoint: one message for what it reports from all ranks at once."""
+    """Turn the error of torch.distributed.checkpoint, which repeats what all ranks report, into one message."""
     try:
         yield
     except dcp.CheckpointException as error:
         rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
         if rank_in(group) > 0:
-            raise PeerFailed(f"rank {rank} failed; rank 0 says why") from None
+            raise PeerFailed(f"rank {rank} failed; rank 0 reports why") from None
         raise OSError(f"sample state {folder}, rank {rank}: {cause}") from cause

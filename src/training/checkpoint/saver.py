@@ -1,10 +1,11 @@
-"""Saving while training goes on.
+"""Saving while training continues.
 
-``Saver.save`` copies the state into host memory, which it waits for, and leaves the rest to a thread: writing,
-checksums, fsync, the exchange between the ranks' threads (in a group of their own), and the removal of what is
-superseded. At most one save is under way; the next one waits for it.
+``Saver.save`` copies the state into host memory, waits for the copy, and leaves the rest to a thread: writing,
+checksums, fsync, the exchange between the ranks' threads (in a separate group), and the removal of superseded
+checkpoints. At most one save is in progress; the next one waits for it.
 
-A save that fails, for want of space say, leaves what is complete as it was; the run goes on and the log says so.
+A save that fails, because the disk is full for example, leaves complete checkpoints unchanged; the failure is
+logged, and the run continues.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from training.files import link
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE = 60  # seconds that a save under way is given when the run ends with an error
+_PATIENCE = 60  # seconds that a save in progress may take when the run ends with an error
 
 
 class SaveFailed(ValueError):
@@ -41,7 +42,7 @@ class SaveFailed(ValueError):
 
 @dataclass(frozen=True)
 class _Job:
-    """What a thread has to write: ``held`` into each of ``paths``, ``columns`` beside them."""
+    """What the thread writes: ``held`` into each of ``paths``, and ``columns`` beside them."""
 
     paths: Sequence[Path]
     stem: str
@@ -52,10 +53,10 @@ class _Job:
 
 
 class Saver:
-    """Saves states of one run into ``folder``. Every rank has one, and calls its methods together with the others.
+    """Saves the states of one run in ``folder``. Every rank has one, and all ranks call its methods together.
 
-    ``initial_tau``: where individual temperatures start, for ``--save_published_state``. A context manager, which
-    waits at its end: SaveFailed where the last save failed.
+    ``initial_tau``: initial individual temperature, for ``--save_published_state``. A context manager, which waits
+    at its end. SaveFailed: the last save failed.
     """
 
     def __init__(self, folder: Path, config: RunConfig, *, initial_tau: float = 0.07) -> None:
@@ -67,7 +68,7 @@ class Saver:
         self._newest = catalog.newest_time(folder) if rank_in() == 0 else 0.0
 
     def save_epoch(self, state: RunState, *, final: bool) -> bool:
-        """Save what the flags ask for after an epoch or at the run's end (``final``); whether that is anything."""
+        """Save what the flags ask for after an epoch or at the run's end (``final``); whether there was a save."""
         due = state.epoch_step == 0 and self.due(state.epoch)
         names = [state.stem] if due or final else []
         if self._config.save_most_recent:
@@ -81,9 +82,9 @@ class Saver:
         return self._config.save_frequency > 0 and epoch % self._config.save_frequency == 0
 
     def save(self, state: RunState, names: Sequence[str], *, supersedes: bool = False) -> None:
-        """Save ``state`` under each of ``names``; when this returns, it may change.
+        """Save ``state`` under each of ``names``; when this returns, ``state`` may change.
 
-        ``supersedes``: the epoch's checkpoint before it is removed then.
+        ``supersedes``: the checkpoint of the epoch before is removed after the save.
         """
         self.wait()
         table = state.sample_state
@@ -94,20 +95,21 @@ class Saver:
             held |= published.to_published(sample_state_io.whole(table), self._initial_tau)
         columns = table.sharded(local) if table else None
         paths = [self._folder / f"{name}.pt" for name in names]
-        stem = state.stem if names[0] == "epoch_latest" else names[0]  # of the sample state, which outlives it
+        # For the sample state's folder: named after the epoch, because later saves replace epoch_latest.pt.
+        stem = state.stem if names[0] == "epoch_latest" else names[0]
         job = _Job(paths, stem, state.epoch, held, columns, supersedes)
         self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = threading.Thread(target=self._run, args=(job,), name="saver", daemon=True)
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for the save that is under way."""
+        """Wait for the save in progress, if there is one."""
         if self._thread is not None:
             self._thread.join(timeout)
             self._thread = None
 
     def close(self) -> None:
-        """Wait for the last save. SaveFailed on rank 0, PeerFailed on the others: it could not be completed."""
+        """Wait for the last save. SaveFailed on rank 0, PeerFailed on the others: it failed."""
         self.wait()
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -124,21 +126,21 @@ class Saver:
 
     def _run(self, job: _Job) -> None:
         if self._gpu is not None:
-            torch.cuda.set_device(self._gpu)  # a thread's own is the first one, which is another rank's
+            torch.cuda.set_device(self._gpu)  # a thread starts with the first GPU, which belongs to another rank
         try:
             _write(job, self._folder, self._group, self._config.keep_last)
             self._failure = None
         except PeerFailed as error:
             self._failure = error
-        except Exception as error:  # disks and networks fail in their own ways; none may end the run
+        except Exception as error:  # disks and networks fail in many ways; none of them may end the run
             if isinstance(error, RuntimeError) and lost_peer(error):
                 self._failure = PeerFailed("another rank has ended, and its save with it")
                 return
             self._failure = SaveFailed(
-                f"--logs: checkpoint {job.paths[0]} could not be saved ({error}); complete ones there are as they "
-                "were"
+                f"--logs: checkpoint {job.paths[0]} could not be saved ({error}); complete ones there are "
+                "unchanged"
             )
-            _log.error("%s; the run goes on", self._failure)
+            _log.error("%s; the run continues", self._failure)
 
 
 def _write(job: _Job, folder: Path, group: Group, keep_last: int) -> None:
@@ -166,15 +168,17 @@ def _write(job: _Job, folder: Path, group: Group, keep_last: int) -> None:
                 catalog.delete_previous(job.paths[0], job.epoch)
             catalog.tidy(folder, keep_last)
         except OSError as error:
-            _log.warning("what this checkpoint supersedes could not be removed (%s)", error)
+            _log.warning("superseded checkpoints could not be removed (%s)", error)
 
     on_main(commit, group)
 
 
 def _named(place: Path, paths: Sequence[Path]) -> bool:
-    """Whether a file is in place that names ``place``: it was saved, and what failed came after."""
+    """Whether a file names ``place``: the checkpoint was saved, and the failure came later."""
     found, unreadable = catalog.contents(place.parent)
-    return any(f.folder == place for f in found) or bool(set(unreadable) & set(paths))
+    return any(f.state is not None and f.state.folder == place for f in found) or bool(
+        set(unreadable) & set(paths)
+    )
 
 
 def _make_folder(folder: Path, stem: str) -> Path:
@@ -184,7 +188,7 @@ def _make_folder(folder: Path, stem: str) -> Path:
 
 
 def _write_files(paths: Sequence[Path], held: dict[str, Any]) -> None:
-    """The first file, and the others as further names of it where the file system has such."""
+    """Write the first file, and make the others links to it where the file system has links."""
     pt_file.write(paths[0], held)
     for path in paths[1:]:
         link(paths[0], path)

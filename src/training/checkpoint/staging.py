@@ -1,4 +1,4 @@
-"""Copies of a run's tensors in host memory, which a checkpoint is written from while training goes on."""
+"""Copies of a run's tensors in host memory, from which a checkpoint is written while training continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Key = tuple[str | int, ...]
 
 
 class Staging:
-    """Buffers that every save fills again, page-locked where the tensors are on a GPU."""
+    """Buffers that are reused by every save, page-locked where the tensors are on a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[Key, Tensor] = {}
@@ -20,11 +20,12 @@ class Staging:
     def copy(self, tree: Any) -> Any:
         """``tree`` (dicts, lists, tensors, plain values) with its tensors as they are now, on the CPU.
 
-        Waits until all are there: when it returns, the tensors may change. The copies live until the next call.
+        It waits until the copies are complete: when it returns, the tensors may change. The next call overwrites
+        the copies.
         """
         live: dict[Key, Tensor] = {}
         copied = self._copy(tree, (), live)
-        self._buffers = live  # what the tree has no longer is let go
+        self._buffers = live  # frees the buffers of tensors that are no longer in the tree
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return copied

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from training.config.flags import ALL
 from training.config.given import Given, Refusal
 from training.config.model import brings_weights, check_model, is_coca
-from training.config.remarks import Idle, Pitfall
+from training.config.remarks import Idle, Pitfall, Setting
 
 FEATURES, CAPTIONS = "features", "captions"
 _WRITES = {"cache_ref_model_features": FEATURES, "cache_syn_texts": CAPTIONS}
@@ -38,6 +39,11 @@ class CacheConfig:
     cache_rank: int
 
 
+def _writes_with(key: str) -> Callable[[Setting], bool]:
+    """Whether a run writes a cache and has the flag ``key`` at another value than 0."""
+    return lambda s: s.writes_cache and bool(s.given.values[key])
+
+
 IDLE = (
     Idle(
         ("ref_features_offset", "num_samples_per_shard"),
@@ -47,10 +53,10 @@ IDLE = (
     Idle(
         ("syn_texts_offset", "num_syn_texts"),
         lambda s: not s.given.cached_syn_texts_dir,
-        "without captions to draw",
+        "without --cached_syn_texts_dir",
     ),
     Idle(("cap_model_pretrained",), lambda s: True, "without --cache_syn_texts"),
-    Idle(("cache_group_size", "cache_rank"), lambda s: True, "without a cache to write"),
+    Idle(("cache_group_size", "cache_rank"), lambda s: True, "in a run that writes no cache"),
 )
 PITFALLS = (
     Pitfall(
@@ -59,8 +65,8 @@ PITFALLS = (
     ),
     *(
         Pitfall(
-            lambda s, key=key: s.writes_cache and bool(s.given.values[key]),
-            f"{ALL[key].name}: no effect on what is written, rows keep their numbers",
+            _writes_with(key),
+            f"{ALL[key].name}: no effect when a cache is written; rows keep their numbers",
         )
         for key in ("ref_features_offset", "syn_texts_offset")
     ),
@@ -72,14 +78,14 @@ def writes(given: Given) -> str:
     asked = [key for key in _WRITES if given.values[key]]
     if len(asked) == 2:
         raise Refusal(
-            f"{given.say(asked[0])} and {given.say(asked[1])} are two runs, each of which reads all images once: "
-            "leave one out"
+            f"{given.say(asked[0])} and {given.say(asked[1])} need two runs, each of which reads all images "
+            "once: leave one of them out"
         )
     return _WRITES[asked[0]] if asked else ""
 
 
 def resolve_cache(given: Given, dataset_type: str, trains: bool) -> CacheConfig:
-    """The group. Folders are '' where the run has no use for one."""
+    """The ``CacheConfig`` of the flags. A folder is '' where the run does not use it."""
     written = writes(given)
     folders = {key: given.values[key] for key, _ in _FOLDERS.values()}
     if written:
@@ -95,25 +101,27 @@ def resolve_cache(given: Given, dataset_type: str, trains: bool) -> CacheConfig:
 def _check_writing(given: Given, written: str, dataset_type: str) -> None:
     flag = given.say(next(key for key, what in _WRITES.items() if what == written))
     if dataset_type == "none":
-        raise Refusal(f"{flag} needs --train-data: the samples to go through")
+        raise Refusal(f"{flag} needs --train-data: give the samples to process")
     if dataset_type == "synthetic":
-        raise Refusal(f"{flag}: synthetic data is noise that each run makes anew, give --train-data")
+        raise Refusal(f"{flag}: synthetic data is noise that every run generates again; give --train-data")
     _check_rows(given, flag, dataset_type)
     if given.cache_rank >= given.cache_group_size:
         raise Refusal(
-            f"{given.say('cache_rank')}: jobs are numbered from 0 to --cache_group_size - 1, here "
+            f"{given.say('cache_rank')}: jobs are numbered from 0 to --cache_group_size - 1, which is "
             f"{given.cache_group_size - 1}"
         )
     if given.resume:
-        raise Refusal(f"{given.say('resume')}: {flag} goes on by itself where it stopped, leave the flag out")
+        raise Refusal(f"{given.say('resume')}: {flag} continues by itself where it stopped; leave --resume out")
     if given.skip_webdataset_split_by_node:
         raise Refusal(
-            f"--skip_webdataset_split_by_node: {flag} shares the shards out among the ranks; give every node a "
-            "job of its own with --cache_group_size and --cache_rank"
+            f"--skip_webdataset_split_by_node: {flag} divides the shards among the ranks itself; start one job "
+            "per node instead, with --cache_group_size and --cache_rank"
         )
     key = _FOLDERS[written][0]
     if re.search(r"[{*?\[]|::|^[a-z0-9]+:", given.values[key]):
-        raise Refusal(f"{given.say(key)}: to write, give one folder, not a pattern or a URL")
+        raise Refusal(
+            f"{given.say(key)}: a cache is written into one local folder; give its path, not a pattern or a URL"
+        )
     if written == CAPTIONS:
         _check_captioner(given)
 
@@ -122,37 +130,37 @@ def _check_reading(given: Given, dataset_type: str) -> None:
     read = [key for key, _ in _FOLDERS.values() if given.values[key]]
     if len(read) == 2:
         raise Refusal(
-            f"{given.say(read[0])} holds features of the own captions, which {given.say(read[1])} replaces: run "
-            "the reference live, or train without synthetic captions"
+            f"{given.say(read[0])} holds features of the samples' own captions, which {given.say(read[1])} "
+            "replaces: run the reference live, or train without synthetic captions"
         )
     for key in read:
         _check_rows(given, given.say(key), dataset_type)
         value = given.values[key]
         if not re.search(r"[:{*?\[]", value) and not Path(value).exists():
-            raise Refusal(f"{given.say(key)}: there is no such folder on this machine, check the path")
+            raise Refusal(f"{given.say(key)}: there is no such folder on this machine; check the path")
     if given.cap_model:
         raise Refusal(
-            f"{given.say('cap_model')}: captions are written once and then read; run once with --cache_syn_texts, "
-            "then train with --cached_syn_texts_dir alone"
+            f"{given.say('cap_model')}: training generates no captions; run once with --cache_syn_texts, then "
+            "train with --cached_syn_texts_dir and without --cap_model"
         )
 
 
 def _check_rows(given: Given, flag: str, dataset_type: str) -> None:
     if dataset_type == "webdataset" and given.data_size == -1:
         raise Refusal(
-            f"{flag} needs --data_size: without it samples of shards have no rows, by which they are found again"
+            f"{flag} needs --data_size: cached values are found by row, and without it samples of shards have none"
         )
 
 
 def _check_captioner(given: Given) -> None:
     if not given.cap_model:
-        raise Refusal("--cache_syn_texts needs --cap_model: the model that writes captions")
+        raise Refusal("--cache_syn_texts needs --cap_model: give the model that writes the captions")
     check_model(given, "cap_model")
     if not is_coca(given.cap_model):
-        raise Refusal(f"{given.say('cap_model')}: it has no caption decoder, choose a coca model")
+        raise Refusal(f"{given.say('cap_model')}: it has no caption decoder; choose a CoCa model")
     if given.precision in ("bf16", "fp16"):
         raise Refusal(
-            f"{given.say('precision')}: open_clip casts a part of CoCa's decoder only, use amp_bf16 or pure_bf16"
+            f"{given.say('precision')}: open_clip casts only a part of CoCa's decoder; use amp_bf16 or pure_bf16"
         )
     if not given.cap_model_pretrained and not brings_weights(given.cap_model):
         raise Refusal(f"{given.say('cap_model')} has no weights: give --cap_model_pretrained TAG or FILE")

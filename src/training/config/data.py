@@ -1,4 +1,4 @@
-"""Training data: where it comes from, what an epoch takes of it, which row a sample has."""
+"""Training data: where it comes from, what one epoch takes of it, and which row a sample has."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ IDLE = (
 
 
 def resolve_data(given: Given, dataset_type: str, trains: bool) -> DataConfig:
-    """The group, for data of ``dataset_type`` (``kind_of_data``). Refusal: what is wrong with it."""
+    """The ``DataConfig`` of the flags, for data of ``dataset_type`` (``kind_of_data``).
+
+    Refusal: the flags contradict each other or the data, or the number of samples is missing.
+    """
     sizes = _data_sizes(given, dataset_type)
     if trains:
         _check_training_data(given, dataset_type)
@@ -67,7 +70,7 @@ def resolve_data(given: Given, dataset_type: str, trains: bool) -> DataConfig:
         train_data_upsampling_factors=_upsampling_factors(given, dataset_type) if trains else None,
         data_size=sum(sizes) if sizes else -1,
         data_sizes=sizes,
-        # A shell hands over "\\t" as it was typed.
+        # A shell passes "\\t" on as it was typed.
         csv_separator="\t" if given.csv_separator == "\\t" else given.csv_separator,
     )
 
@@ -84,17 +87,17 @@ def kind_of_data(given: Given, key: str) -> str:
     kinds = {_kind_of_source(source) for source in data.split("::")}
     if len(kinds) > 1 or None in kinds:
         what = "mixes shards and csv files" if None not in kinds else "is neither .tar nor .csv or .tsv"
-        raise Refusal(f"{given.say(key)}: it {what}, so say what it is with --dataset-type webdataset or csv")
+        raise Refusal(f"{given.say(key)}: it {what}; give --dataset-type webdataset or --dataset-type csv")
     return str(kinds.pop())
 
 
 def check_file(given: Given, key: str) -> None:
-    """Refusal: there is no such local file. Patterns and URLs are left to whoever opens them."""
+    """Refusal: there is no such local file. Patterns and URLs are checked where they are opened."""
     value = given.values[key]
     if not value or re.search(r"[:{*?\[]", value) or (key == "train_data" and given.dataset_type == "synthetic"):
         return
     if not Path(value).exists():
-        raise Refusal(f"{given.say(key)}: there is no such file on this machine, check the path")
+        raise Refusal(f"{given.say(key)}: there is no such file on this machine; check the path")
 
 
 def _kind_of_source(source: str) -> str | None:
@@ -104,17 +107,17 @@ def _kind_of_source(source: str) -> str | None:
 
 
 def _data_sizes(given: Given, dataset_type: str) -> tuple[int, ...]:
-    """``--data_size`` per source; empty where it was not given."""
+    """``--data_size`` for each source; empty where it was not given."""
     sizes = given.data_size if isinstance(given.data_size, list) else [given.data_size]
     if sizes == [-1]:
         return ()
     if min(sizes) < 1:
-        raise Refusal(f"{given.say('data_size')}: a number of samples is at least 1")
+        raise Refusal(f"{given.say('data_size')}: each size must be at least 1")
     sources = given.train_data.count("::") + 1 if given.train_data else 1
     if len(sizes) > 1 and (dataset_type != "webdataset" or len(sizes) != sources):
         raise Refusal(
-            f"{given.say('data_size')}: {len(sizes)} sizes for {sources} --train-data sources, give one size "
-            "per :: source, or a single one where keys are already distinct"
+            f"{given.say('data_size')}: {len(sizes)} sizes for {sources} --train-data sources; give one size "
+            "per :: source of shards, or a single size if no two sources share a key"
         )
     return tuple(sizes)
 
@@ -130,12 +133,14 @@ def _upsampling_factors(given: Given, dataset_type: str) -> tuple[float, ...] | 
     except ValueError:
         raise Refusal(f"{say}: expected numbers joined with ::, e.g. 1::2.5") from None
     if not all(0 < factor < math.inf for factor in factors):
-        raise Refusal(f"{say}: every weight must be above 0, drop the source from --train-data instead")
+        raise Refusal(f"{say}: every weight must be above 0; to leave a source out, remove it from --train-data")
     if dataset_type != "webdataset" or _epoch_policy(given) != "resample":
-        raise Refusal(f"{say}: sources are only weighted in webdataset training with --dataset-resampled, add it")
+        raise Refusal(
+            f"{say}: weights have an effect only on shards drawn with --dataset-resampled; add that flag"
+        )
     sources = given.train_data.count("::") + 1
     if len(factors) != sources:
-        raise Refusal(f"{say}: {len(factors)} weights for {sources} --train-data sources, give one per source")
+        raise Refusal(f"{say}: {len(factors)} weights for {sources} --train-data sources; give one per source")
     return factors
 
 
@@ -144,12 +149,12 @@ def _epoch_policy(given: Given) -> str:
     policy = given.epoch_policy or ("resample" if given.dataset_resampled else "wrap")
     if given.dataset_resampled and policy != "resample":
         raise Refusal(
-            f"{given.say('epoch_policy')} contradicts --dataset-resampled, which is --epoch_policy resample: "
+            f"{given.say('epoch_policy')} contradicts --dataset-resampled, which means --epoch_policy resample: "
             "leave one of them out"
         )
     if policy == "exact" and given.skip_webdataset_split_by_node:
         raise Refusal(
-            "--epoch_policy exact deals the samples of one shard list to all ranks, which contradicts "
+            "--epoch_policy exact divides the samples of one shard list among all ranks, which contradicts "
             "--skip_webdataset_split_by_node: leave one of them out"
         )
     return policy
@@ -160,7 +165,9 @@ def _lanes(given: Given) -> tuple[int, int] | None:
     if given.lanes is None:
         return None
     if not re.fullmatch(r"[1-9]\d{0,5},[1-9]\d{0,5}", given.lanes):
-        raise Refusal(f"{given.say('lanes')}: expected virtual ranks and virtual workers, two numbers like 8,4")
+        raise Refusal(
+            f"{given.say('lanes')}: expected two numbers P,Q (virtual ranks, virtual workers), such as 8,4"
+        )
     ranks, workers = given.lanes.split(",")
     return int(ranks), int(workers)
 
@@ -168,6 +175,6 @@ def _lanes(given: Given) -> tuple[int, int] | None:
 def _check_training_data(given: Given, dataset_type: str) -> None:
     if given.train_num_samples is None and dataset_type in ("webdataset", "synthetic"):
         raise Refusal(
-            f"--train-num-samples is missing: {dataset_type} data does not say how many samples an epoch has, "
-            "so give their number"
+            f"--train-num-samples is missing: {dataset_type} data has no known length; give the number of samples "
+            "in one epoch"
         )

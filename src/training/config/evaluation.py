@@ -1,4 +1,4 @@
-"""In-run evaluation: on what, and how often."""
+"""Evaluation during a run: on which data, and how often."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from training.config.flags import ALL
 from training.config.given import Given
 from training.config.remarks import Idle
 
-# The sets for zero-shot accuracy: what results are called by, and the flag that names the folder.
+# The data sets for zero-shot accuracy: name in the results -> flag with the folder.
 ZERO_SHOT = {"imagenet": "imagenet_val", "imagenetv2": "imagenet_v2"}
 DATA = ("val_data", *ZERO_SHOT.values())
 
 
 def any_of(keys: Iterable[str]) -> str:
-    """``--one, --two or --three``, of two flags or more."""
+    """The names of two flags or more: ``--one, --two or --three``."""
     *others, last = (ALL[key].name for key in keys)
     return f"{', '.join(others)} or {last}"
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What a run evaluates on. ``val_dataset_type``: as ``DataConfig.dataset_type``, of ``val_data``.
+    """What a run evaluates on. ``val_dataset_type``: as ``DataConfig.dataset_type``, for ``val_data``.
 
-    Frequencies are epochs between evaluations; 0: never.
+    Frequencies are in epochs; 0: never.
     """
 
     val_data: str | None
@@ -38,7 +38,7 @@ class EvalConfig:
 
     @property
     def zero_shot(self) -> dict[str, tuple[str, str]]:
-        """What results are called by -> (flag, folder), of the sets that were given."""
+        """Name in the results -> (flag, folder), for the data sets that were given."""
         folders = {name: (ALL[key].name, getattr(self, key)) for name, key in ZERO_SHOT.items()}
         return {name: (flag, folder) for name, (flag, folder) in folders.items() if folder}
 
@@ -59,7 +59,7 @@ def evaluates(given: Given) -> bool:
 
 
 def resolve_evaluation(given: Given) -> EvalConfig:
-    """The group. Refusal: a file that is to be read does not exist."""
+    """The ``EvalConfig`` of the flags. Refusal: a file that is to be read does not exist."""
     for key in DATA:
         check_file(given, key)
     return given.group(EvalConfig, val_dataset_type=kind_of_data(given, "val_data"))

@@ -1,4 +1,4 @@
-"""What the user gave, how it is refused, and how it becomes a frozen group."""
+"""The values that the user gave, the error that refuses them, and how they become a frozen group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Refusal(ValueError):
 
 @dataclass(frozen=True)
 class Given:
-    """The flags' values, and which of them the user chose rather than left alone."""
+    """The values of all flags, and which of them the user set."""
 
     values: Mapping[str, Any]
     explicit: frozenset[str] = field(default_factory=frozenset)
@@ -43,7 +43,7 @@ class Given:
         return f"{flag.name} {value if value != '' else repr('')}"
 
     def group(self, kind: type[T], **resolved: Any) -> T:
-        """A dataclass of ``kind`` from the flags of its fields' names, and what had to be ``resolved``."""
+        """A dataclass of type ``kind``: a field has its value in ``resolved``, or else that of its flag."""
         plain = {f.name: self.values[f.name] for f in fields(kind) if f.name not in resolved}  # type: ignore[arg-type]
         return kind(**{name: frozen(value) for name, value in {**plain, **resolved}.items()})
 
@@ -51,7 +51,7 @@ class Given:
 class FrozenMapping(Mapping[str, Any]):
     """A mapping that nothing can write to, equal to a dict of the same items.
 
-    Unlike ``MappingProxyType`` it can be pickled and copied, so that a ``Config`` travels to other processes.
+    Unlike ``MappingProxyType`` it can be pickled and copied, so that a ``Config`` can be sent to other processes.
     """
 
     __slots__ = ("_items",)

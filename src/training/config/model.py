@@ -1,6 +1,6 @@
-"""The target model: its flags, and what a model's name says without building it.
+"""The target model: its flags, and what is known of a model by its name, without building it.
 
-open_clip's configs are read from its package folder; importing open_clip takes seconds and a refusal should not.
+open_clip's configs are read from its package folder: importing open_clip takes seconds, and a refusal should not.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ IDLE = (
 
 
 def resolve_model(given: Given) -> ModelConfig:
-    """The group. Refusal: there is no such model, no such file, or a size or mean of the wrong length."""
+    """The ``ModelConfig`` of the flags.
+
+    Refusal: there is no such model or no such file, or a size or a mean has the wrong number of values.
+    """
     check_model(given, "model")
     check_weights(given, "pretrained")
     mean, std = (_per_channel(given, key) for key in ("image_mean", "image_std"))
@@ -108,7 +111,7 @@ def check_model(given: Given, key: str) -> None:
 
 
 def check_weights(given: Given, key: str) -> None:
-    """Refusal: the value of ``key`` is called like a file of weights, and there is none. Other words are tags."""
+    """Refusal: the value of ``key`` is the name of a weights file that does not exist. Other values are tags."""
     if re.search(r"\.(pt|pth|bin|ckpt|safetensors)$", given.values[key] or ""):
         check_file(given, key)
 
@@ -119,7 +122,7 @@ def is_coca(model: str) -> bool:
 
 
 def is_vit(model: str) -> bool:
-    """Whether the model is a vision transformer by its name; a JSON path counts by its stem."""
+    """Whether the model is a vision transformer by its name; for a JSON path, by its stem."""
     return "vit" in _name(model).lower()
 
 

@@ -1,7 +1,8 @@
-"""The objective: which loss a run minimizes, by the registry's entry and the published flags, and its settings."""
+"""The objective: which loss a run minimizes, chosen by ``--loss`` or the published flags, and its settings."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from drrho_clip.losses import registry
@@ -9,14 +10,14 @@ from drrho_clip.losses.registry import LossSpec
 from training.config.flags import ALL
 from training.config.given import Given, Refusal
 from training.config.model import is_coca
-from training.config.remarks import Idle, Pitfall
+from training.config.remarks import Idle, Pitfall, Setting
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective. ``name`` is the registry's, ``decided_by`` says in words which flag chose it.
+    """The objective. ``name`` is the loss's name in the registry, ``decided_by`` the flag that chose it, in words.
 
-    ``temperature`` is None where the flag was not given or does not act. ``multiply_tau`` is False for individual
+    ``temperature`` is None where the flag was not given or has no effect. ``multiply_tau`` is False for individual
     temperatures, whose objective is multiplied by them anyway.
     """
 
@@ -46,17 +47,17 @@ class LossConfig:
 
     @property
     def spec(self) -> LossSpec:
-        """What the registry says of the loss."""
+        """The loss's entry in the registry."""
         return registry.get(self.name)
 
     @property
     def state_columns(self) -> tuple[str, ...]:
-        """The columns of the sample state that it keeps; none where it has no state."""
+        """The columns of the sample state that the loss keeps; empty where it keeps none."""
         return self.spec.state_columns(self.gamma)
 
     @property
     def initial_tau(self) -> float:
-        """Where the temperature starts: ``--temperature`` where it acts, else its default."""
+        """The initial temperature: ``--temperature`` where it has an effect, else its default."""
         return ALL["temperature"].default if self.temperature is None else self.temperature
 
     @property
@@ -81,8 +82,12 @@ _DISTILL = tuple(
 
 
 def _unless_taken(keys: tuple[str, ...], why: str) -> tuple[Idle, ...]:
-    """Settings of losses: each is idle with a loss that does not take it."""
-    return tuple(Idle((key,), lambda s, key=key: not s.loss.takes(key), why) for key in keys)
+    """Settings of losses: each has no effect with a loss that does not take it."""
+
+    def without(key: str) -> Callable[[Setting], bool]:
+        return lambda s: not s.loss.takes(key)
+
+    return tuple(Idle((key,), without(key), why) for key in keys)
 
 
 IDLE = (
@@ -107,7 +112,7 @@ IDLE = (
         "without --multiply_tau or individual temperatures",
     ),
     Idle(("tau_gradient",), lambda s: s.temperature_scheme == "global_constant", "with a constant temperature"),
-    *_unless_taken(("local_loss", "gather_with_grad"), "with this loss, which crosses ranks in its own way"),
+    *_unless_taken(("local_loss", "gather_with_grad"), "with this loss, which has its own exchange between ranks"),
     *_unless_taken(("coca_caption_loss_weight", "coca_contrastive_loss_weight"), "without a coca model"),
     Idle(_DISTILL, lambda s: "distill" not in s.usage, "without distillation"),
     Idle(
@@ -143,7 +148,7 @@ def resolve_objective(given: Given) -> Objective:
             f"{flags[0]} asks for the loss {names[0]!r} and {flags[1]} for {names[1]!r}: keep one of them"
         )
     if given.loss is None:
-        name, decided_by = next(iter(implied.items()), ("clip", "no flag asks for another one"))
+        name, decided_by = next(iter(implied.items()), ("clip", "the default"))
     else:
         name, decided_by = given.loss, given.say("loss")
         for other, flag in implied.items():
@@ -151,7 +156,7 @@ def resolve_objective(given: Given) -> Objective:
                 raise Refusal(f"{decided_by} contradicts {flag}, which asks for {other!r}: leave one of them out")
     spec = registry.get(name)
     if spec.decoder and not is_coca(given.model):
-        raise Refusal(f"{decided_by}: {given.say('model')} has no caption decoder, choose a coca model")
+        raise Refusal(f"{decided_by}: {given.say('model')} has no caption decoder; choose a CoCa model")
     if spec.sample_state and not spec.individual and scheme == "individual_learnable":
         raise Refusal(
             f"{given.say('temperature_scheme')} contradicts {decided_by}, which has one temperature for all "
@@ -161,7 +166,10 @@ def resolve_objective(given: Given) -> Objective:
 
 
 def resolve_loss(given: Given, objective: Objective, trains: bool) -> LossConfig:
-    """The group. Refusal: what the loss needs of the other flags, in a run that ``trains``."""
+    """The ``LossConfig`` of the flags.
+
+    Refusal: a flag that the loss needs in a run that ``trains`` is missing or has a wrong value.
+    """
     _check_teachers(given)
     if trains:
         _check_needs(given, objective.spec)
@@ -176,7 +184,7 @@ def resolve_loss(given: Given, objective: Objective, trains: bool) -> LossConfig
 
 
 def _implied_losses(given: Given, scheme: str) -> dict[str, str]:
-    """Loss names that published flags ask for, and the flag that does."""
+    """The losses that published flags ask for: loss name -> flag."""
     implied = {}
     if given.distill_model or given.distill_pretrained:
         for key, other in (("distill_model", "distill_pretrained"), ("distill_pretrained", "distill_model")):
@@ -193,23 +201,27 @@ def _implied_losses(given: Given, scheme: str) -> dict[str, str]:
 
 
 def _check_needs(given: Given, spec: LossSpec) -> None:
-    # A single epoch has gamma = 1 too, but its run may be resumed.
+    # In a run of a single epoch gamma is always 1, but the run may be resumed for more epochs.
     if spec.state_columns(given.gamma) and given.data_size == -1:
         raise Refusal(
             f"--data_size is missing: the loss {spec.name!r} keeps values per sample, so give the number "
-            "of samples in the data set (all keys lie below it)"
+            "of samples in the data set (every sample key must be smaller)"
         )
     if _temperature_acts(given, spec):
         lowest, highest = (0.01, 1.0) if spec.individual else (1 / given.logit_scale_bound, 1.0)
         if not lowest * (1 - 1e-6) <= given.temperature <= highest:
-            why = "single temperatures are kept" if spec.individual else "--logit_scale_bound keeps it"
-            raise Refusal(f"{given.say('temperature')}: {why} in [{lowest:g}, {highest:g}], start within")
+            why = "individual temperatures are kept" if spec.individual else "--logit_scale_bound keeps it"
+            raise Refusal(
+                f"{given.say('temperature')}: {why} in [{lowest:g}, {highest:g}]; give a value in that interval"
+            )
     if spec.distills and given.distill_weight > 1:
-        raise Refusal(f"{given.say('distill_weight')}: the contrastive loss gets 1 minus it, give at most 1")
+        raise Refusal(
+            f"{given.say('distill_weight')}: the weight of the contrastive loss is 1 minus this; give at most 1"
+        )
 
 
 def _temperature_acts(given: Given, spec: LossSpec) -> bool:
-    """``--temperature`` acts with FastCLIP's losses only, where the user gave it."""
+    """Whether ``--temperature`` has an effect: with FastCLIP's losses only, and where the user gave it."""
     return spec.sample_state and given.chose("temperature")
 
 
@@ -217,5 +229,6 @@ def _check_teachers(given: Given) -> None:
     widths = given.distill_teacher_dimension
     if widths != [-1] and min(widths) < 1:
         raise Refusal(
-            f"{given.say('distill_teacher_dimension')}: widths are at least 1, leave it out for a single one"
+            f"{given.say('distill_teacher_dimension')}: every width must be at least 1; leave the flag out for a "
+            "single teacher"
         )

@@ -1,4 +1,4 @@
-"""The optimizer and its schedules: how fast, how long, and where the learning rates go meanwhile."""
+"""The optimizer, the length of a run, and the schedules of the learning rates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.config.remarks import Idle
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimizer; defaults by model name are filled in and ``lr_tau`` is resolved (never negative)."""
+    """The optimizer. Defaults for the model are filled in, and ``lr_tau`` is resolved (never negative)."""
 
     optimizer: str
     lr: float
@@ -27,7 +27,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long, and how the learning rates move. ``epochs`` is 0 where the run only evaluates."""
+    """How long a run is, and how the learning rates change. ``epochs`` is 0 where the run only evaluates."""
 
     epochs: int
     epochs_cooldown: int | None
@@ -64,36 +64,44 @@ IDLE = (
 
 
 def resolve_optimizer(given: Given) -> OptimConfig:
-    """The group, with CLIP's defaults for the model; a negative ``--lr_tau`` is the model's rate."""
+    """The ``OptimConfig`` of the flags, with CLIP's defaults for the model.
+
+    A negative ``--lr_tau`` becomes the model's rate. Refusal: Nesterov without momentum.
+    """
     vit = is_vit(given.model)
     defaults = {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98 if vit else 0.999, "eps": 1e-6 if vit else 1e-8}
     chosen = {
         key: default if given.values[key] is None else given.values[key] for key, default in defaults.items()
     }
     if given.optimizer == "nesterov" and given.momentum == 0:
-        raise Refusal("--momentum 0 with --optimizer nesterov: it needs a momentum above 0, or use sgd")
+        raise Refusal(
+            "--momentum 0: --optimizer nesterov needs a momentum above 0; give one, or use --optimizer sgd"
+        )
     return given.group(OptimConfig, **chosen, lr_tau=chosen["lr"] if given.lr_tau < 0 else given.lr_tau)
 
 
 def resolve_schedule(given: Given, lr: float, trains: bool) -> ScheduleConfig:
-    """The group. ``lr``: the model's peak rate. Refusal: schedules that need each other's flags."""
+    """The ``ScheduleConfig`` of the flags. ``lr``: the model's peak rate.
+
+    Refusal: a flag is missing, or two contradict each other.
+    """
     for key in ("iters", "stop_epochs", "stop_iters"):
         if given.values[key] == 0:
-            raise Refusal(f"{given.say(key)}: zero has no meaning here, give at least 1, or -1 to switch it off")
+            raise Refusal(f"{given.say(key)}: give at least 1, or -1 to switch it off")
     if given.lr_scheduler == "const-cooldown":
         if given.epochs_cooldown is None:
-            raise Refusal(
-                "--lr-scheduler const-cooldown needs --epochs-cooldown: give the epochs that it falls for"
-            )
+            raise Refusal("--lr-scheduler const-cooldown needs --epochs-cooldown: give its length in epochs")
         if given.epochs_cooldown > given.epochs:
-            raise Refusal(f"{given.say('epochs_cooldown')} is longer than {given.say('epochs')}: give fewer")
+            raise Refusal(
+                f"{given.say('epochs_cooldown')} is longer than {given.say('epochs')}: give a shorter cooldown"
+            )
     if given.lr_scheduler == "cosine" and given.lr_min > lr:
         raise Refusal(
-            f"{given.say('lr_min')} lies above the learning rate {lr:g}: the cosine would rise, lower it"
+            f"{given.say('lr_min')} is above the learning rate {lr:g}, so the cosine would rise: give a lower one"
         )
     if given.lr_tau_scheduler == "cosine" and 0 < given.lr_tau < given.lr_min:
         raise Refusal(
-            f"{given.say('lr_tau')} lies below --lr_min {given.lr_min:g}, which its cosine shares: it would rise; "
-            "lower --lr_min, or use --lr_tau_scheduler const"
+            f"{given.say('lr_tau')} is below --lr_min {given.lr_min:g}, where its cosine ends too, so it would "
+            "rise: give a lower one, or use --lr_tau_scheduler const"
         )
     return given.group(ScheduleConfig, epochs=given.epochs if trains else 0)

@@ -1,7 +1,7 @@
 """The run's configuration: frozen, grouped, checked once; nothing writes to it afterwards.
 
-``flags`` declares the command line, ``parser`` reads it, and each group resolves its own part. ``parse`` makes one
-``Config`` of it or refuses with one sentence. Fields carry their flags' names.
+``flags`` declares the command line, ``parser`` reads it, and each group resolves its own part. ``parse`` returns
+one ``Config`` or refuses with one sentence. Fields have the names of their flags.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ GROUPS = (run, objective, reference, cache, data, optim, model, evaluation)  # i
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run was told.
+    """The complete configuration of a run.
 
-    ``flags`` holds every flag's value as given, for ``params.txt``. ``remarks`` are sentences for the log, on
-    flags that have no effect in this company. What depends on the device is the trainer's to say, not the
-    parser's.
+    ``flags`` holds the value of every flag as given, for ``params.txt``. ``remarks`` are sentences for the log,
+    about flags that have no effect in this combination. Remarks that depend on the device come from the trainer.
     """
 
     data: DataConfig
@@ -55,33 +54,35 @@ class Config:
         return self.schedule.epochs > 0
 
     def on_ranks(self, ranks: int) -> Config:
-        """The configuration on so many ranks: what ``--global_batch_size`` makes of batch and micro-batches.
+        """The configuration for ``ranks`` ranks: ``--global_batch_size`` sets the batch and its micro-batches.
 
-        ValueError: the global batch cannot be shared out evenly.
+        ValueError: the global batch cannot be divided evenly.
         """
         run, total = self.run, self.run.global_batch_size
         if total is None:
             return self
         share, rest = divmod(total, ranks)
         if rest:
-            raise ValueError(f"--global_batch_size {total}: not a multiple of the {ranks} ranks; give one")
+            raise ValueError(
+                f"--global_batch_size {total}: {ranks} ranks cannot share it evenly; give a multiple of {ranks}"
+            )
         micro = -(-share // run.batch_size)
         if share % micro:
             raise ValueError(
-                f"--global_batch_size {total}: the {share} samples of each of {ranks} ranks do not make {micro} "
-                f"equal micro-batches of at most --batch-size {run.batch_size}; choose a --batch-size that "
-                "divides them"
+                f"--global_batch_size {total}: the {share} samples of each of {ranks} ranks cannot be split into "
+                f"{micro} equal micro-batches of at most --batch-size {run.batch_size}; choose a --batch-size "
+                f"that divides {share}"
             )
         if micro > 1 and self.distributed.ddp_static_graph:
             raise ValueError(
                 f"--ddp-static-graph does not work with the {micro} micro-batches that {ranks} ranks need for "
-                f"--global_batch_size {total}: leave it out, or give a --batch-size of {share}"
+                f"--global_batch_size {total}: leave it out, or give --batch-size {share}"
             )
         return replace(self, run=replace(run, batch_size=share, accum_freq=micro))
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """The configuration in ``argv`` (default: the command line). Refusal: what is wrong with it first."""
+    """The configuration that ``argv`` (default: the command line) asks for. Refusal: as ``configure``."""
     return configure(read(sys.argv[1:] if argv is None else argv))
 
 
@@ -137,11 +138,11 @@ def configure(given: Given) -> Config:
 
 
 def _check_something_to_do(given: Given, works: bool) -> None:
-    """A run trains, writes a cache, or evaluates."""
+    """Refusal: the run would neither train nor write a cache nor evaluate."""
     if works or evaluation.evaluates(given):
         return
     if given.epochs == 0:
-        raise Refusal(f"--epochs 0 evaluates only: give {evaluation.any_of(evaluation.DATA)}")
+        raise Refusal(f"--epochs 0 only evaluates: give {evaluation.any_of(evaluation.DATA)}")
     raise Refusal(
         "--train-data is missing: give data to train on, or data to evaluate on (--imagenet-val, --val-data)"
     )

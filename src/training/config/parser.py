@@ -1,4 +1,4 @@
-"""Reading the command line and ``--config_file``, as ``flags`` declares them, into plain values.
+"""Reads the command line and ``--config_file`` into plain values, as ``flags`` declares them.
 
 Each flag has two spellings, ``--batch-size`` and ``--batch_size``; abbreviations are not accepted.
 """
@@ -23,14 +23,14 @@ def read(argv: Sequence[str]) -> Given:
     Refusal: a flag that does not exist, a value of the wrong kind. ``--help`` prints the help and exits.
     """
     parser = build_parser()
-    # A bare -- separates torchrun's own flags from ours and reaches us.
+    # A bare -- separates torchrun's own flags from ours; torchrun passes it on.
     words = [_published_spelling(word) for word in argv if word != "--"]
     try:
         line, unknown = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise Refusal(f"{error.argument_name}: {error.message}") from None
     if unknown:
-        hint = "see --help" if unknown[0].startswith("-") else "see --help, and quote patterns of files"
+        hint = "see --help" if unknown[0].startswith("-") else "see --help, and put file patterns in quotes"
         raise Refusal(f"{unknown[0]}: not a flag of this program{_suggest(unknown[0], hint)}")
     chosen = vars(line)
     if chosen.get("config_file"):
@@ -64,7 +64,7 @@ def read_file(path: str) -> dict[str, Any]:
 
 
 def check_values(given: Given) -> None:
-    """Refusal: a flag that by itself has a value which it cannot have, or that is not supported."""
+    """Refusal: a value that its flag cannot have, or a flag that is not supported."""
     for key, flag in ALL.items():
         value = given.values[key]
         if flag.refused and value != flag.default:
@@ -83,11 +83,11 @@ def _inside(number: float, interval: str) -> bool:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """argparse's view of the table. Flags that are not given leave no trace in the namespace."""
+    """The parser for all flags. Its namespace has no entry for a flag that is not given."""
     parser = _Parser(
         prog="training.main",
         usage="%(prog)s [flags]",
-        description="Train a CLIP model, alone or under a frozen reference model.",
+        description="Train a CLIP model, with or without a frozen reference model.",
         epilog="Every flag may be spelled with hyphens or with underscores.",
         allow_abbrev=False,
         exit_on_error=False,
@@ -107,7 +107,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Pairs(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         try:
             setattr(namespace, self.dest, parse_pairs(values))
         except ValueError as error:
@@ -117,7 +123,7 @@ class _Pairs(argparse.Action):
 def parse_pairs(words: Sequence[str]) -> dict[str, Any]:
     """``["scale=(0.4,1.0)", "use_timm=True"]`` -> ``{"scale": (0.4, 1.0), "use_timm": True}``.
 
-    A value that is no Python literal stays a string. ValueError: a word without ``=``.
+    A value that is not a Python literal stays a string. ValueError: a word without ``=``.
     """
     pairs = {}
     for word in words:
@@ -155,7 +161,7 @@ def _sizes(text: str) -> int | list[int]:
     try:
         return parse_sizes(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer, nor integers joined with ::") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor integers joined with ::") from None
 
 
 _CONVERT: dict[str, Callable[[str], Any]] = {"str": str, "int": _int, "float": _float, "sizes": _sizes}
@@ -187,14 +193,14 @@ def _published_spelling(word: str) -> str:
 
 def _suggest(name: str, otherwise: str) -> str:
     close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), list(ALL), n=1)
-    return f", did you mean {ALL[close[0]].name}?" if close else f", {otherwise}"
+    return f"; did you mean {ALL[close[0]].name}?" if close else f"; {otherwise}"
 
 
 def _load(text: str, where: str) -> Any:
     try:
         if where.endswith(".json"):
             return json.loads(text)
-        import yaml  # here, so that runs without a file do not pay for it
+        import yaml  # here, so that runs without a file do not wait for it
 
         return yaml.safe_load(text)
     except (ValueError, RecursionError) as error:
@@ -204,7 +210,7 @@ def _load(text: str, where: str) -> Any:
 
 
 def _from_file(flag: Flag, value: Any) -> Any:
-    """``value`` checked against the flag's kind. TypeError or ValueError says what was expected."""
+    """``value`` checked against the flag's kind. TypeError, ValueError: what was expected instead."""
     if value is None and flag.default is None:
         return None
     if flag.kind == "pairs":

@@ -39,9 +39,10 @@ IDLE = (
 
 
 def resolve_reference(given: Given, loss: LossSpec, *, reads: bool, writes: str) -> ReferenceConfig:
-    """The group; empty without a reference.
+    """The ``ReferenceConfig`` of the flags; empty without a reference.
 
-    ``reads``: its features are on disk, so that it may go unnamed. ``writes``: what the run writes, if it does.
+    ``reads``: its features are read from disk, so the model need not be named. ``writes``: the kind of cache that
+    the run writes, '' for none. Refusal: the flags do not describe one reference with weights and a use.
     """
     check_file(given, "ref_model_checkpoint")
     for key in ("ref_model_pretrained", "distill_pretrained"):
@@ -57,8 +58,8 @@ def _choice(given: Given, loss: LossSpec, *, reads: bool, writes: str) -> dict[s
     if given.distill_model:
         if given.ref_model:
             raise Refusal(
-                f"{given.say('distill_model')} and {given.say('ref_model')} are two references: use one, "
-                "--ref_features_usage distill makes --ref_model a teacher"
+                f"{given.say('distill_model')} and {given.say('ref_model')} are two references: give one; "
+                "with --ref_features_usage distill, --ref_model is the teacher"
             )
         check_model(given, "distill_model")
         return {
@@ -68,14 +69,14 @@ def _choice(given: Given, loss: LossSpec, *, reads: bool, writes: str) -> dict[s
             "usage": frozenset({"distill"}),
         }
     if writes and not given.ref_model:
-        raise Refusal("--cache_ref_model_features needs --ref_model: the model to write features of")
+        raise Refusal("--cache_ref_model_features needs --ref_model: give the model whose features are written")
     if not given.ref_model:
         for key in ("ref_model_pretrained", "ref_model_checkpoint"):
             if given.values[key]:
-                raise Refusal(f"{given.say(key)} has no effect without --ref_model: name the reference")
+                raise Refusal(f"{given.say(key)} has no effect without --ref_model: give the reference")
     if not given.ref_model and not reads:
         if given.chose("ref_features_usage"):
-            raise Refusal(f"{given.say('ref_features_usage')} has no effect without --ref_model: name a reference")
+            raise Refusal(f"{given.say('ref_features_usage')} has no effect without --ref_model: give a reference")
         if loss.distills:
             raise Refusal(f"{given.say('loss')} needs a teacher: give --distill-model and --distill-pretrained")
         return nothing
@@ -92,8 +93,8 @@ def _choice(given: Given, loss: LossSpec, *, reads: bool, writes: str) -> dict[s
     elif loss.reference == "none" and "ref" in usage and not writes:
         flag = given.say("cached_ref_features_dir" if reads else "ref_model")
         raise Refusal(
-            f"{flag}: the loss {loss.name!r} has no use for a reference's margins, add --fastclip, or use "
-            "the reference with --ref_features_usage distill or select"
+            f"{flag}: the loss {loss.name!r} does not use a reference's margins; add --fastclip, or use the "
+            "reference with --ref_features_usage distill or select"
         )
     return {
         "ref_model": given.ref_model,
@@ -106,5 +107,7 @@ def _choice(given: Given, loss: LossSpec, *, reads: bool, writes: str) -> dict[s
 def _usage(given: Given) -> frozenset[str]:
     words = frozenset(word.strip() for word in given.ref_features_usage.split(","))
     if not words <= {"ref", "distill", "select"}:
-        raise Refusal(f"{given.say('ref_features_usage')}: expected a comma list of ref, distill and select")
+        raise Refusal(
+            f"{given.say('ref_features_usage')}: expected a comma-separated list of ref, distill and select"
+        )
     return words

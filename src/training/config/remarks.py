@@ -1,6 +1,7 @@
-"""What the user should know though the run goes on: flags that have no effect in this company, and pitfalls.
+"""Remarks: what the user should know although the run is not refused.
 
-Each group says under which circumstances its flags are idle; here is what that looks like, and who collects it.
+They are about flags that have no effect in this combination, and about pitfalls. Each group lists the conditions
+under which its flags are idle; this module defines the form of these entries and collects those that hold.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Setting:
 
 
 class Idle(NamedTuple):
-    """``flags`` have no effect in a run that trains where ``when`` holds; ``why`` completes "no effect ..."."""
+    """``flags`` have no effect in a training run for which ``when`` holds; ``why`` completes "no effect ..."."""
 
     flags: tuple[str, ...]
     when: Callable[[Setting], bool]
@@ -37,7 +38,7 @@ class Idle(NamedTuple):
 
 
 class Pitfall(NamedTuple):
-    """``sentence`` is worth saying where ``when`` holds."""
+    """``sentence`` is logged where ``when`` holds."""
 
     when: Callable[[Setting], bool]
     sentence: str
@@ -46,11 +47,11 @@ class Pitfall(NamedTuple):
 def collect(setting: Setting, idle: Iterable[Idle], pitfalls: Iterable[Pitfall]) -> tuple[str, ...]:
     """One sentence per reason, and per pitfall. A flag is named once, with the first reason that holds."""
     reasons: dict[str, list[str]] = {}
-    said: set[str] = set()
+    named: set[str] = set()
     for remark in idle if setting.trains else ():
-        flags = [key for key in remark.flags if setting.given.chose(key) and key not in said]
+        flags = [key for key in remark.flags if setting.given.chose(key) and key not in named]
         if flags and remark.when(setting):
-            said.update(flags)
+            named.update(flags)
             reasons.setdefault(remark.why, []).extend(ALL[key].name for key in flags)
     found = (f"{', '.join(names)}: no effect {why}" for why, names in reasons.items())
     return (*found, *(pitfall.sentence for pitfall in pitfalls if pitfall.when(setting)))

@@ -15,8 +15,8 @@ from training.config.remarks import Idle
 class RunConfig:
     """The step, the run's folder, checkpoints and reports.
 
-    ``batch_size`` is what one rank contributes to one step; ``accum_freq`` splits it into micro-batches. Where
-    there is a ``global_batch_size`` both follow from it and the number of ranks (``Config.on_ranks``).
+    ``batch_size`` is what one rank contributes to one step; ``accum_freq`` splits it into micro-batches. With a
+    ``global_batch_size`` both follow from it and the number of ranks (``Config.on_ranks``).
     ``precision`` has one spelling (``amp_bf16``). ``report_to`` is a subset of {'tensorboard', 'wandb'}.
     """
 
@@ -68,7 +68,7 @@ IDLE = (
     Idle(
         ("requeue_on_preempt",),
         lambda _: "SLURM_JOB_ID" not in os.environ,
-        "outside of Slurm, which has the queue",
+        "outside of a Slurm job",
     ),
     Idle(("wandb_notes", "wandb_project_name"), lambda s: "wandb" not in s.report_to, "without --report-to wandb"),
     Idle(("u_format",), lambda s: not s.given.resume, "without --resume"),
@@ -81,9 +81,9 @@ IDLE = (
 
 
 def resolve_run(given: Given) -> RunConfig:
-    """The group. Refusal: no name, an unknown report, a checkpoint that is not there."""
+    """The ``RunConfig`` of the flags. Refusal: no name, an unknown report, a checkpoint that is not there."""
     if given.name == "":
-        raise Refusal("--name '': the name is empty, give one or leave the flag out")
+        raise Refusal("--name '': the name is empty; give one or leave the flag out")
     if given.resume != "latest":
         check_file(given, "resume")
     precision = {"amp_bfloat16": "amp_bf16"}.get(given.precision, given.precision)
@@ -91,16 +91,16 @@ def resolve_run(given: Given) -> RunConfig:
 
 
 def check_batch(given: Given, usage: frozenset[str]) -> None:
-    """Refusal: accumulation does not divide the batch, or what selection keeps of it."""
+    """Refusal: ``--accum-freq`` does not divide the batch, or what selection keeps of it."""
     if given.global_batch_size is not None and given.chose("accum_freq"):
         raise Refusal(
             f"{given.say('accum_freq')} contradicts {given.say('global_batch_size')}, which splits a rank's share "
-            "into micro-batches of --batch-size at most: leave one of them out"
+            "into micro-batches of at most --batch-size samples: leave one of them out"
         )
     if given.global_batch_size is not None and "select" in usage:
         raise Refusal(
-            f"{given.say('global_batch_size')}: what batch selection keeps of a batch depends on its size, so "
-            "give --batch-size instead"
+            f"{given.say('global_batch_size')}: with --ref_features_usage select, which samples are kept depends "
+            "on the batch size of a rank; give --batch-size instead"
         )
     batch, ratio, draws = given.batch_size, given.ref_filter_ratio, given.ref_filter_n_chunks
     sizes = {given.say("batch_size"): batch}
@@ -108,8 +108,8 @@ def check_batch(given: Given, usage: frozenset[str]) -> None:
         kept = round(batch * (1 - ratio))
         if kept < 1 or not math.isclose(kept, batch * (1 - ratio), abs_tol=1e-6):
             raise Refusal(
-                f"{given.say('ref_filter_ratio')} of {given.say('batch_size')} is no whole number of samples: "
-                "choose a batch size such that batch size times ratio is one"
+                f"{given.say('ref_filter_ratio')} would keep {batch * (1 - ratio):g} samples of "
+                f"{given.say('batch_size')}: choose values that keep a whole number, at least 1"
             )
         what = f"the {kept} samples that selection keeps of {given.say('batch_size')}"
         if kept % draws:
@@ -120,16 +120,16 @@ def check_batch(given: Given, usage: frozenset[str]) -> None:
             raise Refusal(f"{given.say('accum_freq')} does not divide {what}: choose a divisor of {size}")
     if given.ddp_static_graph and given.accum_freq > 1:
         raise Refusal(
-            f"--ddp-static-graph does not work with {given.say('accum_freq')}: DDP's static graph cannot skip its "
-            "reduction for micro-batches, leave one of the two out"
+            f"--ddp-static-graph does not work with {given.say('accum_freq')}: with a static graph, DDP cannot "
+            "skip the reduction of gradients between micro-batches; leave one of the two out"
         )
 
 
 def _report_to(given: Given) -> frozenset[str]:
-    """'all', or a comma list of tensorboard and wandb."""
+    """The reports in ``--report-to``. Refusal: it names another one."""
     words = {word.strip() for word in given.report_to.split(",")} - {""}
     if words == {"all"}:
         return frozenset({"tensorboard", "wandb"})
     if not words <= {"tensorboard", "wandb"}:
-        raise Refusal(f"{given.say('report_to')}: expected tensorboard, wandb, both with a comma, or all")
+        raise Refusal(f"{given.say('report_to')}: expected tensorboard, wandb, both separated by a comma, or all")
     return frozenset(words)

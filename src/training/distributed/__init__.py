@@ -1,1 +1,1 @@
-"""The processes of a run: who each is, how they meet, what they tell each other; signals, failures and hangs."""
+"""The processes of a run: their ranks, how they meet and communicate; signals, failures and hangs."""

@@ -1,6 +1,6 @@
-"""A board that all ranks can read and write while they can take part in no collective: words at a store.
+"""The board: entries that all ranks can read and write, even when they cannot take part in collectives.
 
-It is the store where the ranks met, over a connection of its own.
+They are kept in the store where the ranks met, over a separate connection.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ T = TypeVar("T")
 FAILED = "failed"  # how the first rank failed
 NOTICED = "noticed"  # /RANK: that rank knows of it
 
-PATIENCE = 5.0  # seconds for an answer of the board, for rank 0 to speak first, for the others to notice
+PATIENCE = 5.0  # seconds for an answer of the board, for rank 0 to report first, for the others to confirm
 
 
 class Unreachable(RuntimeError):
-    """The board does not answer. ``gone``: its process has ended. Else it may be stopped, or its machine lost."""
+    """The board does not answer. ``gone``: its process has ended; else it may be stopped, or its machine lost."""
 
     def __init__(self, message: str, gone: bool) -> None:
         super().__init__(message)
@@ -30,10 +30,10 @@ class Unreachable(RuntimeError):
 
 
 class Board:
-    """Words at the store where the ranks met, over a connection of its own.
+    """Entries (key -> text) in the store where the ranks met, over a separate connection.
 
-    No call takes longer than ``PATIENCE``, each may raise ``Unreachable``. A store whose process is stopped leaves
-    callers waiting for good, whatever its time limit says; so each call has a thread, which is left behind then.
+    No call takes longer than ``PATIENCE``, and each may raise ``Unreachable``. If the store's process is stopped,
+    its client waits forever, whatever its timeout; each call therefore runs in a thread, which is then abandoned.
     """
 
     def __init__(self) -> None:
@@ -44,18 +44,19 @@ class Board:
         self._ask(lambda: self._store.set(key, text))
 
     def first(self, key: str, text: str) -> str:
-        """What ``key`` holds: the text of whoever came first, which is ``text`` where nobody had."""
+        """The text of ``key``, which is ``text`` unless a rank has written another one before."""
         return self._ask(lambda: self._store.compare_set(key, "", text)).decode()
 
     def has(self, *keys: str) -> bool:
-        """Whether all of ``keys`` hold something."""
+        """Whether all of ``keys`` have an entry."""
         return self._ask(lambda: self._store.check(list(keys)))
 
     def get(self, key: str) -> str | None:
+        """The text of ``key``; None where it has no entry."""
         return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
 
     def wait(self, *keys: str, seconds: float) -> bool:
-        """Whether all of ``keys`` hold something, now or within ``seconds``."""
+        """Whether all of ``keys`` have an entry, now or within ``seconds``."""
         deadline = time.monotonic() + seconds
         while not self.has(*keys):
             if time.monotonic() > deadline:
@@ -69,14 +70,14 @@ class Board:
         try:
             return within(PATIENCE, question)
         except TimeoutError as error:
-            self._lost = Unreachable(f"the store where the ranks met is silent: {error}", gone=False)
+            self._lost = Unreachable(f"the store where the ranks met does not answer: {error}", gone=False)
         except (RuntimeError, LookupError) as error:
             self._lost = Unreachable(f"the store where the ranks met is gone: {error}", gone=True)
         raise self._lost
 
 
 def within(seconds: float, question: Callable[[], T]) -> T:
-    """``question()``, whatever it raises included. TimeoutError: no answer yet; nobody waits for it any longer."""
+    """What ``question()`` returns or raises. TimeoutError: it took too long, and the caller stops waiting."""
     answer: list[Any] = []
 
     def ask() -> None:

@@ -1,4 +1,4 @@
-"""What the ranks of the trainer tell each other, on the CPU: objects, votes, sums. A single rank talks to nobody.
+"""Communication between the ranks of the trainer, on the CPU: objects, votes, sums. A single rank sends nothing.
 
 (The method has collectives of its own, for tensors on the device: ``drrho_clip.collectives``.)
 """
@@ -20,23 +20,23 @@ T = TypeVar("T")
 Group = dist.ProcessGroup | None  # None: the group of all ranks, or a single process
 
 _CPU = torch.device("cpu")
-# What gloo and NCCL say.
+# Error messages of gloo and NCCL.
 _LOST_PEER = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|pair closure|remote process exited|ncclRemoteError"
 )
 
 
 class PeerFailed(RuntimeError):
-    """Another rank raised; its own message says why. Worth an exit code, not a traceback."""
+    """Another rank raised an error and reports it. This rank ends with an exit code and without a traceback."""
 
 
-def lost_peer(error: RuntimeError) -> bool:
-    """Whether ``error`` is a collective's, and says that another process has ended."""
+def lost_peer(error: BaseException) -> bool:
+    """Whether ``error`` comes from a collective and means that another process has ended."""
     return dist.is_initialized() and bool(_LOST_PEER.search(str(error)))
 
 
 def barrier() -> None:
-    """Wait for all ranks, on the CPU: CUDA work in flight is left alone."""
+    """Wait for all ranks, on the CPU, and not for CUDA work in flight."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))
 
@@ -73,7 +73,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def start_all_reduce_max(tensor: Tensor) -> dist.Work | None:
-    """Start on the maximum over the ranks of ``tensor``, on the CPU; it is there after ``wait()`` on the answer.
+    """Start to replace ``tensor``, on the CPU, by its maximum over the ranks; ``wait()`` on the result ends it.
 
     None: this process is alone, and there is nothing to wait for.
     """
@@ -83,7 +83,7 @@ def start_all_reduce_max(tensor: Tensor) -> dist.Work | None:
 def on_main(function: Callable[[], T], group: Group = None) -> T:
     """``function()`` run by rank 0 alone; its picklable result on every rank.
 
-    Where it raises, rank 0 has that error and the others have ``PeerFailed``.
+    If it raises, rank 0 raises the same error and the others raise ``PeerFailed``.
     """
     if not dist.is_initialized():
         return function()
@@ -102,10 +102,10 @@ def on_main(function: Callable[[], T], group: Group = None) -> T:
 
 @contextmanager
 def node_main_first() -> Iterator[None]:
-    """Local rank 0 of each node goes through the body first, the node's other ranks after it.
+    """Local rank 0 of each node runs the body first, then the other ranks of the node.
 
-    Whatever local rank 0 leaves on the node's disk (a download) is then there for the others. Where one of them
-    raises, every rank leaves: that one with its own error, the others with ``PeerFailed``.
+    What local rank 0 leaves on the node's disk (a download) is then available to the others. If a local rank 0
+    raises, every rank stops: that one with its own error, the others with ``PeerFailed``.
     """
     if not dist.is_initialized():
         yield

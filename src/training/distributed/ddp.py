@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,10 +18,10 @@ if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
 
 
 def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -> nn.Module:
-    """``model`` in DistributedDataParallel; unchanged in a single process and where nothing is to be trained.
+    """``model`` in DistributedDataParallel; without it in a single process, and where nothing is to be trained.
 
-    ``sync_bn`` turns BatchNorm layers into ones with statistics over all ranks, in place of the old ones, before
-    wrapping; torch has them for GPUs only, elsewhere it is a ValueError.
+    ``sync_bn`` first replaces BatchNorm layers by ones whose statistics are over all ranks. ValueError: torch has
+    such layers for GPUs only.
     """
     if not world.distributed:
         return model
@@ -32,7 +33,7 @@ def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -
         model = convert_sync_batchnorm(model)  # unlike torch's it keeps the activation of timm's BatchNormAct
     if not any(p.requires_grad for p in model.parameters()):
         return model
-    settings = {
+    settings: dict[str, Any] = {
         "device_ids": [world.device] if on_cuda else None,
         "gradient_as_bucket_view": True,
         "static_graph": static_graph,
@@ -43,8 +44,8 @@ def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -
 
 
 def check_sync_bn(world: World) -> None:
-    """ValueError: ``world`` cannot have BatchNorm with statistics over all ranks."""
+    """ValueError: the ranks of ``world`` cannot share BatchNorm statistics."""
     if world.distributed and world.device.type != "cuda":
         raise ValueError(
-            "--use-bn-sync needs GPUs: torch synchronizes no BatchNorm on the CPU; leave the flag out"
+            "--use-bn-sync needs GPUs: torch cannot synchronize BatchNorm on the CPU; leave the flag out"
         )

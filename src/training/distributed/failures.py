@@ -1,8 +1,8 @@
-"""One message for all ranks: who failed first says why, the others end without a word of their own.
+"""One message for all ranks: the rank that fails first reports why, and the others end without a report.
 
-A rank that fails can take part in no collective any more, and the others may wait for it in one, or on the device,
-for ever. So what has gone wrong is written to the store where the ranks met, the ``Board``. Every rank reads it:
-the main thread when an error reaches ``main.py`` (``tell``, ``report``), and beside it the thread of
+A rank that has failed cannot take part in collectives any more, and the others may wait for it forever, in a
+collective or on the device. The failure is therefore written to the ``Board``, at the store where the ranks met.
+Every rank reads it: the main thread when an error reaches ``main.py`` (``tell``, ``report``), and the thread of
 ``watchdog.py``, which ends a rank that cannot end by itself.
 """
 
@@ -19,24 +19,24 @@ from training.distributed import collectives, launcher, process_group
 from training.distributed.board import FAILED, NOTICED, PATIENCE, Board, Unreachable, within
 from training.distributed.signals import end_undisturbed
 
-_REFUSED = "refused"  # the refusal that rank 0 tells
+_REFUSED = "refused"  # the refusal that rank 0 prints
 
-_A_MOMENT = 2.0  # seconds for the word of a rank whose end is already felt
-_LEAVE = 10.0  # seconds for a rank that failed to part from the others
+_A_MOMENT = 2.0  # seconds to wait for the report of a rank whose end has been noticed
+_LEAVE = 10.0  # seconds that a failed rank may take to leave the others
 
 # What torch's DataLoader raises in the main thread, wherever that is.
 _LOADER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([\w ]+)|exited)")
 _ADVICE = {
-    "Killed": "by hand, or as memory is short: fewer --workers need less",
-    "Bus error": "as shared memory is short: raise its limit (/dev/shm), or use fewer --workers",
+    "Killed": "by a user, or because memory ran out; fewer --workers need less",
+    "Bus error": "shared memory ran out; raise its limit (/dev/shm), or use fewer --workers",
 }
 
 
 def tell(error: ValueError) -> None:
-    """Print the ``error`` with which this rank ends, unless another rank does.
+    """Print the ``error`` with which this rank ends, unless another rank prints it.
 
-    What all ranks are refused for is told once: by rank 0, and before the ranks have met by the first one of each
-    node that comes to it. What rank 0 does not say as well within seconds is told by the rank that has it.
+    An error of all ranks is printed once: by rank 0 or, before the ranks have met, by the first rank of each node
+    that gets here. If rank 0 does not print the same error within seconds, this rank prints its own.
     """
     rank = launcher.rank()
     line = f"error (rank {rank}): {error}" if rank else f"error: {error}"
@@ -63,7 +63,7 @@ def tell(error: ValueError) -> None:
 
 
 def cause(error: BaseException) -> str | None:
-    """How another rank has failed, where ``error`` is only what this one feels of it. None: that is not known."""
+    """How another rank failed, where ``error`` is only the consequence on this one. None: that is not known."""
     if not (isinstance(error, RuntimeError) and collectives.lost_peer(error)):
         return None
     try:
@@ -74,32 +74,33 @@ def cause(error: BaseException) -> str | None:
 
 
 def lost_loader(error: Exception) -> str | None:
-    """What has become of a loader process, where ``error`` is torch's word of its end. None: it is another one.
+    """What happened to a loader process, where ``error`` is torch's report of its end. None: another error.
 
-    Its traceback says where the main thread happened to be, which has nothing to do with it.
+    The traceback of such an error shows where the main thread happened to be, which has nothing to do with it.
     """
     found = _LOADER.search(str(error)) if isinstance(error, RuntimeError) else None
     if found is None:
         return None
     processes, signal = found.groups()
     # torch does not always learn of the signal: then the process may have been killed or have failed.
-    how = f"was killed (signal: {signal.strip()})" if signal else "has ended without a word to the trainer"
-    advice = _ADVICE.get((signal or "").strip(), "killed, short of memory, or by an error that is told above")
-    return f"loader process {processes} {how}, {advice}"
+    how = f"was killed (signal: {signal.strip()})" if signal else "has ended without a report to the trainer"
+    advice = _ADVICE.get((signal or "").strip(), "killed, out of memory, or by an error that is printed above")
+    return f"loader process {processes} {how}: {advice}"
 
 
 def report(error: Exception) -> None:
-    """Say why the ranks end, which have met: ``error`` and its traceback, where this rank is the first that fails.
+    """Print why the ranks, which have met, end: ``error`` and its traceback, if this rank is the first to fail.
 
-    Where a rank or a loader process ended without a word, the first one to feel it says so. Every other rank has
-    one line.
+    If a rank or a loader process ended without a report, the first rank that notices it reports it. Every other
+    rank prints one line.
     """
     end_undisturbed()
     rank, bystander, loader = launcher.rank(), collectives.lost_peer(error), lost_loader(error)
     own = f"rank {rank} failed: {type(error).__name__}: {error}"
     if bystander:
         own = (
-            f"a rank has ended without a word, as rank {rank} felt: killed, out of memory, or its machine is lost"
+            f"a rank has ended without a report, as rank {rank} noticed: it was killed or out of memory, or its "
+            "machine is lost"
         )
     elif loader:
         own = f"rank {rank} failed: {loader}"
@@ -112,7 +113,11 @@ def report(error: Exception) -> None:
     except Unreachable:
         first = not bystander
     if not first:
-        print(f"rank {rank} ends, since another rank has: its own message says why", file=sys.stderr, flush=True)
+        print(
+            f"rank {rank} ends because another rank has ended: that rank's message says why",
+            file=sys.stderr,
+            flush=True,
+        )
     elif bystander or loader:
         print(f"error: {own}", file=sys.stderr, flush=True)
     else:
@@ -124,16 +129,16 @@ def report(error: Exception) -> None:
 
 
 def notice() -> None:
-    """This rank ends as another one's error has reached it; that one need not wait for it any longer."""
+    """This rank ends because of another rank's error, and confirms it: that rank need not wait for it."""
     end_undisturbed()
     with suppress(Unreachable):
         _notice(Board())
 
 
 def part(code: int) -> None:
-    """Leave the other ranks; after a failure (``code`` other than 0) this process ends with it if that takes long.
+    """Leave the other ranks. After a failure (``code`` not 0), end this process with ``code`` if that takes long.
 
-    They may be in a collective that this rank began too and will not finish.
+    The other ranks may be in a collective that this rank has begun too and will not finish.
     """
     if code == 0 or not process_group.met():
         process_group.stop()
@@ -146,13 +151,13 @@ def part(code: int) -> None:
 
 def end(code: int) -> NoReturn:
     """End this process at once, whatever its threads are waiting for."""
-    with suppress(TimeoutError):  # a thread that hangs may hold what flushing needs
+    with suppress(TimeoutError):  # a thread that hangs may hold a lock that flushing needs
         within(1.0, lambda: (sys.stdout.flush(), sys.stderr.flush()))
     os._exit(code)
 
 
 def _notice(board: Board) -> None:
-    """Sign for what the board says. The rank whose process holds the board stays until all others have."""
+    """Confirm on the board that this rank knows. The rank whose process holds the board waits for all others."""
     board.put(f"{NOTICED}/{launcher.rank()}", "")
     if process_group.hosts_store():
         board.wait(*(f"{NOTICED}/{rank}" for rank in range(process_group.world_size())), seconds=PATIENCE)

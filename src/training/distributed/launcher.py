@@ -1,11 +1,11 @@
-"""What torchrun or Slurm say of this process, and what it says: known before torch is imported and the ranks meet.
+"""The rank of this process, from the variables of torchrun or Slurm, and messages that are printed once per node.
 
-A process finds its place, in this order, from
+All this works before torch is imported and before the ranks meet. A process takes its rank, in this order, from
 
 1. torchrun's variables (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``);
 2. Slurm's, inside an ``srun`` step of several tasks (``SLURM_PROCID``, ``SLURM_NTASKS``, ``SLURM_LOCALID``);
 3. ``RANK`` alone, with ``--world_size``, for processes started by hand;
-4. else it is the only one.
+4. otherwise it is the only process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KEPT = 24 * 3600  # seconds for which a launch's file is kept
 
 @dataclass(frozen=True)
 class LaunchedRank:
-    """A process's numbers among all and on its node, and how many there are."""
+    """The rank of a process among all and on its node, and the number of ranks in both."""
 
     rank: int = 0
     world_size: int = 1
@@ -37,7 +37,7 @@ class LaunchedRank:
 
 
 def rank(env: Mapping[str, str] = os.environ) -> int:
-    """This process's number among all; 0 where nothing started it beside others."""
+    """The rank of this process; 0 where no launcher has set one."""
     return int(env.get("RANK") or env.get("SLURM_PROCID") or 0)
 
 
@@ -47,16 +47,16 @@ def slurm_job(env: Mapping[str, str] = os.environ) -> str | None:
 
 
 def local_rank(env: Mapping[str, str] = os.environ) -> int:
-    """Its number on its node; processes started by hand are taken to share one."""
+    """Its rank on its node; processes started by hand are assumed to be on one node."""
     return int(env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or rank(env))
 
 
 def say_once(line: str, env: Mapping[str, str] = os.environ) -> None:
-    """Print ``line`` on stderr, unless another process of this launch on this node has.
+    """Print ``line`` on stderr, unless another process of this launch on this node has printed it.
 
-    A launcher ends all of its processes when one has ended. So the first one speaks, whichever that is, and none
-    ends before: what has been said stands in a file that they lock. Processes started by hand know no common
-    launch: there the first one of the node speaks.
+    A launcher ends all of its processes when one of them ends. So the first process that gets here prints, and the
+    others wait for it: the lines that have been printed are kept in a file, which they lock. Processes started by
+    hand do not know of each other; of those, local rank 0 prints.
     """
     launch = _launch(env)
     if launch is None:
@@ -81,7 +81,7 @@ def say_once(line: str, env: Mapping[str, str] = os.environ) -> None:
 
 
 def _launch(env: Mapping[str, str]) -> str | None:
-    """A name that all processes of one launch on one node have, and no other launch; None: started by hand."""
+    """A name shared by the processes of one launch on one node, and by no other launch; None: started by hand."""
     if "TORCHELASTIC_RUN_ID" in env:
         agent = os.getppid()
         with suppress(OSError):
@@ -94,9 +94,9 @@ def _launch(env: Mapping[str, str]) -> str | None:
 
 
 def find_place(env: Mapping[str, str], world_size: int, by_url: bool) -> LaunchedRank:
-    """This process among the others. ``world_size``: where no launcher says it. ``by_url``: they meet at a URL.
+    """The rank of this process. ``world_size``: used if no launcher sets it. ``by_url``: the ranks meet at a URL.
 
-    ValueError: the variables contradict each other, or what others are to be met by is missing.
+    ValueError: the variables contradict each other, or the address at which the ranks meet is missing.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         world_size = int(env["WORLD_SIZE"])
@@ -106,8 +106,8 @@ def find_place(env: Mapping[str, str], world_size: int, by_url: bool) -> Launche
         return LaunchedRank()
     if "RANK" not in env:
         raise ValueError(
-            f"--world_size {world_size}: nothing says which of the {world_size} ranks this process is; start it "
-            "with torchrun or srun, or set RANK in its environment"
+            f"--world_size {world_size}: it is not known which of the {world_size} ranks this process is; start "
+            "it with torchrun or srun, or set RANK in its environment"
         )
     if not by_url and "MASTER_ADDR" not in env:
         raise ValueError(
@@ -121,7 +121,7 @@ def find_place(env: Mapping[str, str], world_size: int, by_url: bool) -> Launche
 
 
 def _slurm_tasks(env: Mapping[str, str]) -> int:
-    """Tasks of this very step; in a shell inside an allocation the allocation's count would be the wrong one."""
+    """The tasks of this step. In a shell inside an allocation, the count of the allocation would be wrong."""
     return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
 
 
@@ -134,12 +134,14 @@ def _is_srun_step(env: Mapping[str, str], by_url: bool) -> bool:
     alone = "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env
     alone = alone or ("SLURM_PTY_PORT" in env and "MASTER_ADDR" not in env)
     if alone:
-        logging.getLogger(__name__).warning("Slurm allocation, but not started by srun: running as one process")
+        logging.getLogger(__name__).warning(
+            "inside a Slurm allocation, but not started by srun: running as a single process"
+        )
         return False
     if by_url or "MASTER_ADDR" in env:
         return True
     raise ValueError(
-        f"Slurm says {_slurm_tasks(env)} tasks but MASTER_ADDR is not set: export the host of the first one "
+        f"Slurm started {_slurm_tasks(env)} tasks but MASTER_ADDR is not set: export the host of the first one "
         "(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1), or set SLURM_NTASKS=1 to run one process"
     )
 

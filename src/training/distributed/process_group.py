@@ -1,10 +1,10 @@
-"""How the ranks of a run meet and part, and each one's device.
+"""How the ranks of a run meet and part, and which device each one uses.
 
-``launcher.py`` says who a process is. The ranks meet at ``--dist-url``: ``env://`` means ``MASTER_ADDR`` and
-``MASTER_PORT`` (``--dist_port`` where the port is unset), ``tcp://host:port`` and ``file://path`` stand for
-themselves. A single process starts no group.
+``launcher.py`` finds the rank of a process. The ranks meet at ``--dist-url``: ``env://`` means ``MASTER_ADDR`` and
+``MASTER_PORT`` (``--dist_port`` where the port is unset), ``tcp://host:port`` and ``file://path`` are used
+as they are. A single process starts no group.
 
-On GPUs the group speaks gloo for CPU tensors and NCCL for the rest, so that waiting and the exchange of Python
+On GPUs the group uses gloo for CPU tensors and NCCL for the rest, so that waiting and the exchange of Python
 objects never touch a CUDA stream.
 """
 
@@ -33,7 +33,7 @@ _PATIENCE = timedelta(seconds=5)
 
 @dataclass
 class _Meeting:
-    """Where the ranks have met, and what tells this start of theirs from earlier ones there."""
+    """Where the ranks have met, and the name that distinguishes this start from earlier ones there."""
 
     url: str = "env://"
     start: str = ""
@@ -43,7 +43,7 @@ _met = _Meeting()
 
 
 class OwnRefusal(ValueError):
-    """What is wrong with this rank alone, before the ranks have met."""
+    """An error of this rank alone, before the ranks have met."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks for the run: logs, checkpoints, reports."""
+        """Whether this rank acts for the run: logs, checkpoints, reports."""
         return self.rank == 0
 
     @property
@@ -73,14 +73,14 @@ class World:
 
 
 def start(config: DistributedConfig) -> World:
-    """Find this process's place, choose its device and, with more than one rank, start the process group.
+    """Find this process's rank, choose its device and, with more than one rank, start the process group.
 
     ValueError: the variables and flags contradict each other, or the device does not exist.
     """
     place = launcher.find_place(os.environ, config.world_size, by_url=config.dist_url != "env://")
     if config.world_size not in (1, place.world_size):
         raise ValueError(
-            f"--world_size {config.world_size}, but {place.world_size} were started: leave the flag out"
+            f"--world_size {config.world_size}, but {place.world_size} ranks were started: leave the flag out"
         )
     device = _choose_device(place, config)
     if place.world_size > 1:
@@ -95,7 +95,7 @@ def stop() -> None:
 
 
 def met() -> bool:
-    """Whether this process has met other ranks, and not parted from them."""
+    """Whether this process has met other ranks, and has not parted from them."""
     return dist.is_initialized()
 
 
@@ -105,19 +105,24 @@ def world_size() -> int:
 
 
 def own_group() -> Group:
-    """A gloo group of all ranks for a thread that talks beside training; None for a single process. Collective.
+    """A gloo group of all ranks, for a thread that communicates during training; None: one process. Collective.
 
     Two threads in one group could enter their collectives in different orders on different ranks.
     """
-    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member of it
+    return group
 
 
 def meeting_store() -> dist.Store:
-    """A connection of its own to the store where the ranks have met.
+    """A new connection to the store where the ranks have met.
 
-    RuntimeError or LookupError: it is gone, or nobody knows where it is. May wait for ever where it is stopped.
+    RuntimeError, LookupError: it is gone, or its address is not known. Waits forever if its process is stopped.
     """
     scheme, _, place = _met.url.partition("://")
+    store: dist.Store
     if scheme == "file":
         store = dist.FileStore(place, dist.get_world_size())
     else:
@@ -182,11 +187,11 @@ def _connect(timeout: timedelta, host: str = "", port: str = "") -> dist.TCPStor
 
 
 def _agree_on_start(store: dist.Store, rank: int, world_size: int) -> str:
-    """A name for this start of the ranks, which rank 0 makes up and all the others learn.
+    """A name for this start of the ranks, which rank 0 chooses and all other ranks receive.
 
-    torchrun may start ranks again with the store of the ones before, addresses of dead processes included
+    torchrun may restart ranks with the store of their predecessors, which holds addresses of dead processes
     (pytorch issue 135712), and its count of restarts is not the same on all nodes. So each rank asks under a name
-    that nobody has used, and rank 0 answers until all have the answer; those who asked before them are dead.
+    that has never been used, and rank 0 answers until all have confirmed; earlier requests are of dead processes.
     """
     if rank > 0:
         own = uuid.uuid4().hex
@@ -204,6 +209,6 @@ def _agree_on_start(store: dist.Store, rank: int, world_size: int) -> str:
             elif store.check([f"asks/{other}"]):
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", start)
         if time.monotonic() > deadline:
-            raise RuntimeError(f"ranks {sorted(waiting)} have not come within {_TIMEOUT}")
+            raise RuntimeError(f"ranks {sorted(waiting)} did not connect within {_TIMEOUT}")
         time.sleep(0.02)
     return start

@@ -1,4 +1,4 @@
-"""Asked to stop: signals, how all ranks hear of them at the same step, and how the run goes on afterwards.
+"""Signals that stop a run: how all ranks learn of them at the same step, and how the job is queued again.
 
     with listen() as interrupts, Agreement() as agreement:
         for step in ...:
@@ -7,9 +7,9 @@
             if save: ...                    # the same step on every rank
             if stop: break
 
-Slurm and people signal one rank, some ranks or all of them, never all at the same step. A rank that saved on its
-own signal would wait for others that go on. So the wishes travel with the steps, and each step brings those of the
-step before: nobody waits for them, as an exchange has a whole step to arrive.
+Slurm and users send signals to one rank, to some or to all of them, never to all at the same step. A rank that
+saved at its own signal would wait for others that continue to train. So the ranks exchange what they ask for after
+every step, and act on the answers one step later: no rank waits, as an exchange has a whole step to complete.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ log = logging.getLogger(__name__)
 # Slurm's preemption and cancelling; its warning before a time limit (--signal=USR1@120); Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
-_LAST_STEP = 60  # seconds for which a loader process goes on after a signal, for the step that is under way
+_LAST_STEP = 60  # seconds that a loader process continues after a signal, for the current step
 _ONE_KEYPRESS = 0.5  # seconds in which a terminal and a launcher may both deliver the same Ctrl-C
 
 
 class Interrupts:
-    """What this process was asked by signals. ``wanted``: the first signal's name ('SIGTERM'), None before it."""
+    """The signals that this process received. ``wanted``: the first one's name ('SIGTERM'), None before it."""
 
     def __init__(self) -> None:
         self.wanted: str | None = None
         self._first_ctrl_c: float | None = None
 
     def __call__(self, number: int, frame: FrameType | None = None) -> None:
-        """The handler. KeyboardInterrupt: a second Ctrl-C, which asks to end here and now."""
+        """The handler. KeyboardInterrupt: a second Ctrl-C, which ends the process at once."""
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._first_ctrl_c is None:
@@ -62,9 +62,9 @@ class Interrupts:
 
 @contextmanager
 def listen() -> Iterator[Interrupts]:
-    """Note SIGTERM, SIGUSR1 and SIGINT instead of dying of them, until the body ends.
+    """Record SIGTERM, SIGUSR1 and SIGINT instead of ending at once, until the body ends.
 
-    Python lets only the main thread handle signals: elsewhere nothing is changed and nothing will be noted.
+    Python lets only the main thread handle signals: in another thread nothing is changed and nothing is recorded.
     """
     interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
@@ -79,9 +79,9 @@ def listen() -> Iterator[Interrupts]:
 
 
 def end_undisturbed() -> None:
-    """This process is about to end by itself: Slurm and torchrun, which now end all ranks, need not help.
+    """Ignore the signals by which Slurm and torchrun now end all ranks: this process is about to end by itself.
 
-    So what it has to say is said, and its exit code is its own.
+    So its messages are printed completely, and its exit code is its own.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -89,10 +89,10 @@ def end_undisturbed() -> None:
 
 
 def leave_to_trainer() -> None:
-    """In a loader process: what a launcher sends to all processes of a rank is the trainer's to act on.
+    """In a loader process: leave the signals that a launcher sends to all processes of a rank to the trainer.
 
-    A second SIGTERM ends the process all the same: the trainer sends one to a loader that does not end by itself.
-    So does time, where the first one was the trainer's, which then waits for it.
+    A second SIGTERM ends the process nevertheless: the trainer sends one to a loader that does not end by itself.
+    A time limit ends it too, as the first SIGTERM may be the trainer's, which then waits for the process.
     """
 
     def wait(number: int, frame: FrameType | None) -> None:
@@ -107,66 +107,66 @@ def leave_to_trainer() -> None:
 def end_with_trainer() -> None:
     """In a loader process: end when the trainer is killed, at once and not seconds later.
 
-    It has the trainer's connections open too, and the other ranks feel that it is gone when the last one closes.
+    It has the trainer's connections open too, and other ranks notice the trainer's end when the last one closes.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Waitable(Protocol):
-    """What a collective that was started returns."""
+    """The handle of a collective that was started."""
 
     def wait(self) -> bool: ...
 
 
 class Agreement:
-    """What any rank wishes, known to all ranks at the same step, one step later.
+    """What any rank asks for, learned by every rank at the same step, one step after the request.
 
-    All ranks call ``exchange`` equally often, and ``close`` (or leave the context) after the last one. No call
-    waits for anything but an exchange that has had a whole step to arrive. It runs on the CPU: no device is asked.
-    In a single process a wish is known at once.
+    All ranks call ``exchange`` equally often, and ``close`` (or leave the context) after the last call. A call
+    waits only for an exchange that has had a whole step to complete. It runs on the CPU, without the device.
+    In a single process a request is answered at once.
     """
 
     def __init__(self) -> None:
         self._pending: tuple[Tensor, Waitable] | None = None
 
     def exchange(self, stop: bool, save: bool) -> tuple[bool, bool]:
-        """This rank's wishes after a step; whether any rank wished to (stop, save) at the previous call.
+        """Send this rank's requests after a step; whether any rank asked to (stop, save) at the previous call.
 
-        The first call returns (False, False), as nothing was wished before it; in a single process, and only
-        there, each call returns its own wishes.
+        The first call returns (False, False), as there was no request before it; in a single process, and only
+        there, each call returns its own requests.
         """
-        wishes = torch.tensor([stop, save], dtype=torch.uint8)
+        requests = torch.tensor([stop, save], dtype=torch.uint8)
         answer = self.close()
-        work = collectives.start_all_reduce_max(wishes)
+        work = collectives.start_all_reduce_max(requests)
         if work is None:
             return stop, save
-        self._pending = wishes, work
+        self._pending = requests, work
         return answer
 
     def close(self) -> tuple[bool, bool]:
-        """Wait for the exchange under way, so that none is left when the ranks part; its (stop, save)."""
+        """Wait for the exchange in progress, so that none is left when the ranks part; its (stop, save)."""
         if self._pending is None:
             return False, False
-        (wishes, work), self._pending = self._pending, None
+        (requests, work), self._pending = self._pending, None
         work.wait()
-        stop, save = wishes.tolist()
+        stop, save = requests.tolist()
         return bool(stop), bool(save)
 
     def __enter__(self) -> Agreement:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:  # with an error the others may never answer
+        if kind is None:  # after an error the others may never answer
             self.close()
 
 
 def requeue(env: Mapping[str, str] = os.environ) -> bool:
-    """Ask Slurm to queue this job again; whether it will. Where it cannot, the log says why, and what to do.
+    """Ask Slurm to queue this job again; returns whether it will. If it cannot, the log says why, and what to do.
 
-    All ranks call it together when all else is done, since Slurm then ends the job: from here on they leave its
-    signals alone. A job that Slurm is ending already, as its user has cancelled it, stays ended. Outside of Slurm
-    nothing is asked; ``notes.py`` has said so.
+    All ranks call it together when everything else is done, because Slurm then ends the job: from here on they
+    ignore its signals. A job that Slurm is already ending, because its user cancelled it, is not queued again.
+    Outside of Slurm nothing is asked; a remark (``config.run``) has been logged.
     """
     job = launcher.slurm_job(env)
     if job is None:
@@ -179,17 +179,19 @@ def _requeue(job: str) -> bool:
     try:
         state = _ask("squeue", "--noheader", "--jobs", job, "--format", "%T").strip()
         if state != "RUNNING":
-            log.info(f"--requeue_on_preempt: job {job} is {state}, ended by its user or a limit: not queued again")
+            log.info(
+                f"--requeue_on_preempt: job {job} is {state} (ended by its user or a limit) and not queued again"
+            )
             return False
         _ask("scontrol", "requeue", job)
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
         log.warning(
             f"--requeue_on_preempt: job {job} cannot be queued again ({reason}); submit it with --resume latest, "
-            "and give sbatch --requeue so that it can be the next time"
+            "and give sbatch --requeue so that the next job can be queued again"
         )
         return False
-    log.info(f"Slurm has job {job} in its queue again; it goes on by itself")
+    log.info(f"Slurm has put job {job} back into its queue; it will resume by itself")
     return True
 
 

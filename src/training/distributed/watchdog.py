@@ -1,4 +1,4 @@
-"""A thread beside the training loop that ends the run where the loop no longer can.
+"""A thread beside the training loop that ends the run when the loop no longer can.
 
     with Watchdog(world, timeout) as watchdog:
         for step in ...:
@@ -7,18 +7,18 @@
         with watchdog.paused():              # evaluating: no steps for a while
             ...
 
-**A rank hangs.** It waits for a file system, a lock, a device; all others wait for it in a collective. Where no
-step begins for ``timeout`` seconds, every rank whose threads still run writes to the board (``failures.py``) in
-which step and in which lines its main thread is. The first rank that is alive reports: those that wait in a
-collective are victims; who does not, or does not answer (stopped, its machine lost), is named. Then all end with
-the code ``HUNG``, so that torchrun or Slurm can start them again.
+**A rank hangs.** It waits for a file system, a lock or a device, and all others wait for it in a collective. When
+no step begins for ``timeout`` seconds, every rank whose threads still run writes to the board (``board.py``) at
+which step and at which lines its main thread is. The first rank that is alive reports. Ranks that wait in a
+collective are victims; a rank that does not, or that does not answer (stopped, its machine lost), is named. Then
+all ranks end with the exit code ``HUNG``, so that torchrun or Slurm can start them again.
 
 A launch's first step, with compilation and the start of the loader, may take ``FIRST`` times as long, and a save
-``SAVE`` times. Between the start and the first beat, and while paused without a limit, there is none. Time in
-which the whole process was stopped (Slurm suspends jobs so) does not count.
+``SAVE`` times. There is no limit between the start and the first beat, nor in a pause without a limit. Time in
+which the whole process was stopped (as when Slurm suspends a job) does not count.
 
-**A rank has failed** and said so on the board. Others would go on waiting for it in a collective or on the device;
-their watchdogs end them, from the start of the context on, with or without steps.
+**A rank has failed** and has written so on the board. Others would continue to wait for it in a collective or on
+the device; their watchdogs end them, from the start of the context on, with or without steps.
 
 No call from the loop waits, and nothing here touches the device.
 """
@@ -47,8 +47,8 @@ from training.distributed.process_group import World
 log = logging.getLogger(__name__)
 
 HUNG = 124  # exit code, as timeout(1) has it
-FIRST, SAVE = 4.0, 4.0  # timeouts
-_POLL = 2.0  # seconds between looks
+FIRST, SAVE = 4.0, 4.0  # limits of the first step and of a save, in timeouts
+_POLL = 2.0  # seconds between checks
 _GRACE = 3.0  # seconds for the main thread of a bystander to end by itself
 
 _SRC = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ _END = "the run ends: %s"
 
 
 class Watchdog:
-    """Watches the thread that makes it. ``timeout`` in seconds, 0: hangs are not noticed, failures are.
+    """Watches the thread that creates it. ``timeout``: seconds; 0: failures are noticed, and hangs are not.
 
     All ranks enter the context, and leave it together. ``first``: limit of a launch's first step, in timeouts.
     """
@@ -72,7 +72,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._step = -1
         self._beats = self._turns = 0
-        self._limit = 1.0  # of what is under way, in timeouts
+        self._limit = 1.0  # of the current step or pause, in timeouts
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._board: Board | None = None
@@ -84,7 +84,7 @@ class Watchdog:
 
     @contextmanager
     def paused(self, limit: float = math.inf) -> Iterator[None]:
-        """No step begins during the body, and none is missed; it may take ``limit`` timeouts."""
+        """No step is expected to begin during the body, which may take ``limit`` timeouts."""
         before, self._limit = self._limit, limit
         self._turns += 1
         try:
@@ -99,11 +99,11 @@ class Watchdog:
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
         if error is None:
-            # Together, as the board may end with rank 0: to another's watchdog that would look like its failure.
+            # Together: the board may end with rank 0, which the watchdog of another rank would take for a failure.
             barrier()
         self._stopped.set()
         if error is not None and self._world.is_main and (cause := failures.cause(error)):
-            log.error(_END, cause)  # the run's log has only this rank's error otherwise
+            log.error(_END, cause)  # otherwise the run's log has only this rank's error
         self._thread.join(PATIENCE)
 
     # ------------------------------------------------------------------------------------------ the thread
@@ -133,13 +133,13 @@ class Watchdog:
             if board is None or not error.gone:
                 return None, False  # unknown; a step that takes too long will show it
         try:
-            self._board = Board()  # the connection is broken; this says whether that is all
+            self._board = Board()  # tells a broken connection from a board that is gone
         except Unreachable as error:
             return str(error), False
         return None, False
 
     def _end_as_bystander(self, failed: str) -> None:
-        """End, unless the main thread does. What ``failed`` is told by the rank that did."""
+        """End, unless the main thread does. The rank that failed has reported ``failed`` itself."""
         with suppress(Unreachable):
             if self._board is not None:
                 self._board.put(f"{NOTICED}/{self._world.rank}", "")
@@ -156,12 +156,13 @@ class Watchdog:
             try:
                 self._report(Board() if self._board is None else self._board, status)
             except Unreachable as error:
-                # Nobody knows who else is there. One rank of each node, or two, report what they have.
+                # Which ranks are still there is not known. One rank of each node, or two, report what they know.
                 if self._world.is_local_main or self._world.rank == 1:
-                    _say(f"no step for {idle:.0f} s, and {error}. It is with rank 0 or its launcher\n{status}")
+                    whose = "the store belongs to rank 0 or its launcher"
+                    _say(f"no step for {idle:.0f} s, and {error}; {whose}\n{status}")
         else:
             _say(f"no step for {idle:.0f} s; the process ends with code {HUNG}\n{status}")
-        if not self._stopped.is_set():  # the main thread has come out of it with an error of its own
+        if not self._stopped.is_set():  # else the main thread has left the hang with an error of its own
             failures.end(HUNG)
 
     def _report(self, board: Board, status: Status) -> None:
@@ -176,13 +177,13 @@ class Watchdog:
             board.wait(_REPORTED, seconds=PATIENCE)
             return
         held = {r: board.get(key) for r, key in enumerate(keys)}
-        _say(describe({r: text and Status.loads(text) for r, text in held.items()}))
+        _say(describe({r: Status.loads(text) if text else None for r, text in held.items()}))
         board.put(_REPORTED, "")
 
 
 @dataclass(frozen=True)
 class Status:
-    """Where a rank is. ``frames``: (file, line, function, text) of its main thread, the innermost last."""
+    """Where a rank is. ``frames``: (file, line, function, code) of its main thread, the innermost last."""
 
     step: int
     idle: float
@@ -193,23 +194,24 @@ class Status:
 
     @classmethod
     def of(cls, thread: int, step: int, idle: float) -> Status:
-        """Of the thread with that identifier, of this process."""
+        """The status of this process, whose main thread has the identifier ``thread``."""
         frame = sys._current_frames().get(thread)
         stack = [(f.filename, f.lineno or 0, f.name, f.line or "") for f in traceback.extract_stack(frame)]
-        return cls(step, idle, socket.gethostname(), os.getpid(), _waits(stack), _telling(stack))
+        return cls(step, idle, socket.gethostname(), os.getpid(), _waits(stack), _excerpt(stack))
 
     def dumps(self) -> str:
         return json.dumps(astuple(self))
 
     @classmethod
     def loads(cls, text: str) -> Status:
-        *plain, frames = json.loads(text)
-        return cls(*plain, tuple(map(tuple, frames)))
+        step, idle, host, process, waits, frames = json.loads(text)
+        stack = tuple((file, line, function, code) for file, line, function, code in frames)
+        return cls(step, idle, host, process, waits, stack)
 
     @property
     def place(self) -> str:
-        """The innermost line of ours that is not about waiting; where none is, the innermost one."""
-        ours = [f for f in self.frames if _is_ours(f[0]) and not _is_of(f[0], _WAITING)]
+        """The innermost line of this code that does not wait for other ranks; else the innermost line of all."""
+        ours = [f for f in self.frames if _is_own_code(f[0]) and not _is_of(f[0], _WAITING)]
         file, line, function, _ = (ours or self.frames)[-1]
         return f"{function} ({Path(file).name}:{line})"
 
@@ -219,14 +221,14 @@ class Status:
 
 
 def describe(ranks: Mapping[int, Status | None]) -> str:
-    """What is known when no step begins any more: which ranks hang, and where. None: that rank does not answer."""
+    """The report when no step begins any more: which ranks hang, and where. None: that rank does not answer."""
     known = {rank: status for rank, status in ranks.items() if status is not None}
     silent = [rank for rank in ranks if rank not in known]
     busy = [rank for rank, status in known.items() if not status.waits]
     behind = min(status.step for status in known.values())
     late = [rank for rank, status in known.items() if status.step == behind]
     if not (silent or busy or len(late) == len(known)):
-        busy = late  # all wait, these for what the others have behind them
+        busy = late  # all wait, and these are at an earlier step than the others
     parts = [f"no step for {max(status.idle for status in known.values()):.0f} s"]
     if silent:
         parts.append(
@@ -249,18 +251,18 @@ def _ranks(numbers: Sequence[int]) -> str:
 
 
 def _waits(stack: Sequence[tuple[str, int, str, str]]) -> bool:
-    """Whether the innermost frame that is ours or a collective's is one in which a rank waits for others."""
+    """Whether the innermost frame of this code or of a collective is one that waits for other ranks."""
     for file, _, function, _ in reversed(stack):
         if function == _BACKWARD or _is_of(file, _WAITING):
             return True
-        if _is_ours(file):
+        if _is_own_code(file):
             return False
     return False
 
 
-def _telling(stack: Sequence[tuple[str, int, str, str]]) -> tuple[tuple[str, int, str, str], ...]:
-    """The innermost frames of ours, and the innermost of all."""
-    ours = [i for i, frame in enumerate(stack) if _is_ours(frame[0])][-4:]
+def _excerpt(stack: Sequence[tuple[str, int, str, str]]) -> tuple[tuple[str, int, str, str], ...]:
+    """The innermost frames of this code, and the innermost frames of all."""
+    ours = [i for i, frame in enumerate(stack) if _is_own_code(frame[0])][-4:]
     last = range(max(len(stack) - 3, 0), len(stack))
     return tuple(stack[i] for i in sorted({*ours, *last}))
 
@@ -269,17 +271,17 @@ def _is_of(file: str, parts: Sequence[str]) -> bool:
     return any(part in file for part in parts)
 
 
-def _is_ours(file: str) -> bool:
+def _is_own_code(file: str) -> bool:
     return file.startswith(str(_SRC))
 
 
 def _counted(since: float, most: float) -> float:
-    """Seconds gone by, of which a process that was stopped has not noticed those beyond ``most``."""
+    """Seconds since ``since``, at most ``most``: a longer time means that the process was stopped."""
     return min(time.monotonic() - since, most)
 
 
 def _say(text: str) -> None:
     try:
         within(2.0, lambda: log.error(text))
-    except TimeoutError:  # the main thread hangs in the middle of a log line
+    except TimeoutError:  # the main thread hangs while it writes to the log
         os.write(2, f"{text}\n".encode())
