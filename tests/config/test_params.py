@@ -57,6 +57,11 @@ def test_published_openclip_command():
     assert c.optim.lr_tau == c.optim.lr == 5e-4
 
 
+def test_schedules_without_effect_are_not_refused():
+    assert config(f"{DATA} --skip-scheduler --lr 1e-4 --lr_min 1e-3").schedule.skip_scheduler
+    assert not config(f"{EVALUATE} --lr-scheduler const-cooldown --epochs-cooldown 3").trains
+
+
 def test_published_evaluation_command():
     c = config(EVALUATE)
     assert not c.trains

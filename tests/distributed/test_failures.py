@@ -118,3 +118,4 @@ def test_errors_of_a_lost_rank_are_told_from_others(monkeypatch, message, lost):
     assert not collectives.lost_peer(RuntimeError(message))  # a single process has no peer to lose
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     assert collectives.lost_peer(RuntimeError(message)) == lost
+    assert not collectives.lost_peer(BrokenPipeError(32, "Broken pipe"))  # of standard output, for instance

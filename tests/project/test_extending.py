@@ -29,6 +29,7 @@ from tests.support import shards, tiny_models
 from tests.support.commands import DATA, config, refusal
 from tests.support.ranks import run_program
 from training.checkpoint.pt_file import load_weights
+from training.config.given import Refusal
 from training.data.lanes import Lane
 from training.loop.build import build_loss
 
@@ -203,6 +204,13 @@ def test_the_settings_of_a_loss_are_what_its_builder_takes(name):
     loss = build_loss(config(f"{DATA} --loss {name} {NEEDS.get(name, '')}"), torch.device("cpu"))
     assert isinstance(loss, Loss)
     assert (loss.state is not None) == spec.sample_state
+
+
+def test_a_setting_that_no_flag_sets_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    registry.register(registry.LossSpec("wishful", "nowhere:build", {"margin": "wished_for"}))
+    with pytest.raises(Refusal, match="--loss wishful: .* asks for the setting 'wished_for', but no flag sets it"):
+        config(f"{DATA} --loss wishful")
 
 
 def test_all_losses_are_looked_at():

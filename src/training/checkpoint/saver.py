@@ -133,7 +133,7 @@ class Saver:
         except PeerFailed as error:
             self._failure = error
         except Exception as error:  # disks and networks fail in many ways; none of them may end the run
-            if isinstance(error, RuntimeError) and lost_peer(error):
+            if lost_peer(error):
                 self._failure = PeerFailed("another rank has ended, and its save with it")
                 return
             self._failure = SaveFailed(

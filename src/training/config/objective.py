@@ -10,6 +10,7 @@ from drrho_clip.losses.registry import LossSpec
 from training.config.flags import ALL
 from training.config.given import Given, Refusal
 from training.config.model import is_coca
+from training.config.optim import OptimConfig
 from training.config.remarks import Idle, Pitfall, Setting
 
 
@@ -173,6 +174,12 @@ def resolve_loss(given: Given, objective: Objective, trains: bool) -> LossConfig
     _check_teachers(given)
     if trains:
         _check_needs(given, objective.spec)
+    known = {*LossConfig.__dataclass_fields__, *OptimConfig.__dataclass_fields__, "initial_tau"}
+    if unknown := sorted(set(objective.spec.settings.values()) - known):
+        raise Refusal(
+            f"--loss {objective.spec.name}: its entry in the registry asks for the setting {unknown[0]!r}, but no "
+            "flag sets it; use a field of LossConfig or OptimConfig"
+        )
     return given.group(
         LossConfig,
         name=objective.spec.name,

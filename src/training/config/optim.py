@@ -88,6 +88,13 @@ def resolve_schedule(given: Given, lr: float, trains: bool) -> ScheduleConfig:
     for key in ("iters", "stop_epochs", "stop_iters"):
         if given.values[key] == 0:
             raise Refusal(f"{given.say(key)}: give at least 1, or -1 to switch it off")
+    if trains and not given.skip_scheduler:
+        _check_schedules(given, lr)
+    return given.group(ScheduleConfig, epochs=given.epochs if trains else 0)
+
+
+def _check_schedules(given: Given, lr: float) -> None:
+    """Refusal: a schedule needs another flag, or would rise."""
     if given.lr_scheduler == "const-cooldown":
         if given.epochs_cooldown is None:
             raise Refusal("--lr-scheduler const-cooldown needs --epochs-cooldown: give its length in epochs")
@@ -104,4 +111,3 @@ def resolve_schedule(given: Given, lr: float, trains: bool) -> ScheduleConfig:
             f"{given.say('lr_tau')} is below --lr_min {given.lr_min:g}, where its cosine ends too, so it would "
             "rise: give a lower one, or use --lr_tau_scheduler const"
         )
-    return given.group(ScheduleConfig, epochs=given.epochs if trains else 0)

@@ -31,8 +31,9 @@ class PeerFailed(RuntimeError):
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether ``error`` comes from a collective and means that another process has ended."""
-    return dist.is_initialized() and bool(_LOST_PEER.search(str(error)))
+    """Whether ``error`` was raised by a collective because another process has ended."""
+    # Collectives raise RuntimeError; a BrokenPipeError is of something else that this process writes to.
+    return isinstance(error, RuntimeError) and dist.is_initialized() and bool(_LOST_PEER.search(str(error)))
 
 
 def barrier() -> None:

@@ -64,7 +64,7 @@ def tell(error: ValueError) -> None:
 
 def cause(error: BaseException) -> str | None:
     """How another rank failed, where ``error`` is only the consequence on this one. None: that is not known."""
-    if not (isinstance(error, RuntimeError) and collectives.lost_peer(error)):
+    if not collectives.lost_peer(error):
         return None
     try:
         board = Board()
