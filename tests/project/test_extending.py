@@ -209,7 +209,9 @@ def test_the_settings_of_a_loss_are_what_its_builder_takes(name):
 def test_a_setting_that_no_flag_sets_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     registry.register(registry.LossSpec("wishful", "nowhere:build", {"margin": "wished_for"}))
-    with pytest.raises(Refusal, match="--loss wishful: .* asks for the setting 'wished_for', but no flag sets it"):
+    with pytest.raises(
+        Refusal, match=r"--loss wishful: .* asks for the setting 'wished_for', but no flag sets it"
+    ):
         config(f"{DATA} --loss wishful")
 
 
