@@ -27,9 +27,9 @@ from torch import Tensor
 import measure
 import plain
 import report
-from drrho_clip.losses.compositional import Kernels
 from drrho_clip.losses.fastclip import COLUMNS, FastCLIP
 from drrho_clip.losses.interface import LossInputs
+from drrho_clip.losses.pair_kernels import Kernels
 from drrho_clip.sample_state import SampleState, StateUpdate
 
 GAMMA, EPS, RHO, SCALE = 0.5, 1e-14, 8.0, 100.0

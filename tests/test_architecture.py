@@ -35,8 +35,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 METHOD: tuple[tuple[str, ...], ...] = (
     ("batch", "collectives", "float32", "normalize", "schedules", "losses.registry"),
     ("sample_state",),
-    ("losses.interface", "losses.compositional", "losses.baselines", "losses.distillation", "losses.fastclip",
-     "losses.individual"),
+    ("losses.interface", "losses.pair_kernels", "losses.compositional", "losses.baselines", "losses.distillation",
+     "losses.fastclip", "losses.individual"),
     ("reference", "selection"),
 )  # fmt: skip
 WITHOUT_TORCH = ("training.config", "training.distributed.launcher", "drrho_clip.losses.registry")

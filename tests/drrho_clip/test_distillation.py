@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from drrho_clip import collectives
-from drrho_clip.losses import compositional
+from drrho_clip.losses import pair_kernels
 from drrho_clip.losses.distillation import Distillation
 from drrho_clip.losses.interface import LossInputs
 from tests.support.ranks import ranks
@@ -104,8 +104,8 @@ def test_ranks_together_equal_one_process(setting, size):
 
 def test_tiles_change_nothing(monkeypatch):
     whole = on_this_rank("softmax", 0, 1)
-    small = compositional.Budget(tile_bytes=5 * 4 * BATCH, keep_bytes=0)  # five rows: the last tile is cut
-    monkeypatch.setattr(compositional.Budget, "default", classmethod(lambda cls, device: small))
+    small = pair_kernels.Budget(tile_bytes=5 * 4 * BATCH, keep_bytes=0)  # five rows: the last tile is cut
+    monkeypatch.setattr(pair_kernels.Budget, "default", classmethod(lambda cls, device: small))
     for ours, theirs in zip(on_this_rank("softmax", 0, 1), whole, strict=True):
         close(ours, theirs.double())
 

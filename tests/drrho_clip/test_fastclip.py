@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drrho_clip import collectives
-from drrho_clip.losses import baselines, compositional, fastclip, individual, registry
-from drrho_clip.losses.compositional import Budget, Kernels
+from drrho_clip.losses import baselines, compositional, fastclip, individual, pair_kernels, registry
 from drrho_clip.losses.interface import LossInputs
+from drrho_clip.losses.pair_kernels import Budget, Kernels
 from drrho_clip.sample_state import SampleState, StateUpdate
 from tests.support import oracle
 from tests.support.ranks import ranks
@@ -310,11 +310,11 @@ def test_kernels_compile_without_a_graph_break(scales):
     embeddings = [(unit(12, 16, s), unit(12, 24, s + 1)) for s in (0, 2)]
     groups = torch.arange(12)
     scale = (torch.rand(12) + 1, torch.rand(12) + 1) if scales else (torch.tensor(3.0),) * 2
-    block = compositional.Block(*embeddings, groups, groups, *scale)
+    block = pair_kernels.Block(*embeddings, groups, groups, *scale)
     options = {"columns": True, "budget": Budget(4 * 12 * 5, 0)}
-    statistics = torch.compile(compositional.pair_statistics, fullgraph=True, backend="aot_eager")
-    gradient = torch.compile(compositional.pair_gradient, fullgraph=True, backend="aot_eager")
-    eager = compositional.pair_statistics(block, moments=True, **options)
+    statistics = torch.compile(pair_kernels.pair_statistics, fullgraph=True, backend="aot_eager")
+    gradient = torch.compile(pair_kernels.pair_gradient, fullgraph=True, backend="aot_eager")
+    eager = pair_kernels.pair_statistics(block, moments=True, **options)
     compiled = statistics(block, moments=True, **options)
     for ours, theirs in zip(compiled[:2], eager[:2], strict=True):
         torch.testing.assert_close(ours.lse, theirs.lse)
@@ -322,7 +322,7 @@ def test_kernels_compile_without_a_graph_break(scales):
     shift = (eager[0].lse, eager[1].lse)
     torch.testing.assert_close(
         gradient(block, *shift, kept=None, **options),
-        compositional.pair_gradient(block, *shift, kept=None, **options),
+        pair_kernels.pair_gradient(block, *shift, kept=None, **options),
     )
 
 

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from drrho_clip import collectives
 from drrho_clip.float32 import exact_float32
-from drrho_clip.losses.compositional import AttachGradient, Budget
+from drrho_clip.losses.compositional import AttachGradient
 from drrho_clip.losses.interface import LossInputs
+from drrho_clip.losses.pair_kernels import Budget
 
 
 class Distillation(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from drrho_clip import collectives
 from drrho_clip.float32 import exact_float32
-from drrho_clip.losses import compositional
+from drrho_clip.losses import compositional, pair_kernels
 from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
 from drrho_clip.losses.registry import LOG_U
 from drrho_clip.sample_state import SampleState, StateUpdate
@@ -48,14 +48,14 @@ class FastCLIP(Loss):
         rho: float,
         multiply_tau: bool,
         tau_gradient: str = "paper",
-        kernels: compositional.Kernels | None = None,
+        kernels: pair_kernels.Kernels | None = None,
     ) -> None:
         super().__init__()
         self.state = state
         self._gamma_of = gamma
         self.eps, self.rho, self.multiply_tau = eps, rho, multiply_tau
         self._pair_factor = {"paper": 1.0, "published": 2.0}[tau_gradient]
-        self._kernels = kernels or compositional.Kernels()
+        self._kernels = kernels or pair_kernels.Kernels()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:

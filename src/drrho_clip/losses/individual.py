@@ -22,7 +22,7 @@ from torch import Tensor
 
 from drrho_clip import collectives
 from drrho_clip.float32 import exact_float32
-from drrho_clip.losses import compositional
+from drrho_clip.losses import compositional, pair_kernels
 from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
 from drrho_clip.losses.registry import LOG_U, TAU, TAU_M, TAU_V
 from drrho_clip.sample_state import SampleState, StateUpdate
@@ -60,7 +60,7 @@ class IndividualFastCLIP(Loss):
         betas: tuple[float, float],
         adam_eps: float,
         lr_tau: float,
-        kernels: compositional.Kernels | None = None,
+        kernels: pair_kernels.Kernels | None = None,
     ) -> None:
         super().__init__()
         self.state = state
@@ -68,7 +68,7 @@ class IndividualFastCLIP(Loss):
         self.eps, self.rho, self.temperature = eps, rho, temperature
         self.betas, self.adam_eps, self.lr_tau = betas, adam_eps, lr_tau
         self._keeps_u = set(LOG_U) <= set(state.columns)
-        self._kernels = kernels or compositional.Kernels()
+        self._kernels = kernels or pair_kernels.Kernels()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
