@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         failures.report(error)
     finally:
-        failures.part(code)
+        failures.leave(code)
     return code
 
 

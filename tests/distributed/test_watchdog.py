@@ -46,7 +46,7 @@ def enter(rank: int, size: int, port: int, folder: str, body, argument) -> None:
     except Exception as error:
         failures.report(error)
     finally:
-        failures.part(code)
+        failures.leave(code)
     sys.exit(code)
 
 

@@ -93,7 +93,7 @@ def test_what_ours_is_compared_with_follows_the_formulas():
     )
     for ours, theirs in ((log_u.exp(), right.u), (image.grad, right.grad_image), (text.grad, right.grad_text)):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=1e-6)
-    grad_tau = right.u.log().mean() + rho - right.pull.mean()
+    grad_tau = right.u.log().mean() + rho - right.mean_margin.mean()
     assert scale.grad.item() == pytest.approx(-(tau**2) * grad_tau.item(), rel=1e-4)
 
 

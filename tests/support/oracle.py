@@ -14,10 +14,10 @@ from torch import Tensor
 
 @dataclass
 class Step:
-    """What one step gives: u [B, 2] after the update, gradients, pull [B, 2] = sum_j W_ij m_ij / tau / (B - 1)."""
+    """What one step gives: u [B, 2] after the update, sum_j W_ij m_ij / tau / (B - 1) [B, 2], gradients."""
 
     u: Tensor
-    pull: Tensor
+    mean_margin: Tensor
     grad_image: Tensor
     grad_text: Tensor
 
@@ -59,5 +59,5 @@ def step(
     for value in index.unique():
         u[index == value] = u[index == value].mean(0)
     (weight * tau * g / u).sum().div(2 * batch).backward()
-    pull = torch.stack(pairs, 1).detach() / u / tau / (batch - 1)
-    return Step(u, pull, image.grad, text.grad)
+    mean_margin = torch.stack(pairs, 1).detach() / u / tau / (batch - 1)
+    return Step(u, mean_margin, image.grad, text.grad)

@@ -5,7 +5,8 @@ Notation of ``docs/objective.md``. Both margins are differences of one matrix of
     q_ij = <image_i, text_j> - <ref_image_i, ref_text_j>        a_ij = q_ij - q_ii        c_ij = q_ji - q_ii
 
 Two passes over the pairs are enough (``pair_kernels``, which never stores ``q`` as a whole). The first takes the
-log-sum-exp of rows and columns, which gives log g and, averaged over a sample's visits, log u. The second gives
+log-sum-exp of rows and columns, which gives log g and, by a moving average over a sample's visits, log u. The
+second gives
 
     dF/dS_ij  ~  W1_ij + W2_ji,    W1_ij = exp(a_ij / tau_i) / u1_i,    W2_ji = exp(c_ji / tau_j) / u2_j.
 
@@ -105,14 +106,15 @@ class Solution:
     """The result of one step of the estimator. The columns are the two directions: image anchors, text anchors.
 
     ``log_u``       [B, 2], after the update and with copies merged; equal on all ranks.
-    ``pull``        [b, 2], sum_j W_ij m_ij / (tau_i (B - 1)) of this rank's anchors; zeros without ``moments``.
+    ``mean_margin`` [b, 2], sum_j W_ij m_ij / (tau_i (B - 1)) of this rank's anchors, m the margin; divided by
+                    tau_i and averaged it is P of docs/objective.md. Zeros without ``moments``.
     ``grad_image``  [b, d], ``grad_text`` [b, d]: this rank's rows of the gradient of F with weight 1 or 1/tau.
                     They are multiplied by K, because each rank has one part of the gradient and DDP averages the
                     parts.
     """
 
     log_u: Tensor
-    pull: Tensor
+    mean_margin: Tensor
     grad_image: Tensor
     grad_text: Tensor
 
@@ -186,13 +188,13 @@ def solve(
     grad_image, grad_text = second[0][0], second[0][1] if k == 1 else second[1][0]
     assert grad_text is not None  # as above
     # The gradient of the diagonal, since every margin contains -q_ii.
-    centre = (lse - shift[own]).exp().sum(1, keepdim=True)
+    diagonal_weight = (lse - shift[own]).exp().sum(1, keepdim=True)
     factor = k / (2 * batch * (batch - 1))
     return Solution(
         log_u=log_u,
-        pull=(log_g - log_u[own]).exp() * (mean - exponent[own]),
-        grad_image=grad_image.addcmul_(centre, texts[0], value=-1).mul_(factor),
-        grad_text=grad_text.addcmul_(centre, images[0], value=-1).mul_(factor),
+        mean_margin=(log_g - log_u[own]).exp() * (mean - exponent[own]),
+        grad_image=grad_image.addcmul_(diagonal_weight, texts[0], value=-1).mul_(factor),
+        grad_text=grad_text.addcmul_(diagonal_weight, images[0], value=-1).mul_(factor),
     )
 
 

@@ -96,11 +96,11 @@ class FastCLIP(Loss):
         """This rank's part of dF/d(1/tau) = -tau^2 dF/dtau, multiplied by K as in ``Solution``."""
         batch, k = len(solution.log_u), collectives.world_size()
         tau = 1 / scale
-        pair = self._pair_factor * solution.pull.sum() / (2 * batch)
+        pair = self._pair_factor * solution.mean_margin.sum() / (2 * batch)
         if not self.multiply_tau:
             return k * tau * pair
-        first = collectives.rank() * len(solution.pull)
-        log_u = solution.log_u[first : first + len(solution.pull)].sum() / (2 * batch)
+        first = collectives.rank() * len(solution.mean_margin)
+        log_u = solution.log_u[first : first + len(solution.mean_margin)].sum() / (2 * batch)
         return -(tau**2) * (k * (log_u - pair) + self.rho)
 
 

@@ -24,7 +24,7 @@ from drrho_clip import collectives
 from drrho_clip.float32 import exact_float32
 from drrho_clip.losses import compositional, pair_kernels
 from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
-from drrho_clip.losses.registry import LOG_U, TAU, TAU_M, TAU_V
+from drrho_clip.losses.registry import INDIVIDUAL_TAU, LOG_U, TAU, TAU_M, TAU_V
 from drrho_clip.sample_state import SampleState, StateUpdate
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ TEMPERATURE_COLUMNS = TAU + TAU_M + TAU_V
 COLUMNS = LOG_U + TEMPERATURE_COLUMNS
 
 GRAD_BOUND = 5.0
-TAU_MIN, TAU_MAX = 0.01, 1.0
 
 
 class IndividualFastCLIP(Loss):
@@ -116,16 +115,16 @@ class IndividualFastCLIP(Loss):
 
         It takes one more collective, which gathers the b gradients of each rank.
         """
-        b = len(solution.pull)
+        b = len(solution.mean_margin)
         first = collectives.rank() * b
-        own = solution.log_u[first : first + b] + self.rho - solution.pull
+        own = solution.log_u[first : first + b] + self.rho - solution.mean_margin
         grad = _mean_of_copies(collectives.all_gather(own.clamp(-GRAD_BOUND, GRAD_BOUND)), index)
         beta1, beta2 = self.betas if self.epoch > 0 else (0.0, 0.0)
         m = beta1 * m.nan_to_num(0.0) + (1 - beta1) * grad
         v = beta2 * v.nan_to_num(0.0) + (1 - beta2) * grad.square()
         m_hat = m / (1 - beta1 ** (self.epoch + 1))
         v_hat = v / (1 - beta2 ** (self.epoch + 1))
-        tau = (tau - self.lr_tau * m_hat / (v_hat.sqrt() + self.adam_eps)).clamp(TAU_MIN, TAU_MAX)
+        tau = (tau - self.lr_tau * m_hat / (v_hat.sqrt() + self.adam_eps)).clamp(*INDIVIDUAL_TAU)
         return {TAU: tau, TAU_M: m, TAU_V: v}
 
 

@@ -25,6 +25,8 @@ LOG_U = ("log_u_image", "log_u_text")
 TAU = ("tau_image", "tau_text")
 TAU_M, TAU_V = ("tau_m_image", "tau_m_text"), ("tau_v_image", "tau_v_text")
 
+INDIVIDUAL_TAU = (0.01, 1.0)  # the interval in which individual temperatures are kept
+
 
 @dataclass(frozen=True)
 class LossSpec:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from drrho_clip.losses import registry
-from drrho_clip.losses.registry import LossSpec
+from drrho_clip.losses.registry import INDIVIDUAL_TAU, LossSpec
 from training.config.flags import ALL
 from training.config.given import Given, Refusal
 from training.config.model import is_coca
@@ -215,7 +215,7 @@ def _check_needs(given: Given, spec: LossSpec) -> None:
             "of samples in the data set (every sample key must be smaller)"
         )
     if _temperature_acts(given, spec):
-        lowest, highest = (0.01, 1.0) if spec.individual else (1 / given.logit_scale_bound, 1.0)
+        lowest, highest = INDIVIDUAL_TAU if spec.individual else (1 / given.logit_scale_bound, 1.0)
         if not lowest * (1 - 1e-6) <= given.temperature <= highest:
             why = "individual temperatures are kept" if spec.individual else "--logit_scale_bound keeps it"
             raise Refusal(

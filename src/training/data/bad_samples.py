@@ -3,8 +3,8 @@
 Bad samples are left out, counted by reason and named. Each is counted when the order reaches it, together with the
 good sample next to it: samples that are read ahead, or read again after a resume, change no count. Two checks end
 the run: a loader process gives up when it meets more bad samples in a row than a window may have
-(``NothingUsable``; otherwise it would search on silently), and the run ends when a window of samples has more bad
-ones than it may have (``Tolerance``).
+(``NothingUsable``; otherwise it would keep searching without a message), and the run ends when a window of samples
+has more bad ones than it may have (``Tolerance``).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Allowance(NamedTuple):
 
 
 def allowance(fraction: float, samples_per_epoch: int) -> Allowance:
-    """The window is an epoch of one rank, within ``WINDOW``: so long that one bad shard does not end the run."""
+    """The window is an epoch of one rank, within ``WINDOW``: one bad shard must not end the run."""
     return Allowance(fraction, min(max(samples_per_epoch, WINDOW.start), WINDOW.stop))
 
 
@@ -67,13 +67,13 @@ class Skips:
     limit: int = WINDOW.stop
 
     def add(self, reason: str, name: str) -> None:
-        """Count one."""
+        """Count a sample or shard that is left out because of ``reason``."""
         self.counts[reason] += 1
         self.examples.setdefault(reason, name)
         self.in_a_row += 1
 
     def extend(self, faults: Iterable[Fault]) -> None:
-        """Count some."""
+        """Count each of ``faults``."""
         for fault in faults:
             self.add(*fault)
 

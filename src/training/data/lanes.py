@@ -9,7 +9,7 @@ ranks gather them, are the same for all such K and W.
 The lanes of a run are fixed at its first launch: P is its number of ranks and Q its number of workers per rank,
 unless ``--lanes P,Q`` sets them. Checkpoints keep them. K ranks with W workers each can take them over where K
 divides P and W divides Q: rank r has P/K consecutive virtual ranks, and each of its workers has the virtual
-workers of the steps that it prepares, which are every W-th.
+workers of the steps that it prepares: worker w serves w, w + W, w + 2W and so on (``worker.TrainStream``).
 """
 
 from __future__ import annotations

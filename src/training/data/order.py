@@ -1,4 +1,4 @@
-"""How the shards of an epoch are dealt to the lanes, as pure functions of (seed, epoch, turn, lane).
+"""How the shards of a turn, in the order in which the source visits them, are dealt to the lanes.
 
 An epoch starts with turn 0, one pass over the data. A lane that reaches the end of its share continues with turns
 1, 2, …, each in an order of its own, until the epoch's steps are full: no lane runs out of samples. (Small data

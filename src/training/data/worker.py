@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 LONGEST_TEXT = 4096  # characters that are tokenized: CLIP's tokenizer takes minutes for a word of 100 kB
 _SMALL = ("text", "index", "ref_text")  # tensors of a batch, int64
-_BARREN_TURNS = 20  # turns without a usable sample, in addition to one per lane, before a lane gives up
+_EMPTY_TURNS = 20  # turns without a usable sample, in addition to one per lane, before a lane gives up
 
 
 class Sample(NamedTuple):
@@ -233,7 +233,7 @@ class LaneReader:
 
     def _end_turn(self) -> None:
         self._usable, self._barren = 0, 0 if self._usable else self._barren + 1
-        if self._barren > self._lane.lanes + _BARREN_TURNS:
+        if self._barren > self._lane.lanes + _EMPTY_TURNS:
             raise NothingUsable(f"--train-data: it contains no usable sample; left out: {self._skips}")
 
 

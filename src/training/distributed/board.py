@@ -1,6 +1,6 @@
-"""The board: entries that all ranks can read and write, even when they cannot take part in collectives.
+"""The board: a key-value store that all ranks can read and write, even when they cannot take part in collectives.
 
-They are kept in the store where the ranks met, over a separate connection.
+It is the rendezvous store where the ranks met, over a separate connection.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def tell(error: ValueError) -> None:
 
 
 def cause(error: BaseException) -> str | None:
-    """How another rank failed, where ``error`` is only the consequence on this one. None: that is not known."""
+    """How another rank failed, where ``error`` is only the consequence on this one. None if that is unknown."""
     if not collectives.lost_peer(error):
         return None
     try:
@@ -135,7 +135,7 @@ def notice() -> None:
         _notice(Board())
 
 
-def part(code: int) -> None:
+def leave(code: int) -> None:
     """Leave the other ranks. After a failure (``code`` not 0), end this process with ``code`` if that takes long.
 
     The other ranks may be in a collective that this rank has begun too and will not finish.

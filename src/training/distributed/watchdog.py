@@ -10,15 +10,16 @@
 **A rank hangs.** It waits for a file system, a lock or a device, and all others wait for it in a collective. When
 no step begins for ``timeout`` seconds, every rank whose threads still run writes to the board (``board.py``) at
 which step and at which lines its main thread is. The first rank that is alive reports. Ranks that wait in a
-collective are victims; a rank that does not, or that does not answer (stopped, its machine lost), is named. Then
-all ranks end with the exit code ``HUNG``, so that torchrun or Slurm can start them again.
+collective are victims: the report names every rank that does not wait in one, and every rank that does not answer
+because it is stopped or its machine is lost. Then all ranks end with the exit code ``HUNG``, so that torchrun or
+Slurm can start them again.
 
 A launch's first step, with compilation and the start of the loader, may take ``FIRST`` times as long, and a save
 ``SAVE`` times. There is no limit between the start and the first beat, nor in a pause without a limit. Time in
 which the whole process was stopped (as when Slurm suspends a job) does not count.
 
 **A rank has failed** and has written so on the board. Others would continue to wait for it in a collective or on
-the device; their watchdogs end them, from the start of the context on, with or without steps.
+the device; their watchdogs end them, also before the first step begins.
 
 No call from the loop waits, and nothing here touches the device.
 """
@@ -99,7 +100,8 @@ class Watchdog:
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
         if error is None:
-            # Together: the board may end with rank 0, which the watchdog of another rank would take for a failure.
+            # All leave together: the store may end with rank 0, and another rank's watchdog would take that for
+            # a failure.
             barrier()
         self._stopped.set()
         if error is not None and self._world.is_main and (cause := failures.cause(error)):

@@ -6,7 +6,8 @@ statistics. Nothing here waits for the device, and the ranks agree without a col
 * The backward pass starts from 1, or from NaN if one of this rank's loss terms or new rows of the sample state is
   not finite. NaN passes through every layer into the gradient, and DDP's average carries it to all ranks.
 * A step is taken if the norm of the averaged gradient is finite: a 0-d bool on the device, equal on all ranks.
-* ``SkippedSteps`` counts on the device. The host reads the count only when the limit may have been reached.
+* ``SkippedSteps`` counts on the device. The host reads the count only where it waits anyway, at log lines and
+  saves, and when the limit may have been reached.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def backward_seed(terms: Iterable[Tensor], update: StateUpdate | None) -> Tensor
 
 
 class SkippedSteps:
-    """The number of skipped steps: those in a row up to now, and all.
+    """The number of skipped steps: the latest ones in a row, and the total.
 
     ``limit``   the number of skipped steps in a row at which the run ends.
     ``device``  the device of the training steps.
@@ -59,7 +60,7 @@ class SkippedSteps:
         self._unread += 1
 
     def read(self) -> tuple[int, int]:
-        """The skipped steps in a row, and all of them. Waits for the device."""
+        """The number of skipped steps in a row up to now, and in total. Waits for the device."""
         self._in_a_row, total = self._counts.tolist()
         self._unread = 0
         return self._in_a_row, total
@@ -68,7 +69,8 @@ class SkippedSteps:
         """Whether the limit is reached. Call it after each step.
 
         It waits for the device only if the limit may be reached: every ``limit`` steps, and earlier while steps
-        are being skipped. All ranks wait at the same steps.
+        are being skipped. All ranks wait at the same steps if they all read the count (``news``) at the same
+        steps.
         """
         return self._in_a_row + self._unread >= self.limit and self.read()[0] >= self.limit
 

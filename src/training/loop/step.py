@@ -97,7 +97,7 @@ class Stepper:
 
         DDP rearranges the buckets after its first backward pass (with a static graph, after the second), in the
         order in which the gradients arrived. The place of a gradient decides in which order the ranks sum it. So
-        with three or more ranks, a run that was started again would round differently from one that was not.
+        with three or more ranks, a resumed run would round differently from an uninterrupted one.
         Therefore every process does these passes and drops their results. All ranks call this in training mode
         before their first step; a single process need not.
         """
