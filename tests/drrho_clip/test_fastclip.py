@@ -358,3 +358,15 @@ def test_merging_copies_takes_the_mean_of_u():
     merged = compositional.merge_duplicates(u.log(), groups).exp()
     expected = torch.tensor([[3.0, 5.0], [5.0, 6.0], [3.0, 5.0], [3.0, 5.0], [7.0, 8.0]])
     torch.testing.assert_close(merged, expected)
+
+
+def test_the_mean_of_copies_does_not_depend_on_the_order_of_addition():
+    index = torch.randint(30, (300,))
+    values = torch.randn(300, 2) * 10 ** (2 * torch.randn(300, 1))
+    mean = compositional.mean_of_copies(values, compositional.duplicate_groups(index))
+    for i, row in enumerate(index):
+        copies = values[index == row].double()
+        assert ((mean[i] - copies.mean(0)).abs() <= 1e-6 * copies.abs().amax(0)).all()
+    for order in (torch.randperm(300) for _ in range(5)):
+        again = compositional.mean_of_copies(values[order], compositional.duplicate_groups(index[order]))
+        assert torch.equal(again, mean[order])

@@ -37,6 +37,8 @@ from drrho_clip.losses.pair_kernels import Block, Budget, Kernels
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_UNITS = 2.0**40
+
 
 def duplicate_groups(index: Tensor) -> Tensor:
     """int64 [B] -> int64 [B] in 0..B-1, equal for equal indices. The host does not wait for the device."""
@@ -46,13 +48,25 @@ def duplicate_groups(index: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, starts.cumsum(0))
 
 
+def mean_of_copies(values: Tensor, groups: Tensor) -> Tensor:
+    """Give all copies of a sample the mean of their values. [B, c], groups int64 [B] -> [B, c].
+
+    The result does not depend on the order in which a GPU adds: the values are added as integers, in units of the
+    largest one's 2^-40.
+    """
+    at = groups[:, None].expand_as(values)
+    unit = torch.zeros_like(values).scatter_reduce(0, at, values.abs(), "amax").gather(0, at) / _UNITS
+    units = torch.where(values == 0, 0, values / unit).round().long()
+    total = torch.zeros_like(units).scatter_add(0, at, units).gather(0, at)
+    count = torch.zeros_like(units).scatter_add(0, at, torch.ones_like(units)).gather(0, at)
+    return total / count * unit
+
+
 def merge_duplicates(log_u: Tensor, groups: Tensor) -> Tensor:
     """Give all copies of a sample the log of the mean of their u. [B, c], groups int64 [B] -> [B, c]."""
     at = groups[:, None].expand_as(log_u)
     peak = torch.full_like(log_u, -torch.inf).scatter_reduce(0, at, log_u, "amax").gather(0, at)
-    total = torch.zeros_like(log_u).scatter_add(0, at, (log_u - peak).exp()).gather(0, at)
-    count = torch.zeros_like(log_u).scatter_add(0, at, torch.ones_like(log_u)).gather(0, at)
-    return peak + (total / count).log()
+    return peak + mean_of_copies((log_u - peak).exp(), groups).log()
 
 
 def moving_average(log_g: Tensor, log_u: Tensor | None, gamma: Tensor, eps: float) -> Tensor:

@@ -118,7 +118,8 @@ class IndividualFastCLIP(Loss):
         b = len(solution.mean_margin)
         first = collectives.rank() * b
         own = solution.log_u[first : first + b] + self.rho - solution.mean_margin
-        grad = _mean_of_copies(collectives.all_gather(own.clamp(-GRAD_BOUND, GRAD_BOUND)), index)
+        grad = collectives.all_gather(own.clamp(-GRAD_BOUND, GRAD_BOUND))
+        grad = compositional.mean_of_copies(grad, compositional.duplicate_groups(index))
         beta1, beta2 = self.betas if self.epoch > 0 else (0.0, 0.0)
         m = beta1 * m.nan_to_num(0.0) + (1 - beta1) * grad
         v = beta2 * v.nan_to_num(0.0) + (1 - beta2) * grad.square()
@@ -126,13 +127,6 @@ class IndividualFastCLIP(Loss):
         v_hat = v / (1 - beta2 ** (self.epoch + 1))
         tau = (tau - self.lr_tau * m_hat / (v_hat.sqrt() + self.adam_eps)).clamp(*INDIVIDUAL_TAU)
         return {TAU: tau, TAU_M: m, TAU_V: v}
-
-
-def _mean_of_copies(values: Tensor, index: Tensor) -> Tensor:
-    """[B, c] -> [B, c], where samples of equal ``index`` get the mean of their values."""
-    at = compositional.duplicate_groups(index)[:, None].expand_as(values)
-    total = torch.zeros_like(values).scatter_add(0, at, values).gather(0, at)
-    return total / torch.zeros_like(values).scatter_add(0, at, torch.ones_like(values)).gather(0, at)
 
 
 def build(
