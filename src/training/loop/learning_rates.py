@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from drrho_clip import schedules
 from training.config.optim import OptimConfig, ScheduleConfig
+from training.loop.readback import Readback
 
 
 def horizon(schedule: ScheduleConfig, steps_per_epoch: int) -> schedules.Horizon:
@@ -100,23 +100,11 @@ class _LateScalar:
     """Reads a scalar on a GPU without waiting for it: each call returns the value of the previous call."""
 
     def __init__(self) -> None:
-        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+        self._pending: Readback | None = None
 
     def read(self, value: Tensor | float) -> float:
         """``value`` as a number; on a GPU, from the second call on, the value of the previous call."""
         if not (isinstance(value, Tensor) and value.is_cuda):
             return float(value)
-        earlier, self._pending = self._pending, self._copy(value.detach())
-        if earlier is None:
-            return float(value)
-        copy, done = earlier
-        done.synchronize()
-        return float(copy)
-
-    @staticmethod
-    def _copy(value: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        host.copy_(value, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return host, done
+        earlier, self._pending = self._pending, Readback(value)
+        return float(value if earlier is None else earlier.value())

@@ -6,8 +6,8 @@ statistics. Nothing here waits for the device, and the ranks agree without a col
 * The backward pass starts from 1, or from NaN if one of this rank's loss terms or new rows of the sample state is
   not finite. NaN passes through every layer into the gradient, and DDP's average carries it to all ranks.
 * A step is taken if the norm of the averaged gradient is finite: a 0-d bool on the device, equal on all ranks.
-* ``SkippedSteps`` counts on the device. The host reads the count only where it waits anyway, at log lines and
-  saves, and when the limit may have been reached.
+* ``SkippedSteps`` counts on the device. The host knows the count of some steps ago, which has arrived meanwhile,
+  and waits for the present one only at log lines and saves, where it waits anyway, and while steps are skipped.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from drrho_clip.sample_state import StateUpdate
 from training.distributed.collectives import gather_object
+from training.loop.readback import Readback
 
 _SHOWN = 8  # the most rows in a message
 
@@ -48,8 +49,10 @@ class SkippedSteps:
     def __init__(self, limit: int, device: torch.device) -> None:
         self.limit = limit
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
-        self._unread = 0  # steps since the last read
-        self._in_a_row = 0  # as last read
+        self._in_a_row = 0  # as last known
+        self._since = 0  # steps since then
+        self._lag = limit // 2  # steps until a copy of the counts is looked at
+        self._copy: Readback | None = None
         self._reported = 0  # the total in the last report
 
     def count(self, taken: Tensor) -> None:
@@ -57,22 +60,25 @@ class SkippedSteps:
         skipped = ~taken
         self._counts += skipped
         self._counts[0] *= skipped
-        self._unread += 1
+        self._since += 1
+        if self._lag and self._since % self._lag == 0:
+            if self._copy is not None:
+                self._in_a_row, self._since = self._copy.value().tolist()[0], self._lag
+            self._copy = Readback(self._counts)
 
     def read(self) -> tuple[int, int]:
         """The number of skipped steps in a row up to now, and in total. Waits for the device."""
         self._in_a_row, total = self._counts.tolist()
-        self._unread = 0
+        self._since, self._copy = 0, None
         return self._in_a_row, total
 
     def too_many(self) -> bool:
         """Whether the limit is reached. Call it after each step.
 
-        It waits for the device only if the limit may be reached: every ``limit`` steps, and earlier while steps
-        are being skipped. All ranks wait at the same steps if they all read the count (``news``) at the same
-        steps.
+        It waits for the device only if the limit may be reached: with a limit of 2 or more, not unless steps were
+        skipped lately. All ranks wait at the same steps if they all read the count (``news``) at the same steps.
         """
-        return self._in_a_row + self._unread >= self.limit and self.read()[0] >= self.limit
+        return self._in_a_row + self._since >= self.limit and self.read()[0] >= self.limit
 
     def news(self) -> str | None:
         """A line for the log if steps were skipped since the last call, else None. Waits for the device."""
@@ -91,7 +97,8 @@ class SkippedSteps:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Take over the counts of ``state_dict()``."""
         self._counts.copy_(torch.tensor([state["in_a_row"], state["total"]]))
-        self._in_a_row, self._reported, self._unread = state["in_a_row"], state["total"], 0
+        self._in_a_row, self._reported = state["in_a_row"], state["total"]
+        self._since, self._copy = 0, None
 
 
 class RunningStatistics:

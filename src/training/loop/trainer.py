@@ -1,7 +1,7 @@
 """The loop over one epoch: set the learning rates, take a step, and log from time to time.
 
-Between two log lines nothing here waits for the device, because the meters add up on the device. The only
-exception is that the count of skipped steps is read once per ``--max_skipped_steps`` steps.
+Between two log lines nothing here waits for the device, because the meters add up on the device, unless steps are
+skipped (``nonfinite``).
 """
 
 from __future__ import annotations
