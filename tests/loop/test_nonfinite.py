@@ -1,5 +1,6 @@
 """A step that is not finite on one rank changes nothing on any rank; too many of them end with a diagnosis."""
 
+import copy
 import math
 import random
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drrho_clip import collectives
@@ -17,7 +19,7 @@ from tests.support.ranks import ranks
 from tests.support.stepping import CPU, OPTIM, build, make_batch, make_loss, make_task
 from training.distributed import ddp
 from training.distributed.process_group import World
-from training.loop.nonfinite import NotFinite, SkippedSteps, backward_seed
+from training.loop.nonfinite import NotFinite, RunningStatistics, SkippedSteps, backward_seed
 from training.loop.optimizer import create_optimizer
 from training.loop.step import Stepper
 
@@ -211,6 +213,32 @@ class Reads(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += function is torch.ops.aten._local_scalar_dense.default
         return function(*args, **(kwargs or {}))
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute something: those that do not only make a view."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_running_statistics_of_many_layers_take_few_operations(taken):
+    model = nn.Sequential(*(nn.BatchNorm1d(width) for width in range(1, 51))).train()
+    before = copy.deepcopy(model.state_dict())
+    with Kernels() as kernels:
+        statistics = RunningStatistics(model)
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.add_(1)
+    with kernels:
+        statistics.restore(unless=torch.tensor(taken))
+    assert kernels.count <= 10  # two dtypes: two copies before, two after, two choices, two copies back
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name] + 1 if taken else before[name]), name
 
 
 @pytest.mark.parametrize("optimizer, per_step", [("adamw", 0), ("sgd", 0), ("nesterov", 0), ("lion", 1)])

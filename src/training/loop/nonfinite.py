@@ -102,16 +102,30 @@ class SkippedSteps:
 
 
 class RunningStatistics:
-    """A copy of the running statistics of the layers ``norms``, from before a forward pass."""
+    """A copy of the running statistics of the layers ``norms``, from before a forward pass.
+
+    The buffers, three of each layer, are handled as one tensor per dtype, since a kernel for each of them costs
+    more than what it does.
+    """
 
     def __init__(self, norms: Iterable[nn.Module]) -> None:
-        buffers = (buffer for norm in norms if norm.training for buffer in norm.buffers(recurse=False))
-        self._kept = [(buffer, buffer.clone()) for buffer in buffers]
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for norm in norms:
+            for buffer in norm.buffers(recurse=False) if norm.training else ():
+                by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        self._kept = [(buffers, _joined(buffers)) for buffers in by_dtype.values()]
 
+    @torch.no_grad()
     def restore(self, unless: Tensor | None = None) -> None:
         """Restore the statistics, unless ``unless`` is True, a 0-d bool on the device. It does not wait for it."""
-        for buffer, before in self._kept:
-            buffer.copy_(before if unless is None else torch.where(unless, buffer, before))
+        for buffers, before in self._kept:
+            chosen = before if unless is None else torch.where(unless, _joined(buffers), before)
+            pieces = chosen.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [piece.view_as(buffer) for piece, buffer in zip(pieces, buffers)])
+
+
+def _joined(buffers: Iterable[Tensor]) -> Tensor:
+    return torch.cat([buffer.reshape(-1) for buffer in buffers])
 
 
 @dataclass(frozen=True)
