@@ -26,8 +26,11 @@ def normalize(
     if image.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, or floating point and normalized; these are {image.dtype}")
     factor, offset = _affine(tuple(mean), tuple(std), image.device)
-    normalized = torch.empty(image.shape, device=image.device)
-    return torch.mul(image, factor, out=normalized).add_(offset).to(dtype)
+    scaled = torch.mul(image, factor, out=torch.empty(image.shape, device=image.device))
+    if dtype == torch.float32:
+        return scaled.add_(offset)
+    # The sum is rounded to ``dtype`` where it is made, instead of being written and read once more.
+    return torch.add(scaled, offset, out=torch.empty(image.shape, device=image.device, dtype=dtype))
 
 
 @lru_cache(maxsize=16)

@@ -60,7 +60,8 @@ class Reference:
         self.module = module
         self.mean, self.std = tuple(mean), tuple(std)
         self.autocast_dtype = autocast_dtype
-        self.image_dtype = _input_dtype(module)
+        # Under autocast the first layer rounds its input to autocast's type anyway.
+        self.image_dtype = autocast_dtype or _input_dtype(module)
         self._encode_image, self._encode_text = module.encode_image, module.encode_text
 
     def compile(self) -> Reference:

@@ -13,7 +13,7 @@ from drrho_clip.losses.distillation import Distillation
 from tests.support import tiny_models
 from tests.support.ranks import ranks
 from tests.support.stepping import CPU, WORDS, build, make_batch, make_loss, make_task
-from training.loop.step import Stepper
+from training.loop.step import Stepper, gradient_norm
 from training.loop.task import Selection
 from training.models.precision import resolve
 
@@ -123,6 +123,15 @@ def test_a_step_draws_the_same_masks_whenever_it_is_taken(accum):
 def test_ranks_draw_masks_of_their_own():
     (_, first), (_, second) = ranks(2).run(_step_alone, 3, 1)
     assert (first != second).any(1).all()
+
+
+def test_the_norm_of_half_precision_gradients_may_exceed_their_range():
+    gradients = [torch.randn(500, generator=torch.Generator().manual_seed(i)) * 3000 for i in range(3)]
+    exact = torch.cat(gradients).double().norm()
+    mixed = [gradients[0].half(), gradients[1].bfloat16(), gradients[2]]
+    for given in (gradients, [g.half() for g in gradients], mixed, [g.bfloat16() for g in gradients]):
+        torch.testing.assert_close(gradient_norm(given).double(), exact, rtol=2e-3, atol=0)
+    assert exact > torch.finfo(torch.float16).max
 
 
 def test_running_statistics_are_updated_once():

@@ -189,7 +189,7 @@ class Stepper:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.task.bare.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
         taken = norm.isfinite()
         if self.grad_clip_norm is not None:
             # A norm of 0 clips nothing, so that gradients that are not finite stay unchanged for the diagnosis.
@@ -214,6 +214,20 @@ class Stepper:
             tensors |= {f"new {name}": value for name, value in computed.result.update.values.items()}
         tau = computed.result.metrics.get("mean_tau", 1 / computed.embeddings["logit_scale"])
         return Evidence(step, batch.index, tensors, tau)
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients, 0-d; that of 16-bit ones in float32, as it may exceed what their type holds."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    parts: list[Tensor] = []
+    for dtype, same in by_dtype.items():
+        if dtype in (torch.float16, torch.bfloat16):
+            parts.extend(torch._foreach_norm(same, 2, dtype=torch.float32))
+        else:
+            parts.append(nn.utils.get_total_norm(same))
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
 
 
 def _per_rank(count: Tensor) -> Tensor:

@@ -51,5 +51,6 @@ def resolve(name: str, device: torch.device) -> Precision:
         autocast_dtype = torch.float16
     elif name in ("amp_bf16", "amp_bfloat16"):
         autocast_dtype = torch.bfloat16
-    pixel_dtype = get_input_dtype(name) or torch.float32
+    # Under autocast the first layer rounds its input to autocast's type, so the pixels can have it from the start.
+    pixel_dtype = get_input_dtype(name) or autocast_dtype or torch.float32
     return Precision(name, device.type, autocast_dtype, pixel_dtype, scales_gradients=half_amp)
