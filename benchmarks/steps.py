@@ -181,8 +181,10 @@ class Plain:
 
     def step(self) -> None:
         batch = next(self.arriving).to(self.device)
-        image = batch.image.to(self.precision.pixel_dtype)
-        ref_image = image if batch.ref_image is None else batch.ref_image.to(self.precision.pixel_dtype)
+        # Under autocast the published loop hands pixels over in float32, to the reference as well.
+        dtype = torch.float32 if self.precision.autocast_dtype else self.precision.pixel_dtype
+        image = batch.image.to(dtype)
+        ref_image = image if batch.ref_image is None else batch.ref_image.to(dtype)
         ref_text = batch.text if batch.ref_text is None else batch.ref_text
         tau = 1 / self.bare.logit_scale.detach().exp().item()
         self.optimizer.param_groups[-1]["lr"] = self.optim.lr_tau / (3 if tau <= 0.03 else 1)

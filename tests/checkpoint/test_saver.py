@@ -143,6 +143,17 @@ def test_what_is_saved_is_the_state_at_the_call_whatever_comes_after(tmp_path, m
     assert_same(Run(1).resumed(tmp_path / "epoch_1.pt").everything(), at_the_call)
 
 
+def test_an_error_before_the_writing_starts_is_the_one_that_is_told(tmp_path, monkeypatch):
+    run = Run(0)
+
+    def interrupted(thread):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match="DataLoader worker"), Saver(tmp_path, RUN) as saver:
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        saver.save(run.state, ["epoch_1"])
+
+
 def test_a_failed_save_does_not_end_the_run_unless_it_is_the_last(tmp_path, monkeypatch, caplog):
     run = Run(0).epochs(1)
     with Saver(tmp_path, RUN) as saver:

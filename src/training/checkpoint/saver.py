@@ -104,9 +104,9 @@ class Saver:
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for the save in progress, if there is one."""
-        if self._thread is not None:
+        if self._thread is not None and self._thread.is_alive():  # not alive: an error may come before its start
             self._thread.join(timeout)
-            self._thread = None
+        self._thread = None
 
     def close(self) -> None:
         """Wait for the last save. SaveFailed on rank 0, PeerFailed on the others: it failed."""
