@@ -16,7 +16,7 @@ class Batch:
     ``image``         uint8 [b, 3, H, W], to be normalized on the device, or floating point and normalized already.
     ``text``          int64 [b, L], token ids from the target's tokenizer.
     ``index``         int64 [b], rows of the sample state. It stays on the CPU, where it is checked without waiting
-                      for the device.
+                      for the device, until ``select``.
     ``ref_image``     the same views for the reference model, [b, 3, H_r, W_r]; None if both models use ``image``.
     ``ref_text``      int64 [b, L_r], from the reference's tokenizer; None if both models use ``text``.
     ``ref_features``  floating point [b, 2, d_r], the reference's embeddings of image and text if they were
@@ -52,8 +52,8 @@ class Batch:
         return [Batch(**{name: c[j] for name, c in chunks.items()}) for j in range(k)]
 
     def select(self, keep: Tensor) -> Batch:
-        """The samples at the positions ``keep``, int64 [n], of this batch."""
-        return self._map(lambda t: t[keep.to(t.device)])
+        """The samples at the positions ``keep``, int64 [n], of this batch, on the device of ``keep``."""
+        return self._map(lambda t: t.to(keep.device, non_blocking=True)[keep])
 
     def _map(self, fn: Callable[[Tensor], Tensor], keep: tuple[str, ...] = ()) -> Batch:
         names = [f.name for f in fields(self) if f.name not in keep and getattr(self, f.name) is not None]

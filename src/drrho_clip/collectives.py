@@ -8,6 +8,9 @@ reduction").
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import cache
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,3 +46,35 @@ def all_reduce_sum(local: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(local)
     return local
+
+
+class Exchange:
+    """Tensors by name that ``function`` gathers from other ranks, beside what a GPU does meanwhile.
+
+    With several ranks and a GPU, ``function`` runs on a stream of its own, as soon as the current stream has done
+    what it has been given up to now. Otherwise its results are there at once. The tensors that it reads must not
+    be freed before ``wait``.
+    """
+
+    def __init__(self, function: Callable[[], Mapping[str, Tensor]], device: torch.device) -> None:
+        self._stream = _side_stream(device) if device.type == "cuda" and world_size() > 1 else None
+        if self._stream is None:
+            self._results = function()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            self._results = function()
+
+    def wait(self) -> Mapping[str, Tensor]:
+        """The results. What the device is given from now on waits for them; the host does not."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            for tensor in self._results.values():
+                tensor.record_stream(current)
+        return self._results
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

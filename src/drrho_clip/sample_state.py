@@ -8,7 +8,7 @@ its global batch and writes new ones:
 * ``commit`` needs no exchange: every rank has all ``B`` indices and new values, and writes the rows that it owns.
 
 ``NaN`` means "never seen". It survives the sum, because all other ranks add zero. The table takes
-``4 * N * columns / K`` bytes per rank. Nothing here waits for the device if ``fetch`` gets its index on the CPU.
+``4 * N * columns / K`` bytes per rank. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -80,23 +80,29 @@ class SampleState:
     def fetch(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The global batch's indices, int64 [B], and its values, column -> float32 [B], on the table's device.
 
-        ``index`` is this rank's int64 [b]. An index outside 0..N-1 raises an IndexError that names it, before
-        anything is exchanged. An index on a GPU is checked there, and the host waits for the result; the data path
-        keeps it on the CPU.
+        ``index`` is this rank's int64 [b]. On the CPU it is checked as ``check`` does, before anything is
+        exchanged. On a GPU the host would have to wait for that: an index outside 0..N-1 has the values +inf
+        instead, so that no loss is finite.
         """
-        outside = (index < 0) | (index >= self.num_samples)
+        if index.device.type == "cpu":
+            self.check(index)
+        index = collectives.all_gather(index.to(self.device, non_blocking=True))
+        position, owned = self._locate(index)
+        zero = torch.zeros((), device=self.device)
+        values = torch.stack([torch.where(owned, column[position], zero) for column in self._table.values()])
+        values = collectives.all_reduce_sum(values)
+        values = values.masked_fill(self._outside(index), torch.inf)
+        return index, dict(zip(self._table, values, strict=True))
+
+    def check(self, index: Tensor) -> None:
+        """IndexError: one of ``index``, int64 [b] on the CPU, is outside 0..N-1; the message names it."""
+        outside = self._outside(index)
         if outside.any():
             bad = index[outside][0].item()
             raise IndexError(
                 f"sample index {bad} is outside 0..{self.num_samples - 1}: give a num_samples (--data_size) above "
                 "every key"
             )
-        index = collectives.all_gather(index.to(self.device, non_blocking=True))
-        position, owned = self._locate(index)
-        zero = torch.zeros((), device=self.device)
-        values = torch.stack([torch.where(owned, column[position], zero) for column in self._table.values()])
-        values = collectives.all_reduce_sum(values)
-        return index, dict(zip(self._table, values, strict=True))
 
     def commit(self, update: StateUpdate, taken: Tensor | None = None) -> None:
         """Write ``update``, unless ``taken`` (a 0-d bool) is False. The host does not wait for ``taken``."""
@@ -162,6 +168,9 @@ class SampleState:
             else:
                 local = value[self._first : self._first + self._rows]
             column[: self._rows].copy_(local)
+
+    def _outside(self, index: Tensor) -> Tensor:
+        return (index < 0) | (index >= self.num_samples)
 
     def _locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Positions in this rank's table (rows of other ranks are at the spare row), and which rows it owns."""

@@ -1,5 +1,8 @@
 """The sharded table compared with a replicated one; resharding; the errors."""
 
+import math
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +98,15 @@ def test_an_index_outside_is_named_before_anything_is_written(bad):
         state.fetch(torch.tensor([3, bad, 5]))
     for c, v in state.state_dict().items():
         np.testing.assert_array_equal(v, before[c])
+
+
+def test_an_index_outside_that_could_not_be_checked_gives_no_finite_value():
+    """As on a GPU, where the host would have to wait for the check."""
+    state = _filled()
+    with mock.patch.object(state, "check"):
+        _, values = state.fetch(torch.tensor([4, N, -1]))
+    for i, column in enumerate(COLUMNS):
+        assert values[column].tolist() == [100.0 * i + 4, math.inf, math.inf]
 
 
 def test_loading_refuses_other_columns_and_sizes():

@@ -1,6 +1,8 @@
 """Accumulation gives the full batch's gradient for every loss; what a step changes and what it must not."""
 
 import copy
+from dataclasses import replace
+from unittest import mock
 
 import open_clip
 import pytest
@@ -10,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from drrho_clip import collectives
 from drrho_clip.losses.distillation import Distillation
+from drrho_clip.reference import Reference
 from tests.support import tiny_models
 from tests.support.ranks import ranks
 from tests.support.stepping import CPU, WORDS, build, make_batch, make_loss, make_task
@@ -69,6 +72,68 @@ def test_accumulation_with_distillation_and_selection():
     assert "distill_loss" in values
     assert_same(grads, full_grads)
     torch.testing.assert_close(values["loss"], full_values["loss"])
+
+
+class Sizes:
+    """The numbers of images that ``tower`` is given, call by call."""
+
+    def __init__(self, tower):
+        self.seen = []
+        tower.register_forward_pre_hook(lambda module, given: self.seen.append(len(given[0])))
+
+
+@pytest.mark.parametrize(
+    "model, accum, share, scored",
+    [
+        ("tiny-vit", 1, 0.25, [6] * 4),
+        ("tiny-vit", 2, 0.5, [6] * 4),
+        ("tiny-vit", 1, 0.75, [24]),
+        ("tiny-resnet", 2, 0.25, [12] * 2),
+    ],
+)
+def test_selection_embeds_nothing_twice_and_in_one_size(model, accum, share, scored):
+    target, reference = build("drrho", model), build("reference")
+    sizes, ref_sizes = Sizes(target.visual), Sizes(reference.visual)
+    task = make_task(target, make_loss("drrho"), "drrho", selection=Selection(share, 1, topk=False))
+    task.reference = Reference(reference, (0.5,) * 3, (0.5,) * 3)
+    Stepper(task, torch.optim.SGD(target.parameters(), lr=0.0), accum=accum)(make_batch(24), 0)
+    trained = [round(24 * share) // accum] * (accum if accum == 1 else 2 * accum)
+    assert sizes.seen == scored + trained
+    assert ref_sizes.seen == scored
+
+
+def _order_of_exchange(name, accum):
+    """What a step does with the other ranks and with the target, in order, and the gradient."""
+    done, gather = [], collectives.all_gather
+
+    def all_gather(local):
+        done.append("gather")
+        return gather(local)
+
+    model = build(name)
+    model.visual.register_forward_pre_hook(lambda module, given: done.append("target"))
+    k, r = collectives.world_size(), collectives.rank()
+    batch = make_batch(6 * k).select(torch.arange(6) + 6 * r)
+    with mock.patch.object(collectives, "all_gather", all_gather):
+        grads, _, _ = gradients(name, accum, batch, model=model)
+    return done, grads
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_rows_and_reference_are_exchanged_before_the_targets_forward_pass(accum):
+    (order, _), _ = ranks(2).run(_order_of_exchange, "drrho", accum)
+    target = ["target"] * accum
+    again = [] if accum == 1 else target
+    # Rows, reference; the target's embeddings, log u.
+    assert order == ["gather", "gather", *target, "gather", "gather", *again]
+
+
+def test_a_row_that_selection_leaves_out_is_checked_too():
+    task = make_task(build("drrho"), make_loss("drrho"), "drrho", selection=Selection(0.5, 1, topk=True))
+    stepper = Stepper(task, torch.optim.SGD(task.bare.parameters(), lr=0.0))
+    batch = make_batch(12)
+    with pytest.raises(IndexError, match="sample index 12345 is outside"):
+        stepper(replace(batch, index=batch.index.masked_fill(batch.index == batch.index[3], 12345)), 0)
 
 
 def _with_dropout(name, model=None):

@@ -21,7 +21,7 @@ problem.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -31,8 +31,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drrho_clip import collectives, schedules
+from drrho_clip.collectives import Exchange
 from drrho_clip.losses.interface import LossEnvironment, LossInputs
 from drrho_clip.losses.pair_kernels import Block, Budget, Kernels
+from drrho_clip.sample_state import SampleState
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -115,6 +117,42 @@ def estimator(environment: LossEnvironment, **settings: Unpack[EstimatorSettings
     )
 
 
+def exchange(
+    index: Tensor,
+    reference: tuple[Tensor, Tensor] | None,
+    state: SampleState | None,
+    device: torch.device,
+) -> Exchange:
+    """Start to gather what the losses of this kind need besides the target's embeddings.
+
+    The results: ``index`` int64 [B], the samples of the global batch; their values [B] in each column of
+    ``state``; ``ref_image``, ``ref_text`` [B, d_r], if there is a ``reference``. ``index`` and ``reference`` are
+    this rank's.
+    """
+
+    def gather() -> dict[str, Tensor]:
+        if state is None:
+            found = {"index": collectives.all_gather(index.to(device, non_blocking=True))}
+        else:
+            everywhere, values = state.fetch(index)
+            found = {name: value.to(device, non_blocking=True) for name, value in values.items()}
+            found["index"] = everywhere.to(device, non_blocking=True)
+        if reference is not None:
+            found["ref_image"], found["ref_text"] = gather_pair(*reference)
+        return found
+
+    return Exchange(gather, device)
+
+
+def gather_pair(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """The embeddings [b, d] of both modalities from all ranks, float32 [B, d], in one collective."""
+    if collectives.world_size() == 1:
+        return image.detach().float(), text.detach().float()
+    both = torch.cat([image.detach().float(), text.detach().float()], 1)
+    all_images, all_texts = collectives.all_gather(both).split([image.shape[1], text.shape[1]], 1)
+    return all_images, all_texts
+
+
 @dataclass(frozen=True)
 class Solution:
     """The result of one step of the estimator. The columns are the two directions: image anchors, text anchors.
@@ -135,7 +173,7 @@ class Solution:
 
 def solve(
     inputs: LossInputs,
-    index: Tensor,
+    exchanged: Mapping[str, Tensor],
     old_log_u: Tensor | None,
     inverse_tau: Tensor,
     *,
@@ -147,26 +185,28 @@ def solve(
 ) -> Solution:
     """Update the inner estimates of the global batch and compute the gradient for this rank's embeddings.
 
-    ``index``        int64 [B], the samples of the global batch.
+    ``exchanged``    the results of ``exchange``.
     ``old_log_u``    [B, 2], NaN for samples never seen; None if no u is kept (gamma is 1 in every epoch).
     ``inverse_tau``  0-d for a shared temperature, [B, 2] for individual ones.
     ``weight_by_inverse_tau``  multiply each anchor's row by its 1/tau (for objectives not multiplied by tau).
 
-    It takes two collectives: the embeddings, then the 2B values of log u. Call it under ``torch.no_grad`` and in
-    ``exact_float32``.
+    It takes two collectives: the target's embeddings, then the 2B values of log u. Call it under ``torch.no_grad``
+    and in ``exact_float32``.
     """
     images, texts = [inputs.image.detach().float()], [inputs.text.detach().float()]
-    if (embeddings := inputs.reference) is not None:
-        images.append(embeddings[0].float())
-        texts.append(embeddings[1].float())
+    all_images, all_texts = ([embeddings] for embeddings in gather_pair(*images, *texts))
+    if (reference := inputs.reference) is not None:
+        images.append(reference[0].float())
+        texts.append(reference[1].float())
+        all_images.append(exchanged["ref_image"])
+        all_texts.append(exchanged["ref_text"])
     k, b = collectives.world_size(), len(images[0])
     batch = k * b
     own = slice(collectives.rank() * b, (collectives.rank() + 1) * b)
-    all_images, all_texts = _gather(images, texts)
-    diagonal, *reference = [torch.einsum("ij,ij->i", x, y) for x, y in zip(all_images, all_texts, strict=True)]
-    for r in reference:
+    diagonal, *of_reference = [torch.einsum("ij,ij->i", x, y) for x, y in zip(all_images, all_texts, strict=True)]
+    for r in of_reference:
         diagonal = diagonal - r
-    groups = duplicate_groups(index)
+    groups = duplicate_groups(exchanged["index"])
     own_scales: tuple[Tensor, ...]
     all_scales: tuple[Tensor, ...]
     if inverse_tau.ndim == 0:
@@ -210,15 +250,6 @@ def solve(
         grad_image=grad_image.addcmul_(diagonal_weight, texts[0], value=-1).mul_(factor),
         grad_text=grad_text.addcmul_(diagonal_weight, images[0], value=-1).mul_(factor),
     )
-
-
-def _gather(images: list[Tensor], texts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The embeddings of all ranks, in one collective."""
-    if collectives.world_size() == 1:
-        return images, texts
-    parts = [*images, *texts]
-    gathered = collectives.all_gather(torch.cat(parts, 1)).split([part.shape[1] for part in parts], 1)
-    return list(gathered[: len(images)]), list(gathered[len(images) :])
 
 
 class AttachGradient(torch.autograd.Function):

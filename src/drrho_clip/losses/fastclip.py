@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from drrho_clip import collectives
+from drrho_clip.collectives import Exchange
 from drrho_clip.float32 import exact_float32
 from drrho_clip.losses import compositional, pair_kernels
 from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
@@ -61,14 +62,21 @@ class FastCLIP(Loss):
     def set_epoch(self, epoch: int) -> None:
         self.gamma = self._gamma_of(epoch)
 
+    def prepare(self, index: Tensor, reference: tuple[Tensor, Tensor] | None, device: torch.device) -> Exchange:
+        return compositional.exchange(index, reference, self.state, device)
+
     def forward(self, inputs: LossInputs) -> LossOutput:
         device = inputs.image.device
         with torch.no_grad(), exact_float32(device.type):
-            index, old_log_u = self._fetch(inputs.require_index(), device)
+            prepared = inputs.prepared or self.prepare(inputs.require_index(), inputs.reference, device)
+            exchanged = prepared.wait()
+            old_log_u = None
+            if self.state is not None:
+                old_log_u = torch.stack([exchanged[name] for name in COLUMNS], 1)
             scale = inputs.logit_scale.detach().float()
             solution = compositional.solve(
                 inputs,
-                index,
+                exchanged,
                 old_log_u,
                 scale,
                 weight_by_inverse_tau=not self.multiply_tau,
@@ -82,15 +90,8 @@ class FastCLIP(Loss):
                 value = (value + self.rho) / scale
             gradients = solution.grad_image, solution.grad_text, self._grad_scale(solution, scale)
         loss = compositional.AttachGradient.apply(value, inputs.image, inputs.text, inputs.logit_scale, *gradients)
-        update = StateUpdate(index, dict(zip(COLUMNS, solution.log_u.unbind(1), strict=True)))
+        update = StateUpdate(exchanged["index"], dict(zip(COLUMNS, solution.log_u.unbind(1), strict=True)))
         return LossOutput({"contrastive_loss": loss}, update if self.state is not None else None)
-
-    def _fetch(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        if self.state is None:
-            return collectives.all_gather(index.to(device, non_blocking=True)), None
-        index, values = self.state.fetch(index)
-        old = torch.stack([values[name] for name in COLUMNS], 1)
-        return index.to(device, non_blocking=True), old.to(device, non_blocking=True)
 
     def _grad_scale(self, solution: compositional.Solution, scale: Tensor) -> Tensor:
         """This rank's part of dF/d(1/tau) = -tau^2 dF/dtau, multiplied by K as in ``Solution``."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from drrho_clip import collectives
+from drrho_clip.collectives import Exchange
 from drrho_clip.float32 import exact_float32
 from drrho_clip.losses import compositional, pair_kernels
 from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
@@ -76,21 +77,24 @@ class IndividualFastCLIP(Loss):
     def set_temperature_rate(self, lr_tau: float) -> None:
         self.lr_tau = lr_tau
 
+    def prepare(self, index: Tensor, reference: tuple[Tensor, Tensor] | None, device: torch.device) -> Exchange:
+        return compositional.exchange(index, reference, self.state, device)
+
     def forward(self, inputs: LossInputs) -> LossOutput:
         device = inputs.image.device
         with torch.no_grad(), exact_float32(device.type):
-            index, values = self.state.fetch(inputs.require_index())
-            index = index.to(device, non_blocking=True)
-            columns = {name: value.to(device, non_blocking=True) for name, value in values.items()}
+            prepared = inputs.prepared or self.prepare(inputs.require_index(), inputs.reference, device)
+            exchanged = prepared.wait()
+            index = exchanged["index"]
 
             def pair(names: tuple[str, str]) -> Tensor:
-                return torch.stack([columns[name] for name in names], 1)
+                return torch.stack([exchanged[name] for name in names], 1)
 
             tau = pair(TAU)
             tau = torch.where(tau.isnan(), self.temperature, tau)
             solution = compositional.solve(
                 inputs,
-                index,
+                exchanged,
                 pair(LOG_U) if self._keeps_u else None,
                 1 / tau,
                 weight_by_inverse_tau=True,

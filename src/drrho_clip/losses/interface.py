@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from drrho_clip.collectives import Exchange
 from drrho_clip.sample_state import SampleState, StateUpdate
 
 
@@ -31,9 +32,9 @@ class LossInputs:
     ``image``, ``text``          [b, d], unit norm, with the graph to the towers (leaves under accumulation).
     ``logit_scale``              0-d, 1/tau, as the model returns it.
     ``logit_bias``               0-d, as the model returns it; None if the model has none.
-    ``index``                    int64 [b], rows of the sample state, on the CPU; losses without one do not need
-                                 it.
+    ``index``                    int64 [b], rows of the sample state; losses without one do not need it.
     ``ref_image``, ``ref_text``  [b, d_r], unit norm, without a graph; None without a reference.
+    ``prepared``                 what ``Loss.prepare`` returned for these samples; None: it was not called.
     """
 
     image: Tensor
@@ -43,6 +44,7 @@ class LossInputs:
     index: Tensor | None = None
     ref_image: Tensor | None = None
     ref_text: Tensor | None = None
+    prepared: Exchange | None = None
 
     @property
     def reference(self) -> tuple[Tensor, Tensor] | None:
@@ -89,6 +91,17 @@ class Loss(nn.Module):
 
     def forward(self, inputs: LossInputs) -> LossOutput:
         raise NotImplementedError
+
+    def prepare(
+        self, index: Tensor, reference: tuple[Tensor, Tensor] | None, device: torch.device
+    ) -> Exchange | None:
+        """Starts to exchange what does not depend on the target's embeddings, for samples of this rank.
+
+        A training loop may call it before the target's forward pass, so that both run at the same time, and passes
+        the result on as ``LossInputs.prepared``. ``index``, ``reference``: as in ``LossInputs``. ``device``: the
+        target's. Most losses have nothing to prepare and return None.
+        """
+        return None
 
     def set_epoch(self, epoch: int) -> None:
         """Is called before each epoch. Losses with a schedule by epoch override it."""

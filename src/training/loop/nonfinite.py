@@ -156,7 +156,7 @@ class Evidence:
         for position, (name, tensor) in enumerate(self.findings(model)):
             if tensor is None or not tensor.is_floating_point() or bool(tensor.isfinite().all()):
                 continue
-            index = self.index
+            index = self.index.cpu()
             if name in self.tensors and tensor.ndim > 1 and len(tensor) == len(index):
                 index = index[~tensor.isfinite().flatten(1).all(1).cpu()]
             return position, name, index.tolist()

@@ -2,7 +2,8 @@
 
 With ``accum`` micro-batches the gradient equals that of the full batch, for every loss:
 
-1. Embed all micro-batches without a graph, and keep the random state from before each of them.
+1. Embed all micro-batches without a graph, by the reference first, and keep the random state from before each of
+   the target's.
 2. Evaluate the loss once on the embeddings of the whole batch and differentiate it with respect to them.
 3. Embed each micro-batch again with its random state, so that dropout draws the same masks, and backpropagate its
    slice of that gradient. Gradients are reduced over the ranks only with the last micro-batch.
@@ -29,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from drrho_clip import collectives
 from drrho_clip.batch import Batch
+from drrho_clip.collectives import Exchange
 from drrho_clip.losses.interface import LossOutput
 from training.loop.nonfinite import Evidence, RunningStatistics, SkippedSteps, backward_seed, explain
 from training.loop.optimizer import step_where
@@ -74,9 +76,8 @@ class Stepper:
         self._evidence = None  # releases the last batch's pixels
         self.optimizer.zero_grad(set_to_none=True)
         self.task.seed_generators(step)
-        batch = self.task.select(batch, step, self._embed_without_graph)
         statistics = RunningStatistics(self._norms)
-        computed = self._backward(batch)
+        batch, computed = self._backward(batch, step)
         result = computed.result
         taken = self._update()
         statistics.restore(unless=taken)
@@ -107,34 +108,46 @@ class Stepper:
         statistics = RunningStatistics(self._norms)
         for _ in range(2 if wrapped.static_graph else 1):
             self.task.seed_generators(step)
-            self._backward(self.task.select(batch, step, self._embed_without_graph))
+            self._backward(batch, step)
             statistics.restore()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, batch: Batch) -> _Computed:
-        return self._backward_whole(batch) if self.accum == 1 else self._backward_accumulated(batch)
+    def _backward(self, batch: Batch, step: int) -> tuple[Batch, _Computed]:
+        """The gradients of a step; the samples that it trains on, and what was computed of them."""
+        task = self.task
+        if task.selection is None:
+            reference = self._reference_features(batch.chunk(self.accum))
+        else:
+            outputs, scored = self._score(batch)
+            batch, reference = task.select(batch, step, outputs, scored)
+        prepared = task.prepare(batch.index, reference)
+        if self.accum == 1:
+            return batch, self._backward_whole(batch, reference, prepared)
+        return batch, self._backward_accumulated(batch, reference, prepared)
 
-    def _backward_whole(self, batch: Batch) -> _Computed:
-        reference = self.task.reference_features(batch)  # first, while the target's graph is not in memory
+    def _backward_whole(
+        self, batch: Batch, reference: tuple[Tensor, Tensor] | None, prepared: Exchange | None
+    ) -> _Computed:
         outputs = self.task.outputs(batch)
-        result = self.task.objective(self.task.inputs(outputs, batch.index, reference))
+        result = self.task.objective(self.task.inputs(outputs, batch.index, reference, prepared))
         local = {name: s / _per_rank(n) for name, (s, n) in self.task.loss.local_terms(outputs).items()}
         result = replace(result, terms={**result.terms, **local})
         seed = backward_seed(result.terms.values(), result.update)
         self._scaled(_sum(result.terms.values())).backward(seed)
         return _Computed({name: outputs[name].detach() for name in _embeddings_of(outputs)}, reference, result)
 
-    def _backward_accumulated(self, batch: Batch) -> _Computed:
+    def _backward_accumulated(
+        self, batch: Batch, reference: tuple[Tensor, Tensor] | None, prepared: Exchange | None
+    ) -> _Computed:
         task, chunks = self.task, batch.chunk(self.accum)
         device = batch.image.device
-        embedded, partial_terms, references, states = [], [], [], []
+        embedded, partial_terms, states = [], [], []
         with torch.no_grad(), running_statistics_kept(task.bare):
             for chunk in chunks:
                 states.append(random_state(device))
                 outputs = task.outputs(chunk)
                 embedded.append({k: outputs[k] for k in _embeddings_of(outputs)})
                 partial_terms.append(task.loss.local_terms(outputs))
-                references.append(task.reference_features(chunk))
 
         leaves = {
             name: torch.cat([e[name] for e in embedded]) if value.ndim > 1 else value.detach().clone()
@@ -145,8 +158,7 @@ class Stepper:
         }
         for name in wants_grad:
             leaves[name].requires_grad_()
-        reference = _joined(references)
-        result = task.objective(task.inputs(leaves, batch.index, reference))
+        result = task.objective(task.inputs(leaves, batch.index, reference, prepared))
         counts = {name: _per_rank(_sum(terms[name][1] for terms in partial_terms)) for name in partial_terms[0]}
         local = {name: _sum(terms[name][0] for terms in partial_terms) / count for name, count in counts.items()}
         seed = backward_seed([*result.terms.values(), *local.values()], result.update)
@@ -170,16 +182,31 @@ class Stepper:
         result = replace(result, terms={**result.terms, **local})
         return _Computed({name: leaf.detach() for name, leaf in leaves.items()}, reference, result)
 
-    def _embed_without_graph(self, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
-        """Outputs and reference features of the whole batch, computed by micro-batch."""
-        outputs, references = [], []
+    def _score(self, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """Outputs and reference features of all samples to select from, computed by micro-batch without a graph.
+
+        The micro-batches have the size of those that are trained on, if that is possible, so that a compiled model
+        meets one shape. What BatchNorm does depends on the size, so models that have it get ``accum`` parts.
+        """
+        kept = self.task.kept(len(batch)) // self.accum
+        chunks = batch.chunk(self.accum if self._norms or len(batch) % kept else len(batch) // kept)
+        reference = self._reference_features(chunks)
+        assert reference is not None, "selection ranks samples by a reference"
+        outputs = []
         with torch.no_grad(), running_statistics_kept(self.task.bare):
-            for chunk in batch.chunk(self.accum):
+            for chunk in chunks:
                 out = self.task.outputs(chunk)
                 outputs.append({k: out[k] for k in _embeddings_of(out)})
-                references.append(self.task.reference_features(chunk))
         joined = {k: torch.cat([o[k] for o in outputs]) if v.ndim > 1 else v for k, v in outputs[0].items()}
-        return joined, _joined(references)
+        return joined, reference
+
+    def _reference_features(self, chunks: Sequence[Batch]) -> tuple[Tensor, Tensor] | None:
+        """The reference's embeddings of all micro-batches; None without a reference."""
+        parts = [part for chunk in chunks if (part := self.task.reference_features(chunk)) is not None]
+        if not parts:
+            return None
+        images, texts = zip(*parts, strict=True)
+        return (images[0], texts[0]) if len(parts) == 1 else (torch.cat(images), torch.cat(texts))
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
@@ -238,15 +265,6 @@ def _per_rank(count: Tensor) -> Tensor:
 def _sum(terms: Iterable[Tensor]) -> Tensor:
     """The sum of at least one term."""
     return reduce(torch.add, terms)
-
-
-def _joined(parts: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
-    """The reference's embeddings of all micro-batches; None without a reference."""
-    present = [part for part in parts if part is not None]
-    if not present:
-        return None
-    images, texts = zip(*present, strict=True)
-    return torch.cat(images), torch.cat(texts)
 
 
 def _embeddings_of(outputs: dict[str, Tensor]) -> list[str]:

@@ -6,7 +6,6 @@ a submodule of anything that the optimizer, ``train()`` or a checkpoint touches,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from drrho_clip import collectives
 from drrho_clip.batch import Batch
+from drrho_clip.collectives import Exchange
 from drrho_clip.losses.distillation import Distillation
 from drrho_clip.losses.interface import Loss, LossInputs, LossOutput
 from drrho_clip.normalize import normalize
@@ -98,10 +98,18 @@ class Task:
         """The reference's unit-norm embeddings, [b, d_r] each; None without a reference."""
         return None if self.reference is None else self.reference.features(batch)
 
+    def prepare(self, index: Tensor, reference: tuple[Tensor, Tensor] | None) -> Exchange | None:
+        """Start to exchange what the loss needs besides the target's embeddings of the samples ``index``."""
+        return self.loss.prepare(index, reference if self.margins else None, self.logit_scale.device)
+
     def inputs(
-        self, outputs: dict[str, Tensor], index: Tensor, reference: tuple[Tensor, Tensor] | None
+        self,
+        outputs: dict[str, Tensor],
+        index: Tensor,
+        reference: tuple[Tensor, Tensor] | None,
+        prepared: Exchange | None = None,
     ) -> LossInputs:
-        """The inputs of the loss for the samples ``index``, int64 [b] on the CPU."""
+        """The inputs of the loss for the samples ``index``, int64 [b]. ``prepared``: from ``prepare``."""
         ref_image, ref_text = reference or (None, None)
         return LossInputs(
             image=outputs["image_features"],
@@ -111,6 +119,7 @@ class Task:
             index=index,
             ref_image=ref_image,
             ref_text=ref_text,
+            prepared=prepared,
         )
 
     def objective(self, inputs: LossInputs) -> LossOutput:
@@ -125,20 +134,22 @@ class Task:
             terms["distill_loss"] = self.distillation(inputs)
         return replace(result, terms=terms)
 
-    def select(
-        self,
-        batch: Batch,
-        step: int,
-        forward: Callable[[Batch], tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]],
-    ) -> Batch:
-        """The samples of ``batch`` that step ``step`` trains on.
+    def kept(self, samples: int) -> int:
+        """Of how many of ``samples`` samples selection makes a batch."""
+        assert self.selection is not None
+        return round(samples * self.selection.keep_ratio)
 
-        ``forward`` returns the outputs and the reference features of a whole batch, without a graph.
+    def select(
+        self, batch: Batch, step: int, outputs: dict[str, Tensor], reference: tuple[Tensor, Tensor]
+    ) -> tuple[Batch, tuple[Tensor, Tensor]]:
+        """The samples of ``batch`` that step ``step`` trains on, all of them on the device, and their reference.
+
+        ``outputs``, ``reference``: of the whole batch, without a graph. The host does not wait for the device.
+        IndexError: a row of the batch is none of the sample state's.
         """
-        if self.selection is None:
-            return batch
-        outputs, reference = forward(batch)
-        assert reference is not None, "selection ranks samples by a reference"
+        assert self.selection is not None
+        if self.loss.state is not None:
+            self.loss.state.check(batch.index)
         image = outputs["image_features"].float()
         generator = torch.Generator(image.device)
         generator.manual_seed(step_seed(self._seed, step, collectives.rank(), SELECTION))
@@ -152,4 +163,4 @@ class Task:
             topk=self.selection.topk,
             generator=generator,
         )
-        return batch.select(positions)
+        return batch.select(positions), (reference[0][positions], reference[1][positions])
