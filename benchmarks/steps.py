@@ -26,6 +26,7 @@ from training.loop.step import Stepper
 from training.loop.task import Task
 from training.models import precision
 from training.models.build import BuiltModel, build_reference, build_target
+from training.numerics import set_numerics
 
 GAMMA, EPS = 0.5, 1e-14
 HOST_BATCHES = 2
@@ -75,9 +76,7 @@ def prepare(options: Options) -> Setting:
         ]
     )
     world = process_group.start(config.distributed)
-    if world.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
+    set_numerics(world.device, seed=0, deterministic=False)
     target, reference = build_target(config, world), build_reference(config, world)
     return Setting(config, world, target, reference, make_batches(options, target, reference, world))
 

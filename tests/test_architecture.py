@@ -22,7 +22,7 @@ MODULES = {
 # From the ground up. A room is a folder, or a module of the hall; it imports from lower floors and from itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("drrho_clip",),
-    ("training.config", "training.files", "training.rng"),
+    ("training.config", "training.files", "training.rng", "training.numerics"),
     ("training.distributed",),
     ("training.data", "training.checkpoint"),
     ("training.models", "training.logger"),

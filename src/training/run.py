@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from training import preflight
 from training.cache import precompute
 from training.checkpoint import resume
@@ -32,6 +30,7 @@ from training.loop.checkpointer import Checkpointer
 from training.loop.metrics import held_meters
 from training.loop.trainer import Trainer
 from training.models.build import build_reference, build_target, start_temperature
+from training.numerics import set_numerics
 from training.preflight import Opened
 
 
@@ -159,13 +158,9 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
 
 
 def _set_numerics(config: Config, world: World, log: RunLog) -> None:
-    if world.device.type == "cuda":
-        # TF32 for the towers' float32 products; the losses ask for exact ones themselves.
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    elif config.run.precision == "amp":
+    set_numerics(world.device, seed=config.run.seed + world.rank, deterministic=config.run.deterministic)
+    if world.device.type == "cpu" and config.run.precision == "amp":
         log.info("--precision amp on the CPU is float32; amp_bf16 works there too")
-    torch.manual_seed(config.run.seed + world.rank)
 
 
 def _resume(start: Start, checkpoint: Path, log: RunLog, state: RunState, trainer: Trainer) -> None:

@@ -226,6 +226,7 @@ EFFECTS: dict[str, Effect] = {
     "requeue_on_preempt": Effect(SWITCH, runs.requeues),
     "step_timeout": Effect(("0.1", "0"), runs.ends_for_a_hang),
     "u_format": Effect(("log", "linear"), runs.published_rows, "--resume @checkpoint"),
+    "deterministic": Effect(SWITCH, runs.repeatable),
     "copy_codebase": Effect(SWITCH, observe_opened(lambda files, level, wandb: files)),
     "debug": Effect(SWITCH, observe_opened(lambda files, level, wandb: level)),
     "profile": Effect(SWITCH, observe_run(runs.files), "--train-num-samples 14 --batch-size 1 --epochs 1"),

@@ -17,6 +17,7 @@ from training.config.parser import read
 
 PUBLISHED = list(csv.DictReader((Path(__file__).parents[1] / "assets/upstream_flags.tsv").open(), delimiter="\t"))
 NEW = {
+    "--deterministic",
     "--dry_run",
     "--epoch_policy",
     "--global_batch_size",

@@ -127,6 +127,15 @@ def observe_opened(look: Callable[..., Any], world: World = WORLD) -> Callable[[
     return observe
 
 
+def repeatable(lab: Lab, words: list[str]) -> bool:
+    """Whether a run asks torch for kernels that always give the same bits."""
+    try:
+        assert Lab.run(replace(lab, runs={}), words).code == 0
+        return torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def place(lab: Lab, words: list[str]) -> str:
     return str(run_folder.choose_folder(parse(words), WORLD).path)
 

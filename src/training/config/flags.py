@@ -607,6 +607,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "how to copy; with s3 the target may be given as BUCKET/PATH",
             choices=("s3", "fsspec"),
         ),
+        Flag(
+            "--deterministic",
+            "switch",
+            False,
+            "let a GPU compute the same bits in every launch: resumed runs are then bit for bit the same; slower",
+        ),
         Flag("--copy-codebase", "switch", False, "copy the source code into the run's folder"),
         Flag(
             "--debug", "switch", False, "write debug messages to the log, and send parameters and gradients to W&B"

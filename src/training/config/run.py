@@ -49,6 +49,7 @@ class RunConfig:
     debug: bool
     profile: bool
     dry_run: bool
+    deterministic: bool = False
     u_format: str | None = None
 
 

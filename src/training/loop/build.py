@@ -86,7 +86,14 @@ def build_trainer(
     )
     return Trainer(
         stepper,
-        LearningRates(optimizer, config.optim, config.schedule, length.total_steps, length.cooldown_steps),
+        LearningRates(
+            optimizer,
+            config.optim,
+            config.schedule,
+            length.total_steps,
+            length.cooldown_steps,
+            read_at_once=config.run.deterministic,
+        ),
         train_data,
         length,
         world,

@@ -31,7 +31,8 @@ class LearningRates:
     ``step_thresh`` depends on the temperature, which is on the device. On the CPU it is read directly. On a GPU,
     reading it would make the host wait for all queued work, and not every optimizer accepts a tensor as its rate.
     So each call starts a copy into page-locked memory and uses the copy that the previous call started. The rate
-    then follows the temperature one step later. Only the first call waits.
+    then follows the temperature one step later. Only the first call waits. So the first step after a resume can
+    have another rate than in an uninterrupted run; with ``read_at_once`` every call waits, and it has the same.
 
     ValueError: a schedule is unknown, or const-cooldown has no cooldown steps.
     """
@@ -43,6 +44,8 @@ class LearningRates:
         schedule: ScheduleConfig,
         total_steps: int,
         cooldown_steps: int = 0,
+        *,
+        read_at_once: bool = False,
     ) -> None:
         if schedule.lr_scheduler not in ("cosine", "const", "const-cooldown"):
             raise ValueError(
@@ -58,7 +61,7 @@ class LearningRates:
             )
         self._optimizer, self._optim, self._schedule = optimizer, optim, schedule
         self._total, self._cooldown = total_steps, cooldown_steps
-        self._tau = _LateScalar()
+        self._tau = None if read_at_once else _LateScalar()
         self.lr, self.lr_tau = optim.lr, optim.lr_tau
 
     def set(self, step: int, tau: Tensor | float | None = None) -> None:
@@ -92,7 +95,8 @@ class LearningRates:
         if s.lr_tau_scheduler == "cosine":
             return schedules.cosine(step, lr=lr, lr_min=s.lr_min, warmup=s.warmup, total=self._total)
         if s.lr_tau_scheduler == "step_thresh" and tau is not None:
-            return schedules.step_thresh(self._tau.read(tau), lr=lr)
+            now = float(tau) if self._tau is None else self._tau.read(tau)
+            return schedules.step_thresh(now, lr=lr)
         return lr
 
 
