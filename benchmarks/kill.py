@@ -131,8 +131,8 @@ class Run:
             --max-restarts={len(plan)} --monitor-interval=0.1 {Path(__file__).with_name("victim.py")} --"""
         flags = f"""--model {lab}/model.json --train-data {lab}/{{0..{SHARDS - 1}}}.tar
             --train-num-samples {SAMPLES} --data_size {SAMPLES} --global_batch_size {GLOBAL_BATCH}
-            --epochs {options.epochs} --workers 1
-            --precision fp32 --lr 1e-3 --warmup 2 --force-patch-dropout 0.25 --aug-cfg scale=(0.3,1.0)
+            --epochs {options.epochs} --workers 1 --precision fp32 --deterministic
+            --lr 1e-3 --warmup 2 --force-patch-dropout 0.25 --aug-cfg scale=(0.3,1.0)
             --fastclip --multiply_tau --temperature 0.07 --gamma 0.6 --rho 6.5 --lr_tau 1e-4 --seed 5
             --save_every_n_steps 2 --save_published_state --logs {lab}/logs --name {name}"""
         self._command = [sys.executable, *launcher.split(), *flags.split()]

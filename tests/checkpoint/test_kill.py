@@ -21,6 +21,7 @@ from training.loop.step import Stepper
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 KILLS = 5  # the named phases, and a loader process
+RANKS = min(2, torch.cuda.device_count()) or 2
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,11 @@ def kill():
 def killed(kill, tmp_path_factory) -> tuple[dict, str]:
     """What the benchmark found, and what torchrun and the ranks printed."""
     lab = tmp_path_factory.mktemp("lab")
-    result = kill.measure(kill.Options(KILLS, ranks=2, seed=0), lab)
+    result = kill.measure(kill.Options(KILLS, RANKS, seed=0), lab)
     return result, (lab / "killed" / "output").read_text()
 
 
+@pytest.mark.gpu
 def test_a_run_that_is_killed_in_every_phase_is_the_undisturbed_one(kill, killed):
     result, _ = killed
     assert result["killed"] == {

@@ -1,149 +1,43 @@
 """FastCLIP and DRRho-CLIP against numbers of the published code and against a float64 oracle."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drrho_clip import collectives
-from drrho_clip.losses import baselines, compositional, fastclip, individual, pair_kernels, registry
+from drrho_clip.losses import baselines, compositional, fastclip, pair_kernels
 from drrho_clip.losses.interface import LossInputs
 from drrho_clip.losses.pair_kernels import Budget, Kernels
 from drrho_clip.sample_state import SampleState, StateUpdate
 from tests.support import oracle
+from tests.support.objectives import (
+    BUDGETS,
+    COPIES,
+    SCHEMES,
+    check_oracle,
+    check_published_numbers,
+    columns,
+    inputs,
+    make,
+    relative,
+    unit,
+)
 from tests.support.ranks import ranks
 
-TRACES = Path(__file__).parents[1] / "assets" / "loss_traces.npz"
-# Tiles of five rows, none or the first of them kept, and everything in one kept tile.
-ROW = 4 * 12
-BUDGETS = [Budget(5 * ROW, 0), Budget(5 * ROW, 6 * ROW), Budget(1 << 20, 1 << 20)]
 
-
-def settings(**changes):
-    return {"gamma": lambda epoch: 0.6, "eps": 1e-8, "rho": 7.0, **changes}
-
-
-def make(name, state, budget=BUDGETS[2], **changes):
-    kernels = Kernels(budget=budget)
-    if name == "v2":
-        extra = {"temperature": 0.03, "betas": (0.9, 0.999), "adam_eps": 1e-8, "lr_tau": 0.0133}
-        return individual.IndividualFastCLIP(state=state, kernels=kernels, **settings(**extra, **changes))
-    return fastclip.FastCLIP(state=state, kernels=kernels, **settings(multiply_tau=name == "v3", **changes))
-
-
-def columns(name):
-    return individual.COLUMNS if name == "v2" else fastclip.COLUMNS
-
-
-def unit(n, d, seed):
-    return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-def inputs(b=12, d=16, scale=40.0, reference=True, index=None, seed=0):
-    image, text = unit(b, d, seed).requires_grad_(), unit(b, d, seed + 1).requires_grad_()
-    ref = (unit(b, 24, seed + 2), unit(b, 24, seed + 3)) if reference else (None, None)
-    logit_scale = torch.tensor(scale, requires_grad=True)
-    return LossInputs(image, text, logit_scale, None, torch.arange(b) if index is None else index, *ref)
-
-
-def relative(ours, theirs):
-    ours, theirs = torch.as_tensor(ours).double(), torch.as_tensor(theirs).double()
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
-@pytest.mark.parametrize("budget", BUDGETS, ids=["tiled", "first-kept", "kept"])
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        "drrho",
-        "drrho_gamma1",
-        "fastclip_v3_logspace",
-        "fastclip_v1_logspace",
-        "fastclip_v3_2ranks",
-        "fastclip_v2_2ranks",
-    ],
-)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_reproduces_the_published_numbers(scheme, budget):
-    traces = np.load(TRACES)
-    n, _, _, gamma, eps, rho, multiply_tau, has_reference = traces[f"{scheme}/config"]
-    name = "v2" if "v2" in scheme else "v3" if multiply_tau else "v1"
-    state = SampleState(int(n), columns(name))
-    # The FastCLIP code counts the pair term of the temperature's gradient twice; the others are corrected.
-    published = {} if name == "v2" else {"tau_gradient": "published" if "2ranks" in scheme else "paper"}
-    loss = make(name, state, budget, gamma=lambda epoch: gamma, eps=eps, rho=rho, **published)
-    loss.set_epoch(1)
-    for step in range(3):
-
-        def trace(field, step=step):
-            return torch.from_numpy(np.asarray(traces[f"{scheme}/step{step}/{field}"]))
-
-        image, text = trace("image").requires_grad_(), trace("text").requires_grad_()
-        scale = trace("logit_scale").requires_grad_()
-        ref = (trace("ref_image"), trace("ref_text")) if has_reference else (None, None)
-        result = loss(LossInputs(image, text, scale, None, trace("index"), *ref))
-        result.terms["contrastive_loss"].backward()
-        state.commit(result.update)
-        assert relative(image.grad, trace("grad_image")) < 1e-4
-        assert relative(text.grad, trace("grad_text")) < 1e-4
-        if name != "v2":
-            assert relative(scale.grad, trace("grad_logit_scale")) < 1e-4
-        for side in ("image", "text"):
-            if "2ranks" in scheme:
-                bound = trace(f"bound_{side}") if name == "v2" else 0.0
-                expected = trace(f"u_{side}").double().log() + bound
-            else:
-                expected = trace(f"log_u_{side}").double()
-            assert (result.update.values[f"log_u_{side}"] - expected).abs().max() < 1e-4
-            if name == "v2":
-                assert relative(result.update.values[f"tau_{side}"], trace(f"tau_{side}")) < 1e-5
+    check_published_numbers(scheme, Kernels(budget=BUDGETS[budget]))
 
 
-@pytest.mark.parametrize("budget", BUDGETS, ids=["tiled", "first-kept", "kept"])
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("duplicates", [False, True], ids=["distinct", "duplicates"])
 @pytest.mark.parametrize("reference", [False, True], ids=["fastclip", "drrho"])
 @pytest.mark.parametrize("name", ["v1", "v3", "v2"])
 def test_matches_the_oracle(name, reference, duplicates, budget):
-    index = torch.tensor([3, 5, 3, 0, 7, 9, 3, 11, 1, 5, 2, 8]) if duplicates else torch.arange(12)
-    state = SampleState(12, columns(name))
-    loss = make(name, state, budget)
-    loss.set_epoch(1)
-    seen = torch.tensor([0, 3, 5, 9])
-    old = torch.full((12, 2), torch.nan)
-    old[seen] = torch.rand(4, 2, generator=torch.Generator().manual_seed(9)) + 0.1
-    state.commit(StateUpdate(torch.arange(12), {c: old[:, i].log() for i, c in enumerate(fastclip.COLUMNS)}))
-    x = inputs(reference=reference, index=index)
-    result = loss(x)
-    result.terms["contrastive_loss"].backward()
-
-    scale = x.logit_scale.item()
-    tau = torch.full((12, 2), 0.03 if name == "v2" else 1 / scale)
-    weight = torch.ones(12, 2) if name == "v3" else 1 / tau
-    expected = oracle.step(
-        x.image, x.text, index, tau, old[index], gamma=0.6, eps=1e-8, weight=weight,
-        ref_image=x.ref_image, ref_text=x.ref_text,
-    )  # fmt: skip
-    assert relative(x.image.grad, expected.grad_image) < 1e-4
-    assert relative(x.text.grad, expected.grad_text) < 1e-4
-    log_u = torch.stack([result.update.values[c] for c in fastclip.COLUMNS], 1)
-    assert (log_u - expected.u.log()).abs().max() < 1e-4
-    if name != "v2":
-        value = expected.u.log().mean()
-        grad_tau = -(expected.mean_margin * scale).mean()
-        if name == "v3":
-            value, grad_tau = (value + 7.0) / scale, value + 7.0 - expected.mean_margin.mean()
-        assert result.terms["contrastive_loss"].item() == pytest.approx(value.item(), rel=1e-5)
-        assert x.logit_scale.grad.item() == pytest.approx(-grad_tau.item() / scale**2, rel=1e-4)
-    else:
-        grad = (expected.u.log() + 7.0 - expected.mean_margin).clamp(-5, 5)
-        for sample in index.unique():
-            grad[index == sample] = grad[index == sample].mean(0)
-        m_hat, v_hat = 0.1 * grad / (1 - 0.9**2), 0.001 * grad**2 / (1 - 0.999**2)
-        stepped = (0.03 - 0.0133 * m_hat / (v_hat.sqrt() + 1e-8)).clamp(0.01, 1)
-        taus = torch.stack([result.update.values[c] for c in registry.TAU], 1)
-        assert relative(taus, stepped) < 1e-4
+    check_oracle(name, Kernels(budget=BUDGETS[budget]), reference=reference, duplicates=duplicates)
 
 
 def test_published_tau_gradient_counts_the_pair_term_twice():
@@ -214,7 +108,7 @@ def _on_ranks(name, reference, index, steps=2):
     b = 12 // k
     own = slice(r * b, (r + 1) * b)
     state = SampleState(12, columns(name))
-    loss = make(name, state, BUDGETS[0])
+    loss = make(name, state, BUDGETS["tiled"])
     loss.set_epoch(1)
     grads = []
     for step in range(steps):
@@ -236,7 +130,7 @@ def _on_ranks(name, reference, index, steps=2):
 @pytest.mark.parametrize("name", ["v1", "v3", "v2"])
 @pytest.mark.parametrize("k", [2, 4])
 def test_ranks_give_the_gradient_of_the_whole_batch(k, name, reference, duplicates):
-    index = torch.tensor([3, 5, 3, 0, 7, 9, 3, 11, 1, 5, 2, 8]) if duplicates else torch.arange(12)
+    index = COPIES if duplicates else torch.arange(12)
     (whole, table) = _on_ranks(name, reference, index)
     parts = ranks(k).run(_on_ranks, name, reference, index)
     for step, (image, text, scale, value) in enumerate(whole):
@@ -332,8 +226,7 @@ def _compiled_gradients(name, budget):
     b, found = 6, []
     for kernels in (Kernels.compiled(budget, backend="aot_eager"), Kernels(budget=budget)):
         state = SampleState(12, columns(name))
-        loss = make(name, state)
-        loss._kernels = kernels
+        loss = make(name, state, kernels=kernels)
         loss.set_epoch(1)
         x = inputs(b=b, index=torch.arange(b) + b * collectives.rank(), seed=collectives.rank())
         result = loss(x)
@@ -342,7 +235,14 @@ def _compiled_gradients(name, budget):
     return found
 
 
-COMPILED = [(2, "v3", 0), (2, "v3", 1), (2, "v3", 2), (2, "v2", 1), (1, "v3", 1), (1, "v2", 2)]
+COMPILED = [
+    (2, "v3", "tiled"),
+    (2, "v3", "first-kept"),
+    (2, "v3", "kept"),
+    (2, "v2", "first-kept"),
+    (1, "v3", "first-kept"),
+    (1, "v2", "kept"),
+]
 
 
 @pytest.mark.parametrize("k, name, budget", COMPILED)

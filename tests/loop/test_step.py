@@ -142,21 +142,6 @@ def _with_dropout(name, model=None):
     return model
 
 
-def test_dropout_masks_are_replayed():
-    """The gradient equals that of one graph over all micro-batches, each with its own masks."""
-    batch = make_batch()
-    grads, _, _ = gradients("clip", 3, batch, model=_with_dropout("clip"))
-    model = _with_dropout("clip").train()
-    task = make_task(model, make_loss("clip"), "clip")
-    task.seed_generators(0)
-    outputs = [task.outputs(chunk) for chunk in batch.chunk(3)]
-    image, text = (torch.cat([o[k] for o in outputs]) for k in ("image_features", "text_features"))
-    logits = model.logit_scale.exp() * image @ text.T
-    target = torch.arange(12)
-    (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)).div(2).backward()
-    assert_same(grads, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-
-
 def _with_patch_dropout():
     model = tiny_models.build("tiny-vit", vision_cfg={"patch_dropout": 0.5}, text_cfg={"vocab_size": WORDS})
     return _with_dropout(None, model)
@@ -263,42 +248,6 @@ def test_embeddings_have_unit_norm_in_every_precision(precision):
     for name in ("image_features", "text_features"):
         assert outputs[name].dtype == torch.float32
         assert (outputs[name].norm(dim=1) - 1).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("accum, fused", [(1, False), (1, True), (3, True)])
-def test_gradients_that_overflow_and_then_do_not(accum, fused):
-    """With torch's scaler, steps with infinite gradients change only its scale.
-
-    The first finite step equals one without a scaler: its gradients are clipped after they are unscaled.
-    """
-
-    def train(scaler, steps):
-        model, loss = build("drrho"), make_loss("drrho")
-        loss.set_epoch(1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
-        task = make_task(model, loss, "drrho")
-        stepper = Stepper(task, optimizer, accum=accum, scaler=scaler, grad_clip_norm=0.5, max_skipped_steps=50)
-        start = {n: p.detach().clone() for n, p in model.named_parameters()}
-        taken = []
-        while not taken or not taken[-1]:
-            assert len(taken) < steps
-            stepper(make_batch(), 0)
-            moved = any(not torch.equal(p, start[n]) for n, p in model.named_parameters())
-            seen = not loss.state.state_dict()["log_u_image"].isnan().all()
-            assert seen == moved
-            taken.append(moved)
-        assert stepper.skipped.state_dict() == {"in_a_row": 0, "total": len(taken) - 1}
-        moved = {n: p.detach() - start[n] for n, p in model.named_parameters()}
-        return moved, loss.state.state_dict(), len(taken)
-
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
-    moved, rows, attempts = train(scaler, 40)
-    expected, expected_rows, _ = train(None, 1)
-    assert attempts > 1 and scaler.get_scale() == 2.0 ** (128 - attempts)
-    assert torch.stack([m.norm() for m in expected.values()]).norm().item() == pytest.approx(0.05, rel=1e-4)
-    assert_same(moved, expected)
-    for column, values in expected_rows.items():
-        torch.testing.assert_close(rows[column], values, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_clipping_and_the_temperature_bound():

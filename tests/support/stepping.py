@@ -19,11 +19,11 @@ FCCO = {"gamma": lambda epoch: 0.7, "eps": 1e-8, "rho": 6.5}
 WITH_GRADIENT = {"local_loss": True, "gather_with_grad": True}  # through other ranks' pairs too
 
 
-def make_loss(name):
+def make_loss(name, device=CPU):
     if name in ("fastclip", "drrho"):
-        return fastclip.FastCLIP(state=SampleState(64, fastclip.COLUMNS), multiply_tau=True, **FCCO)
+        return fastclip.FastCLIP(state=SampleState(64, fastclip.COLUMNS, device), multiply_tau=True, **FCCO)
     if name == "fastclip_individual":
-        state = SampleState(64, individual.COLUMNS)
+        state = SampleState(64, individual.COLUMNS, device)
         adam = {"temperature": 0.05, "betas": (0.9, 0.98), "adam_eps": 1e-8, "lr_tau": 0.01}
         return individual.IndividualFastCLIP(state=state, **FCCO, **adam)
     return {
@@ -53,12 +53,12 @@ def build(name, kind=None):
     return model
 
 
-def make_task(model, loss, name, wrapped=None, **extra):
-    frozen = None
+def make_task(model, loss, name, wrapped=None, device=CPU, precision="fp32", **extra):
+    kind, frozen = resolve(precision, device), None
     if name in ("drrho", "distill") or extra:
-        frozen = Reference(build("reference"), HALF, HALF)
+        frozen = Reference(build("reference").to(device), HALF, HALF, kind.autocast_dtype)
     return Task(
-        model=wrapped or model, bare=model, mean=HALF, std=HALF, precision=resolve("fp32", CPU), loss=loss,
+        model=wrapped or model, bare=model, mean=HALF, std=HALF, precision=kind, loss=loss,
         reference=frozen, margins=name in ("drrho", "distill"), **extra,
     )  # fmt: skip
 
