@@ -1,9 +1,14 @@
-"""The two training steps that ``train_step.py`` compares, from a batch in host memory to new weights."""
+"""The training steps that ``train_step.py`` compares, from a batch in host memory to new weights.
+
+A variant is one of ``VARIANTS``, or ``NAME+compile``: the same through ``torch.compile``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,13 +18,14 @@ import plain
 from drrho_clip.batch import Batch
 from drrho_clip.losses.fastclip import COLUMNS
 from drrho_clip.normalize import normalize
-from drrho_clip.reference import Reference
+from drrho_clip.reference import CachedReference, Reference
 from training.config.params import Config, parse
 from training.data.build import same_tokens
 from training.data.loader import prefetch
 from training.distributed import process_group
 from training.distributed.process_group import World
 from training.loop.build import build_loss
+from training.loop.flops import forward_flops, step_flops, training_flops
 from training.loop.learning_rates import LearningRates
 from training.loop.optimizer import create_optimizer
 from training.loop.step import Stepper
@@ -36,9 +42,11 @@ HOST_BATCHES = 2
 class Options:
     """What is measured: ``repeats`` blocks of ``steps`` steps of each variant.
 
+    ``torchcompile``    of every variant, whatever its name.
     ``ref_checkpoint``  weights of the reference, random ones.
     """
 
+    variants: tuple[str, ...]
     model: str
     ref_model: str
     batch_size: int
@@ -112,8 +120,7 @@ class Ours:
 
     def __init__(self, s: Setting) -> None:
         run_precision = precision.resolve(s.config.run.precision, s.world.device)
-        model, pixels = s.target.module, s.reference.preprocess
-        frozen = Reference(s.reference.module, pixels.mean, pixels.std, run_precision.autocast_dtype)
+        model, frozen = s.target.module, self._reference(s, run_precision.autocast_dtype)
         if s.config.model.torchcompile:
             model, frozen = torch.compile(model), frozen.compile()
         self.task = Task(
@@ -131,8 +138,22 @@ class Ours:
         optimizer = create_optimizer(s.target.module, s.config.optim, s.world.device)
         self.rates = LearningRates(optimizer, s.config.optim, s.config.schedule, total_steps=10**6)
         self.stepper = Stepper(self.task, optimizer, scaler=run_precision.scaler())
-        self.arriving = prefetch(itertools.cycle(s.batches), s.world.device)
+        self.arriving = prefetch(itertools.cycle(self._batches(s)), s.world.device)
         self.done = 0
+
+    def _reference(self, s: Setting, dtype: torch.dtype | None) -> Reference | CachedReference:
+        pixels = s.reference.preprocess
+        return Reference(s.reference.module, pixels.mean, pixels.std, dtype)
+
+    def _batches(self, s: Setting) -> list[Batch]:
+        return s.batches
+
+    def steps(self, n: int) -> None:
+        for _ in range(n):
+            self.step()
+
+    def flops_per_sample(self, batch: Batch) -> float:
+        return step_flops(self.task, batch)
 
     def step(self) -> None:
         batch = next(self.arriving)
@@ -144,6 +165,24 @@ class Ours:
         """[b, 2] of the samples ``index``."""
         _, values = self.task.loss.state.fetch(index)
         return torch.stack([values[name] for name in COLUMNS], 1)
+
+
+class Cached(Ours):
+    """The trainer's step with the reference's embeddings stored, float16."""
+
+    def _reference(self, s: Setting, dtype: torch.dtype | None) -> CachedReference:
+        return CachedReference()
+
+    def _batches(self, s: Setting) -> list[Batch]:
+        with torch.no_grad():
+            text = s.batches[0].text if s.batches[0].ref_text is None else s.batches[0].ref_text
+            width = s.reference.module.encode_text(text[:1].to(s.world.device)).shape[1]
+        batches = []
+        for batch in s.batches:
+            stored = torch.randn(len(batch), 2, width).half()
+            batch = replace(batch, ref_image=None, ref_text=None, ref_features=stored)
+            batches.append(batch.pin_memory() if s.world.device.type == "cuda" else batch)
+        return batches
 
 
 class Plain:
@@ -164,19 +203,16 @@ class Plain:
         self.scaler = self.precision.scaler()
         self.table = plain.ReplicatedTable(s.config.data.data_size, self.device)
         self.rho, self.bound = s.config.loss.rho, s.config.loss.logit_scale_bound
-        self.arriving = itertools.cycle([self._normalized(batch, s) for batch in s.batches])
+        self.arriving = itertools.cycle([normalized(batch, s) for batch in s.batches])
 
-    def _normalized(self, batch: Batch, s: Setting) -> Batch:
-        """Pixels as the published loader makes them, float32."""
-        pixels, own = s.target.preprocess, s.reference.preprocess
-        image = normalize(batch.image, pixels.mean, pixels.std)
-        ref_image = None
-        if batch.ref_image is not None:
-            ref_image = normalize(batch.ref_image, own.mean, own.std)
-        elif (pixels.mean, pixels.std) != (own.mean, own.std):
-            ref_image = normalize(batch.image, own.mean, own.std)
-        batch = replace(batch, image=image, ref_image=ref_image)
-        return batch.pin_memory() if self.device.type == "cuda" else batch
+    def flops_per_sample(self, batch: Batch) -> float:
+        image = batch.image if batch.ref_image is None else batch.ref_image
+        text = batch.text if batch.ref_text is None else batch.ref_text
+        return training_flops(self.bare, batch.image, batch.text) + forward_flops(self.reference, image, text)
+
+    def steps(self, n: int) -> None:
+        for _ in range(n):
+            self.step()
 
     def step(self) -> None:
         batch = next(self.arriving).to(self.device)
@@ -219,4 +255,86 @@ class Plain:
         return self.table.read(index)
 
 
-VARIANTS = {"ours": Ours, "plain": Plain}
+class OpenClip:
+    """OpenCLIP's own loop (``open_clip_train``) with its own loss: no reference, no sample state."""
+
+    def __init__(self, s: Setting) -> None:
+        from open_clip import ClipLoss
+        from open_clip_train.train import train_one_epoch
+
+        self.bare, device = s.target.module, s.world.device
+        self.model = torch.compile(self.bare) if s.config.model.torchcompile else self.bare
+        groups = create_optimizer(self.bare, s.config.optim, device).param_groups
+        optimizer = torch.optim.AdamW(
+            [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in groups],
+            betas=(s.config.optim.beta1, s.config.optim.beta2),
+            eps=s.config.optim.eps,
+        )
+        scaler = precision.resolve(s.config.run.precision, device).scaler()
+        batches = [normalized(batch, s) for batch in s.batches]
+        self.arriving = itertools.cycle([(batch.image, batch.text) for batch in batches])
+        settings = argparse.Namespace(
+            device=str(device),
+            precision=s.config.run.precision,
+            batch_size=len(batches[0]),
+            accum_freq=1,
+            rank=0,
+            local_rank=0,
+            world_size=1,
+            log_local=False,
+            log_every_n_steps=10**9,
+            skip_scheduler=True,
+            grad_clip_norm=None,
+            distill=False,
+            horovod=False,
+            wandb=False,
+        )
+        self.epoch = lambda loader: train_one_epoch(
+            self.model,
+            {"train": argparse.Namespace(set_epoch=lambda epoch: None, dataloader=loader)},
+            ClipLoss(cache_labels=True),
+            *(0, optimizer, scaler, None, None, settings),
+        )
+
+    def steps(self, n: int) -> None:
+        self.epoch(Loader(self.arriving, n))
+
+    def step(self) -> None:
+        self.steps(1)
+
+    def flops_per_sample(self, batch: Batch) -> float:
+        return training_flops(self.bare, batch.image, batch.text)
+
+
+class Loader:
+    """``n`` batches, as OpenCLIP's loop wants them."""
+
+    def __init__(self, batches: Iterator[tuple[Tensor, Tensor]], n: int) -> None:
+        self.batches, self.num_batches, self.num_samples = batches, n, n
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.islice(self.batches, self.num_batches)
+
+
+def normalized(batch: Batch, s: Setting) -> Batch:
+    """Pixels as OpenCLIP's loader makes them, float32."""
+    pixels, own = s.target.preprocess, s.reference.preprocess
+    image = normalize(batch.image, pixels.mean, pixels.std)
+    ref_image = None
+    if batch.ref_image is not None:
+        ref_image = normalize(batch.ref_image, own.mean, own.std)
+    elif (pixels.mean, pixels.std) != (own.mean, own.std):
+        ref_image = normalize(batch.image, own.mean, own.std)
+    batch = replace(batch, image=image, ref_image=ref_image)
+    return batch.pin_memory() if s.world.device.type == "cuda" else batch
+
+
+VARIANTS = {"ours": Ours, "plain": Plain, "cached": Cached, "openclip": OpenClip}
+Variant = Ours | Plain | OpenClip
+COMPILED = "+compile"
+
+
+def build(name: str, options: Options) -> Variant:
+    """The variant ``name`` with models and batches of its own."""
+    kind = name.removesuffix(COMPILED)
+    return VARIANTS[kind](prepare(replace(options, torchcompile=options.torchcompile or name != kind)))

@@ -1,21 +1,25 @@
-"""One training step: ours beside one that does what the published loop does, from batch to new weights.
+"""Training steps side by side, from a batch to new weights: ours, what the published loop does, and OpenCLIP's.
 
     python benchmarks/train_step.py [--model ViT-B-16 --ref-model ViT-B-32 --batch-size 640 --precision amp_bf16
-                                     --torchcompile --steps 20 --repeats 5 --json]
+                                     --torchcompile --steps 20 --repeats 5 --variants ours,plain --kernels --json]
 
-ours    uint8 pixels, copied beside the step before and normalized on the device; reference under the run's
-        precision, compiled with ``--torchcompile``; float32 loss over tiles; sample state on the device; AdamW,
-        fused on a GPU
-plain   float32 pixels; reference outside autocast, in the type of its weights; loss over whole matrices in
-        autocast's type; sample state as a full table on the CPU with copies that wait; the temperature read by the
-        host in every step, as ``step_thresh`` does there; AdamW as torch chooses
+ours      uint8 pixels, copied beside the step before and normalized on the device; reference under the run's
+          precision, compiled with ``--torchcompile``; float32 loss over tiles; sample state on the device; AdamW,
+          fused on a GPU
+cached    ours with the reference's embeddings stored: no reference runs
+plain     float32 pixels; reference outside autocast, in the type of its weights; loss over whole matrices in
+          autocast's type; sample state as a full table on the CPU with copies that wait; the temperature read by
+          the host in every step, as ``step_thresh`` does there; AdamW as torch chooses
+openclip  OpenCLIP's own loop and loss (``open_clip_train``): no reference, no sample state
 
-DRRho-CLIP with a learnable temperature, one process, random data and weights. Both train a model of their own from
-the same start and take turns; the best block counts. Before that, one step of both in float32 must give the same
-gradients and u. Without flags: the published recipe's models and batch on a GPU, small ones on the CPU.
+``NAME+compile`` is the same through ``torch.compile``; ``--torchcompile`` compiles all of them.
+
+DRRho-CLIP with a learnable temperature, one process, random data and weights. All train a model of their own from
+the same start and take turns; the best block counts. Before that, one step of ours and plain in float32 must give
+the same gradients and u. Without flags: the published recipe's models and batch on a GPU, small ones on the CPU.
 
 ``samples_per_second``, ``peak_bytes`` of device memory (on the CPU of resident memory), and ``share_of_peak``: the
-floating point operations that the models need (counted on an eager step), per second, of what the GPU can do.
+floating point operations that the models need, per second, of what the GPU can do (MFU).
 """
 
 from __future__ import annotations
@@ -23,11 +27,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,15 +37,17 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "src"))
 
 import open_clip
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.profiler import ProfilerActivity, profile, schedule
 
 import measure
 import report
-from steps import VARIANTS, Options, Ours, Plain, prepare
+from steps import COMPILED, VARIANTS, Options, Ours, Plain, Variant, build, prepare
+from training.loop.breakdown import Breakdown, breakdown
+from training.loop.flops import peak_flops
 from training.models import pretrained
 
 TOLERANCE = 1e-3
-FEW = 16  # samples that the check and the count of operations do with
+FEW = 16  # samples that the check does with
 
 SMALL_TARGET = {
     "embed_dim": 128,
@@ -56,20 +60,6 @@ SMALL_REFERENCE = {
     "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 3},
 }
 
-# Dense bfloat16 and float16 operations per second by the vendor's data sheet; TF32, which float32 uses, has half.
-PEAK_FLOPS = {
-    r"B200": 2250e12,
-    r"H200|GH200|H100(?! (PCIe|NVL))": 989e12,
-    r"H100 NVL": 835e12,
-    r"H100 PCIe": 756e12,
-    r"A100": 312e12,
-    r"L40S": 362e12,
-    r"L4$": 121e12,
-    r"A10$": 125e12,
-    r"RTX 4090": 165e12,
-    r"RTX 3090": 71e12,
-}
-
 
 def check_agreement(options: Options) -> float | None:
     """Relative difference of gradients and u after one float32 step; None where the weights are of another type.
@@ -80,7 +70,7 @@ def check_agreement(options: Options) -> float | None:
         return None
     few = replace(options, precision="fp32", torchcompile=False, batch_size=min(FEW, options.batch_size))
     results = []
-    for variant in VARIANTS.values():
+    for variant in (Ours, Plain):
         setting = prepare(few)
         torch.set_float32_matmul_precision("highest")
         run = variant(setting)
@@ -92,90 +82,81 @@ def check_agreement(options: Options) -> float | None:
     return max(differences)
 
 
-def count_flops(options: Options) -> float:
-    """Floating point operations per sample of a step, reference included, counted on a few samples."""
-    setting = prepare(replace(options, torchcompile=False, batch_size=min(FEW, options.batch_size)))
-    run = Ours(setting)
-    with no_fused_attention_block(), FlopCounterMode(display=False) as counter:
-        run.step()
-    return counter.get_total_flops() / len(setting.batches[0])
-
-
-@contextmanager
-def no_fused_attention_block() -> Iterator[None]:
-    """The counter does not know the fused attention layer that torch takes without gradients."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 def peak_memory(options: Options, name: str) -> int:
-    """Bytes of device memory that a variant takes from its models to its second step."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Bytes of memory that a variant takes from its models to its second step, in this process."""
+    return built(options, name, torch.device("cpu"))[1]
+
+
+def built(options: Options, name: str, device: torch.device) -> tuple[Variant, int]:
+    """The variant after two steps, and the peak of memory on ``device`` on the way there."""
     with measure.PeakMemory(device) as peak:
-        run = VARIANTS[name](prepare(options))
-        for _ in range(2):
-            run.step()
-    return peak.bytes
+        run = build(name, options)
+        run.steps(2)
+    return run, peak.bytes
 
 
-def time_variants(options: Options) -> dict[str, list[float]]:
-    """Seconds per step of each block; the first blocks compile and are not counted."""
-    settings = {name: prepare(options) for name in VARIANTS}
-    runs = {name: variant(settings[name]) for name, variant in VARIANTS.items()}
+def measure_all(options: Options, device: torch.device) -> tuple[dict[str, Variant], dict[str, int]]:
+    """All variants, ready to be timed, and their memory; on the CPU that is measured in processes of their own."""
+    report.say("building the variants and measuring their memory")
+    runs, memory = {}, {}
+    for name in options.variants:
+        if device.type == "cuda":
+            runs[name], memory[name] = built(options, name, device)
+        else:
+            memory[name] = measure.in_fresh_process(peak_memory, options, name)
+            runs[name] = build(name, options)
+    return runs, memory
 
-    def block(run: Ours | Plain) -> Callable[[], None]:
-        def steps() -> None:
-            for _ in range(options.steps):
-                run.step()
 
-        return steps
+def time_variants(options: Options, runs: dict[str, Variant], device: torch.device) -> dict[str, list[float]]:
+    """Seconds per step of each block."""
+    report.say(f"timing {options.repeats} x {options.steps} steps of each, in turns")
 
-    blocks = {name: block(run) for name, run in runs.items()}
-    seconds = measure.interleaved(blocks, options.repeats, settings["ours"].world.device)
+    def block(run: Variant) -> Callable[[], None]:
+        return lambda: run.steps(options.steps)
+
+    seconds = measure.interleaved({name: block(run) for name, run in runs.items()}, options.repeats, device)
     return {name: [s / options.steps for s in blocks] for name, blocks in seconds.items()}
 
 
-def peak_flops(device: torch.device, name: str) -> float | None:
-    """What the card can do in the precision ``name``; None for a CPU or an unknown card."""
-    if device.type != "cuda":
-        return None
-    card = torch.cuda.get_device_name(device)
-    known = [flops for pattern, flops in PEAK_FLOPS.items() if re.search(pattern, card)]
-    if not known:
-        return None
-    return known[0] / 2 if name == "fp32" else known[0]
+def kernels(run: Variant, device: torch.device) -> Breakdown:
+    """Where the time of three steps goes."""
+    on_cuda = device.type == "cuda"
+    found: list[Breakdown] = []
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
+    plan = schedule(wait=0, warmup=2, active=3, repeat=1)
+    ready = lambda traced: found.append(breakdown(traced, on_cuda=on_cuda, largest=5))  # noqa: E731
+    with profile(activities=activities, schedule=plan, on_trace_ready=ready) as traced:
+        for _ in range(5):
+            run.steps(1)
+            traced.step()
+    return found[0]
 
 
 def main() -> None:
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are meant here
-    with tempfile.TemporaryDirectory() as folder:
-        options, as_json = parse(Path(folder))
-        report.say("checking that both give the same gradients")
-        difference = check_agreement(options)
-        flops = count_flops(options)
-        report.say("measuring memory, each variant in a process of its own")
-        memory = {name: measure.in_fresh_process(peak_memory, options, name) for name in VARIANTS}
-        report.say(f"timing {options.repeats} x {options.steps} steps of each, in turns")
-        seconds = time_variants(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        options, with_kernels, as_json = parse(Path(folder))
+        report.say("checking that ours and the published way give the same gradients")
+        difference = check_agreement(options)
+        runs, memory = measure_all(options, device)
+        seconds = time_variants(options, runs, device)
+        batch = prepare(replace(options, batch_size=1, torchcompile=False)).batches[0]
     peak = peak_flops(device, options.precision)
     result: dict = {}
-    for name in VARIANTS:
-        rate = options.batch_size / min(seconds[name])
+    for name, run in runs.items():
+        rate, flops = options.batch_size / min(seconds[name]), run.flops_per_sample(batch)
         result[name] = {
             "samples_per_second": rate,
             "seconds_per_step": min(seconds[name]),
             "share_of_peak": None if peak is None else rate * flops / peak,
+            "flops_per_sample": flops,
             "peak_bytes": memory[name],
         }
     result |= {
-        "speedup": result["ours"]["samples_per_second"] / result["plain"]["samples_per_second"],
-        "memory_ratio": memory["ours"] / memory["plain"],
-        "flops_per_sample": flops,
+        "speedup": ratio(result, "samples_per_second", max),
+        "memory_ratio": ratio(result, "peak_bytes", min),
         "peak_flops": peak,
         "largest_difference": difference,
         **{name: value for name, value in asdict(options).items() if name != "ref_checkpoint"},
@@ -183,21 +164,36 @@ def main() -> None:
         "ref_model": Path(options.ref_model).stem,
         "machine": report.machine(device),
     }
-    report.emit(result, describe(result, seconds), as_json)
+    if with_kernels:
+        found = kernels(runs[options.variants[0]], device)
+        result["kernels"] = asdict(found)
+    report.emit(result, describe(result, seconds) + (f"\n\n{found}" if with_kernels else ""), as_json)
+
+
+def ratio(result: dict, field: str, best: Callable[[list[float]], float]) -> float | None:
+    """Ours over plain, the better one of eager and compiled of both; None where one of them was not asked for."""
+    sides = []
+    for kind in ("ours", "plain"):
+        values = [result[name][field] for name in (kind, kind + COMPILED) if name in result]
+        if not values:
+            return None
+        sides.append(best(values))
+    return sides[0] / sides[1]
 
 
 def describe(r: dict, seconds: dict[str, list[float]]) -> str:
     rows = []
-    for name in VARIANTS:
+    for name in r["variants"]:
         v, runs = r[name], sorted(seconds[name])
         share = "-" if v["share_of_peak"] is None else f"{v['share_of_peak']:.1%}"
         best, median = f"{v['samples_per_second']:.1f}", f"{r['batch_size'] / runs[len(runs) // 2]:.1f}"
         rows.append((name, best, median, share, report.mib(v["peak_bytes"])))
-    rows.append(("ours / plain", f"{r['speedup']:.2f}", "", "", f"{r['memory_ratio']:.2f}"))
+    if r["speedup"] is not None:
+        rows.append(("ours / plain", f"{r['speedup']:.2f}", "", "", f"{r['memory_ratio']:.2f}"))
     compiled = ", compiled" if r["torchcompile"] else ""
     title = (
         f"Training step: {r['model']} under {r['ref_model']}, batch {r['batch_size']}, {r['precision']}{compiled} "
-        f"({r['flops_per_sample'] / 1e9:.3g} GFLOP per sample); {r['machine']}"
+        f"({r[r['variants'][0]]['flops_per_sample'] / 1e9:.3g} GFLOP per sample); {r['machine']}"
     )
     text = report.table(title, ("", "samples/s", "median", "of peak", "peak memory"), rows)
     if r["largest_difference"] is not None:
@@ -205,7 +201,7 @@ def describe(r: dict, seconds: dict[str, list[float]]) -> str:
     return text
 
 
-def parse(folder: Path) -> tuple[Options, bool]:
+def parse(folder: Path) -> tuple[Options, bool, bool]:
     """Options with defaults for this machine; model configs and weights of the reference go to ``folder``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -217,9 +213,11 @@ def parse(folder: Path) -> tuple[Options, bool]:
     add("--steps", type=int, help="steps of one timed block (20; on the CPU 3)")
     add("--repeats", type=int, default=5, help="timed blocks of each variant; the best counts")
     add("--data-size", type=int, default=1_000_000, help="rows of the sample state")
+    add("--variants", type=variants, default="ours,plain", help="which to measure, separated by commas")
+    add("--kernels", action="store_true", help="also trace the first variant: kinds of work, largest kernels")
     add("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
     given = vars(parser.parse_args())
-    as_json = given.pop("json")
+    as_json, with_kernels = given.pop("json"), given.pop("kernels")
     defaults = {"model": "ViT-B-16", "ref_model": "ViT-B-32", "batch_size": 640, "steps": 20}
     if not torch.cuda.is_available():
         defaults = {
@@ -230,7 +228,17 @@ def parse(folder: Path) -> tuple[Options, bool]:
         }
     given |= {name: value for name, value in defaults.items() if given[name] is None}
     checkpoint = write_random_weights(folder / "reference.pt", given["ref_model"])
-    return Options(**given, ref_checkpoint=checkpoint), as_json
+    return Options(**given, ref_checkpoint=checkpoint), with_kernels, as_json
+
+
+def variants(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name.removesuffix(COMPILED) not in VARIANTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"{unknown[0]} is unknown; there are {', '.join(VARIANTS)}, and …{COMPILED}"
+        )
+    return names
 
 
 def write_config(path: Path, config: dict) -> str:

@@ -131,10 +131,15 @@ def test_checkpoint(tmp_path):
     assert "training waits for a save" in text
 
 
-def test_train_step(tmp_path):
-    model, reference = (tiny_models.path(name, tmp_path) for name in ("tiny-vit", "tiny-vit-reference"))
-    sizes = ["--batch-size", 6, "--steps", 1, "--repeats", 1, "--data-size", 100]
-    result, text = run("train_step.py", "--model", model, "--ref-model", reference, *sizes)
+@pytest.fixture(scope="module")
+def small_pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return [tiny_models.path(name, folder) for name in ("tiny-vit", "tiny-vit-reference")]
+
+
+def test_train_step(small_pair):
+    flags = ["--model", small_pair[0], "--ref-model", small_pair[1], "--batch-size", 6, "--data-size", 100]
+    result, text = run("train_step.py", *flags, "--steps", 1, "--repeats", 1, "--kernels")
     for name in ("ours", "plain"):
         assert result[name]["samples_per_second"] == pytest.approx(6 / result[name]["seconds_per_step"])
         assert result[name]["peak_bytes"] > 10 * MIB
@@ -142,7 +147,30 @@ def test_train_step(tmp_path):
     assert 0 < result["largest_difference"] < 1e-3
     assert result["speedup"] > 0
     assert "small" not in result["model"]
+    assert result["kernels"]["idle"] is None and len(result["kernels"]["largest"]) == 5
     assert "samples/s" in text
+
+
+@pytest.mark.parametrize("name", ["cached", "openclip"])
+def test_steps_without_a_reference(small_pair, tmp_path, name):
+    """They train, and need less than ours by exactly the reference's forward pass."""
+    import steps
+    import train_step
+    from training.loop.flops import forward_flops
+
+    weights = train_step.write_random_weights(tmp_path / "reference.pt", small_pair[1])
+    options = steps.Options((name, "ours"), *small_pair, 4, "fp32", False, 1, 1, 50, weights)
+    other, ours = (steps.build(n, options) for n in options.variants)
+    model = (other.task if name == "cached" else other).bare
+    before = model.visual.proj.detach().clone()
+    other.steps(2)
+    assert not torch.equal(model.visual.proj, before)
+    batch = steps.prepare(options).batches[0]
+    frozen = ours.task.reference.module
+    ref_text = batch.text if batch.ref_text is None else batch.ref_text
+    ref_image = batch.image if batch.ref_image is None else batch.ref_image
+    needed = other.flops_per_sample(batch) + forward_flops(frozen, ref_image, ref_text)
+    assert ours.flops_per_sample(batch) == pytest.approx(needed)
 
 
 def test_soak():
@@ -158,26 +186,6 @@ def test_soak_sees_a_leak():
     assert soak.growth([9 * MIB] * 10 + [5 * MIB] * 40) == 0
     assert soak.growth([5 * MIB + epoch * MIB for epoch in range(50)]) == 30 * MIB
     assert soak.private_bytes(os.getpid()) > 10 * MIB
-
-
-def test_cards_by_name(monkeypatch):
-    import train_step
-
-    names = {
-        "NVIDIA H100 80GB HBM3": 989e12,
-        "NVIDIA H100 PCIe": 756e12,
-        "NVIDIA A100-SXM4-80GB": 312e12,
-        "NVIDIA A10": 125e12,
-        "NVIDIA L40S": 362e12,
-        "NVIDIA L4": 121e12,
-        "NVIDIA A10G": None,
-        "another card": None,
-    }
-    for card, flops in names.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, card=card: card)
-        assert train_step.peak_flops(torch.device("cuda"), "amp_bf16") == flops
-        assert train_step.peak_flops(torch.device("cuda"), "fp32") == (flops and flops / 2)
-    assert train_step.peak_flops(torch.device("cpu"), "fp32") is None
 
 
 def _take(mib):

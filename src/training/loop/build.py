@@ -17,6 +17,7 @@ from training.data.loader import TrainData
 from training.distributed import ddp
 from training.distributed.process_group import World
 from training.logger import RunLog
+from training.loop.flops import Utilization, peak_flops
 from training.loop.learning_rates import LearningRates, horizon
 from training.loop.optimizer import create_optimizer
 from training.loop.profiler import open_profiler
@@ -100,6 +101,7 @@ def build_trainer(
         log,
         open_profiler(config.run.profile, folder.path, world),
         DataWait(config.data.workers, world.local_world_size),
+        Utilization(peak_flops(world.device, config.run.precision) if world.is_main else None),
         log_every=config.run.log_every_n_steps,
     )
 

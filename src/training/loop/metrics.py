@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -68,6 +69,7 @@ class TrainStatus:
     ``data_time``      seconds per step spent waiting for data, of ``batch_time``.
     ``rate``           samples per second on all ``gpus`` ranks together.
     ``losses``         name -> (now, mean).
+    ``mfu``            model FLOPs utilization (``flops.py``); None: it is not known for this device.
     """
 
     epoch: int
@@ -83,9 +85,10 @@ class TrainStatus:
     lr_tau: float
     logit_scale: float
     losses: Mapping[str, tuple[float, float]]
+    mfu: float | None = None
 
     def scalars(self) -> dict[str, float]:
-        """The same numbers for TensorBoard and W&B, under the published code's names; only data_share is new."""
+        """The same numbers for TensorBoard and W&B, under the published code's names; new: data_share, mfu."""
         return {
             "train/data_time": self.data_time,
             "train/batch_time": self.batch_time,
@@ -95,6 +98,7 @@ class TrainStatus:
             "train/scale": self.logit_scale,
             "train/lr": self.lr,
             "train/lr_tau": self.lr_tau,
+            **({} if self.mfu is None else {"train/mfu": self.mfu}),
             **{f"train/{name}": now for name, (now, _) in self.losses.items()},
         }
 
@@ -115,6 +119,24 @@ def train_line(status: TrainStatus) -> str:
             *(f"{name.capitalize()}: {now:#.5g} ({mean:#.5g})" for name, (now, mean) in losses),
         ]
     )
+
+
+@dataclass
+class EpochSpeed:
+    """Samples per second over an epoch, or over what this run trained of it, with all stops but evaluation."""
+
+    started: float = field(default_factory=time.perf_counter)
+    samples: int = 0
+
+    def rate(self) -> float:
+        """Samples of this rank per second so far."""
+        return self.samples / max(time.perf_counter() - self.started, 1e-9)
+
+
+def epoch_line(epoch: int, rate: float, gpus: int, mfu: float | None) -> str:
+    """The log line about the speed of an epoch; ``rate`` in samples per second and GPU."""
+    share = "" if mfu is None else f", {mfu:.1%} of the cards' peak (MFU)"
+    return f"epoch {epoch}: {rate * gpus:#.4g} samples/s, {rate:#.4g} per GPU{share}"
 
 
 def report(log: RunLog, status: TrainStatus) -> None:

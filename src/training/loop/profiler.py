@@ -1,7 +1,8 @@
 """``--profile``: a trace of a few training steps in ``profile/`` of the run's folder.
 
-Every rank writes ``rankR.json.gz``, which Perfetto and chrome://tracing can open, and ``rankR.txt``, the operators
-that took longest. The first steps are not traced, because they compile, tune kernels and fill the loaders.
+Every rank writes ``rankR.json.gz``, which Perfetto and chrome://tracing can open, ``rankR.txt``, one page on where
+the time went, and ``rankR_operators.txt``, the operators that took longest. The first steps are not traced: they
+compile, tune kernels and fill the loaders.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from types import TracebackType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from training.distributed.process_group import World
+from training.loop.breakdown import breakdown
 
 SKIPPED, WARMUP, TRACED = 8, 2, 3  # numbers of steps
 
@@ -65,7 +67,9 @@ class StepProfiler(Profiler):
         measured.export_chrome_trace(str(self.folder / f"rank{self.rank}.json.gz"))
         order = "self_cuda_time_total" if self.on_cuda else "self_cpu_time_total"
         table = measured.key_averages().table(sort_by=order, row_limit=40)
-        (self.folder / f"rank{self.rank}.txt").write_text(table)
+        (self.folder / f"rank{self.rank}_operators.txt").write_text(table)
+        found = breakdown(measured, on_cuda=self.on_cuda)
+        (self.folder / f"rank{self.rank}.txt").write_text(f"{TRACED} steps were traced\n{found}")
         logger.info(f"--profile: the trace of {TRACED} steps was written to {self.folder}")
 
 

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
+from drrho_clip.batch import Batch
 from drrho_clip.schedules import Horizon
 from training.data.loader import TrainData
 from training.distributed.process_group import World
 from training.logger import RunLog
+from training.loop.flops import Utilization
 from training.loop.learning_rates import LearningRates
-from training.loop.metrics import Meter, TrainStatus, read, report
+from training.loop.metrics import EpochSpeed, Meter, TrainStatus, epoch_line, read, report
 from training.loop.profiler import Profiler
 from training.loop.speed_monitor import DataWait, StepTimes
 from training.loop.step import Stepper
@@ -40,6 +42,7 @@ class Trainer:
     log: RunLog
     profiler: Profiler
     data_wait: DataWait
+    utilization: Utilization
     log_every: int = 100
     step: int = 0
     meters: dict[str, Meter] = field(default_factory=dict)
@@ -68,7 +71,7 @@ class Trainer:
         begun = self.step - epoch * per_epoch
         if begun == 0:
             self.meters = {}
-        window = StepTimes(first=True)
+        window, speed = StepTimes(first=True), EpochSpeed()
         with self.log.progress(stop - self.step, f"epoch {epoch}", unit="step", every=math.inf) as progress:
             for batch in islice(self.data.epoch(epoch, begun), stop - self.step):
                 window.loaded()
@@ -82,19 +85,28 @@ class Trainer:
                 for name, value in values.items():
                     self.meters.setdefault(name, Meter()).update(value, len(batch))
                 self.step += 1
+                speed.samples += len(batch)
                 self.profiler.step()
                 progress.update()
                 window.stepped()
                 done = self.step - epoch * per_epoch
                 if (done - 1) % self.log_every == 0 or self.step == stop:
-                    self._report(epoch, done, len(batch), window)
+                    self._report(epoch, done, batch, window)
                     window = StepTimes()
+                if self.step == stop:
+                    self._report_speed(epoch, batch, speed)
                 if after_step():
                     return
                 window.resumed()
 
-    def _report(self, epoch: int, done: int, batch: int, window: StepTimes) -> None:
-        per_step = batch * self.world.world_size
+    def _report_speed(self, epoch: int, batch: Batch, speed: EpochSpeed) -> None:
+        rate = speed.rate()
+        mfu = self.utilization.of(self.stepper.task, batch, rate)
+        if self.world.is_main:
+            self.log.info(epoch_line(epoch, rate, self.world.world_size, mfu))
+
+    def _report(self, epoch: int, done: int, batch: Batch, window: StepTimes) -> None:
+        per_step = len(batch) * self.world.world_size
         losses = read(self.meters)  # waits for the device, so the window's times are complete
         seconds = window.seconds()
         scale = losses.pop("logit_scale")[0]
@@ -118,5 +130,6 @@ class Trainer:
                 lr_tau=self.rates.lr_tau,
                 logit_scale=scale,
                 losses=losses,
+                mfu=self.utilization.of(self.stepper.task, batch, len(batch) / seconds),
             ),
         )
