@@ -61,7 +61,9 @@ def check(config: Config, world: World) -> Opened:
     if config.evaluation.val_dataset_type == "webdataset":
         assert config.evaluation.val_data is not None
         remarks += look_for_shards(config.evaluation.val_data, "--val-data")
-    return Opened(features, captions, {} if config.cache.writes else open_sets(config), tuple(remarks))
+    sets = {} if config.cache.writes else open_sets(config)
+    remarks += [remark for found in sets.values() for remark in found.remarks]
+    return Opened(features, captions, sets, tuple(remarks))
 
 
 def check_models(config: Config) -> None:

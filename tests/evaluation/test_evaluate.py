@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 import open_clip
@@ -230,13 +231,64 @@ def test_bad_folders_are_refused(data, tmp_path):
         open_sets(config)
 
 
-def test_errors_surface(data, trained, tmp_path):
-    """Neither a broken picture nor an interruption is turned into a missing metric."""
+def test_broken_pictures_are_left_out_and_reported(data, trained, tmp_path):
+    """On two ranks too; accuracies are those of a folder without them."""
+    sound, spoiled = tmp_path / "sound", tmp_path / "spoiled"
+    for path in (sound, spoiled):
+        shutil.copytree(data[0] / "classes", path)
+    broken = [file for i, file in enumerate(sorted(spoiled.rglob("*.png"))) if i % 4 == 1]
+    for file in broken:
+        file.write_bytes(b"broken")
+        (sound / file.relative_to(spoiled)).unlink()
+    limit = ("--val-num-samples", "1")
+    expected = run_evaluation(config_of((data[0], data[1], str(sound)), tmp_path / "a", *limit), trained)
+    config = config_of((data[0], data[1], str(spoiled)), tmp_path / "b", *limit)
+    found = run_evaluation(config, trained)
+    assert found == {**expected, "imagenet-zeroshot-val-left_out": len(broken)}
+    log = (tmp_path / "b" / "run" / "out.log").read_text()
+    assert f"imagenet: {len(broken)} of {PAIRS} pictures are left out, accuracies are of the others: " in log
+    assert f"{len(broken)} undecodable image (e.g. {broken[0]}" in log
+    torch.save(trained.module.state_dict(), tmp_path / "weights.bin")
+    config = config_of((data[0], data[1], str(spoiled)), tmp_path / "c", *limit)
+    both = ranks(2).run(on_rank, config, tmp_path / "weights.bin")
+    assert both[0] == both[1] == pytest.approx(found, rel=1e-5, abs=1e-6)
+    assert (tmp_path / "c" / "run" / "out.log").read_text().count(f"{len(broken)} undecodable image") == 1
+
+
+def test_pictures_that_become_unreadable_end_no_training(data, trained, tmp_path):
+    """But a run that only evaluates has nothing else to say."""
     folder = write_folders(tmp_path / "classes", ["ant", "bee"])
-    (tmp_path / "classes" / "bee" / "0.png").write_bytes(b"broken")
-    config = config_of((data[0], data[1], folder), tmp_path / "a", "--val-num-samples", "2")
-    with pytest.raises(ValueError, match=r"bee.0\.png"):
-        run_evaluation(config, trained)
+    training = ("--epochs", "3", "--dataset-type", "synthetic", "--train-num-samples", "4", "--val-frequency", "0")
+    for flags in (training, ("--val-frequency", "0")):
+        config = config_of((data[0], data[1], folder), tmp_path / str(len(flags)), *flags)
+        with open_run(config, MAIN, choose_folder(config, MAIN)) as log:
+            evaluation = open_evaluation(trained, config, MAIN, log, open_sets(config))
+            assert "imagenet-zeroshot-val-top1" in evaluation(trained.module, 2)
+            shutil.move(folder, tmp_path / "gone")
+            if flags is training:
+                assert evaluation(trained.module, 2) == {}
+            else:
+                with pytest.raises(
+                    ValueError, match=r"--imagenet-val .*: it contains no usable picture; left out: 2"
+                ):
+                    evaluation(trained.module, 2)
+            shutil.move(tmp_path / "gone", folder)
+
+
+def test_pairs_none_of_which_can_be_used_end_no_training(data, trained, tmp_path):
+    shards.write_tar(tmp_path / "0.tar", [{"__key__": "a", "jpg": b"broken", "txt": "text"}])
+    unusable = ("--val-data", str(tmp_path / "0.tar"))
+    training = ("--epochs", "3", "--dataset-type", "synthetic", "--train-num-samples", "4")
+    config = config_of(data, tmp_path / "a", *unusable, *training, zero_shot=False)
+    assert run_evaluation(config, trained, epoch=3) == {}
+    log = (tmp_path / "a" / "run" / "out.log").read_text()
+    assert "0.tar: it contains no usable sample, no retrieval is computed" in log and "1 undecodable image" in log
+    with pytest.raises(ValueError, match=r"--val-data .*0\.tar: it contains no usable sample"):
+        run_evaluation(config_of(data, tmp_path / "b", *unusable, zero_shot=False), trained)
+
+
+def test_interruptions_surface(data, trained, tmp_path):
+    """They are not turned into a missing metric."""
 
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 Best = Mapping[str, Sequence[float]]
 
-_COUNTS = ("num_samples", "epoch", "step")
+_COUNTS = ("num_samples", "left_out", "epoch", "step")
 _LOWER_IS_BETTER = ("loss", "rank")  # clip_val_loss, image_to_text_mean_rank, ...
 
 
@@ -14,7 +14,7 @@ def update(best: Best, metrics: Mapping[str, float | None], epoch: int) -> dict[
     """``best`` (metric -> [value, epoch]) and ``metrics`` after ``epoch``; the first of equal values is kept."""
     found = {name: list(entry) for name, entry in best.items()}
     for name, value in metrics.items():
-        if name in _COUNTS or value is None or value != value:
+        if name.endswith(_COUNTS) or value is None or value != value:
             continue
         if name not in found or _sign(name) * value > _sign(name) * found[name][0]:
             found[name] = [value, epoch]

@@ -22,12 +22,21 @@ from drrho_clip import collectives
 from drrho_clip.losses.baselines import caption_loss
 from drrho_clip.normalize import normalize
 from training.config.params import Config
+from training.data.bad_samples import Skips
 from training.data.transforms import eval_transform
 from training.distributed.collectives import all_reduce_sum, gather_object
 from training.distributed.process_group import World
 from training.evaluation.pairs import ValData, build_val
 from training.evaluation.retrieval import count_pairs, merge, normalized, summarize
-from training.evaluation.zero_shot import ClassificationSet, Pictures, accuracies, hits, open_set
+from training.evaluation.zero_shot import (
+    ClassificationSet,
+    PictureBatch,
+    PictureBatches,
+    Pictures,
+    accuracies,
+    hits,
+    open_set,
+)
 from training.logger import RunLog
 from training.models import precision
 from training.models.build import BuiltModel
@@ -95,7 +104,12 @@ class Evaluation:
         image, text = gather_rows(images, self.world), gather_rows(texts, self.world)
         caption_loss_sum, caption_tokens = all_reduce_sum(tokens).tolist()
         if not len(image):
-            raise ValueError(f"--val-data {self.config.evaluation.val_data}: it contains no usable sample")
+            problem = f"--val-data {self.config.evaluation.val_data}: it contains no usable sample"
+            if not self.config.trains:
+                raise ValueError(problem)
+            if self.world.is_main:
+                self.log.warning(f"{problem}, no retrieval is computed")
+            return {}
         with self.log.progress(len(image) // self.world.world_size, "ranking", unit="row") as progress:
             share = (self.world.rank, self.world.world_size)
             counted = count_pairs(image, text, logit_scale, share=share, update=progress.update)
@@ -111,15 +125,36 @@ class Evaluation:
         assert callable(encode_image), "open_clip's models have an image encoder"
         classifier = self._classifier(model, name, pictures)
         counts = torch.zeros(3, len(pictures.classnames), dtype=torch.float64, device=world.device)
-        loader = self._loader(pictures)
+        loader, own_skips = self._loader(pictures), Skips()
         with self.log.progress(len(loader), name, unit="batch") as progress, torch.no_grad():
-            for pixels, labels in loader:
-                pixels = self._pixels(pixels)
-                with run.autocast():
-                    features = encode_image(pixels, normalize=True)
-                counts += hits(normalized(features), labels.to(world.device, non_blocking=True), classifier)
+            for batch in loader:
+                own_skips.merge(batch.skips)
+                if len(batch.label):
+                    pixels = self._pixels(batch.image)
+                    with run.autocast():
+                        features = encode_image(pixels, normalize=True)
+                    labels = batch.label.to(world.device, non_blocking=True)
+                    counts += hits(normalized(features), labels, classifier)
                 progress.update()
-        return accuracies(all_reduce_sum(counts))
+        skips = self._report_skips(own_skips, name, len(pictures.pictures))
+        left_out = skips.counts.total()
+        if left_out == len(pictures.pictures):
+            if not self.config.trains:
+                flag, folder = self.config.evaluation.zero_shot[name]
+                raise ValueError(f"{flag} {folder}: it contains no usable picture; left out: {skips}")
+            return {}
+        return {**accuracies(all_reduce_sum(counts)), **({"left_out": left_out} if left_out else {})}
+
+    def _report_skips(self, own: Skips, name: str, pictures: int) -> Skips:
+        """What all ranks have left out of the ``pictures`` of a set, which is logged."""
+        skips = Skips()
+        for part in gather_object(own):
+            skips.merge(part)
+        left_out = skips.counts.total()
+        if left_out and self.world.is_main:
+            what = "no accuracy is computed" if left_out == pictures else "accuracies are of the others"
+            self.log.warning(f"{name}: {left_out} of {pictures} pictures are left out, {what}: {skips}")
+        return skips
 
     def _classifier(self, model: nn.Module, name: str, pictures: ClassificationSet) -> Tensor:
         """[d, C], unit columns, float32; each rank embeds a slice of the classes."""
@@ -139,12 +174,13 @@ class Evaluation:
                 progress.update(len(chunk))
         return torch.cat([rows for part in gather_object(columns) for rows in part]).T.to(world.device)
 
-    def _loader(self, pictures: ClassificationSet) -> DataLoader[tuple[Tensor, int]]:
+    def _loader(self, pictures: ClassificationSet) -> DataLoader[PictureBatch]:
         """This rank's share: every K-th picture."""
         share = pictures.pictures[self.world.rank :: self.world.world_size]
+        size = self.config.run.batch_size // self.config.run.accum_freq
         return DataLoader(
-            Pictures(share, eval_transform(self.built.preprocess)),
-            batch_size=self.config.run.batch_size // self.config.run.accum_freq,
+            PictureBatches(Pictures(share, eval_transform(self.built.preprocess)), size),
+            batch_size=None,
             num_workers=self.config.data.workers,
             pin_memory=self.world.device.type == "cuda",
             generator=torch.Generator(),  # otherwise the loader would draw a seed from the generator of training

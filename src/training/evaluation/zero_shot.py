@@ -2,37 +2,47 @@
 
 A set is a folder in one of two layouts. Both can be read at any position, so that ranks share single pictures:
 
-* ``CLASS/PICTURE``, as ImageNet is distributed. Labels count the class folders in order, numerically where all
-  names are numbers (ImageNet-V2). Class names are those of ``classnames.txt`` (a line per class, in that order)
-  where the folder has one; open_clip's where the folders are ImageNet's 1000; else the folders' names.
+* ``CLASS/PICTURE``, as ImageNet is distributed. Labels count the class folders in order. Class names are those of
+  ``classnames.txt`` (a line per class, in that order) where the folder has one, else those that ``class_folders``
+  finds.
 * DataComp's webdataset ``wds_TASK_test/``: ``classnames.txt``, ``zeroshot_classification_templates.txt``,
   ``test/nshards.txt`` and ``test/0.tar``, ... with ``NAME.jpg|png|webp`` and ``NAME.cls``, a class number.
 
-Prompts are the lines of ``zeroshot_classification_templates.txt`` (``{c}`` stands for the class), or OpenAI's 80.
+Prompts are the lines of ``zeroshot_classification_templates.txt`` (``{c}`` stands for the class, or ``{}``), or
+OpenAI's 80. Pictures that cannot be decoded are left out and counted, as in training.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+from open_clip import OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from drrho_clip.float32 import exact_float32
+from training.data.bad_samples import Skips
 from training.data.decode import decode
+from training.data.samples import RawSample
+from training.data.sources.text_file import GIT_LFS, open_text
+from training.data.worker import decode_or_skip
+from training.evaluation.class_folders import PICTURES, find_classes, readable
 from training.evaluation.retrieval import TIE, count, expected_hits
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-MORE_PICTURES = (*PICTURES, ".bmp", ".ppm", ".tif", ".tiff")
-FIRST_SYNSET, LAST_SYNSET = "n01440764", "n15075141"  # of ImageNet's 1000, in the order of their names
+SHARD_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+PROBES = 8  # pictures that are decoded before a run
+
+_CODE = re.compile(r"""\s*(lambda\b|f?["'].*["']\s*(,|\.format.*)?\s*$|[-*#]\s|\d+[.)]\s|\w+\s*=)""")  # or a list
 
 
 @dataclass(frozen=True)
@@ -47,15 +57,35 @@ class Labelled:
 
 @dataclass(frozen=True)
 class ClassificationSet:
-    """``pictures`` with labels 0..C-1, ``classnames`` [C], ``templates``: class name -> prompt."""
+    """``pictures`` with labels 0..C-1, ``classnames`` [C], ``templates``: class name -> prompt.
+
+    ``remarks``: sentences about what was found and is not used.
+    """
 
     pictures: list[Labelled]
     classnames: list[str]
     templates: Sequence[Callable[[str], str]]
+    remarks: tuple[str, ...] = ()
+
+
+class PictureBatch(NamedTuple):
+    """``image`` [n, 3, H, W] and ``label`` int64 [n] of the pictures of a batch that can be decoded."""
+
+    image: Tensor
+    label: Tensor
+    skips: Skips
+
+
+class UnusablePicture(ValueError):
+    """A picture that cannot be read or decoded; ``skips`` has the reason and its name."""
+
+    def __init__(self, skips: Skips) -> None:
+        super().__init__(f"a picture cannot be used: {skips}")
+        self.skips = skips
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Decoded and transformed ``(image, label)`` of ``pictures``. ValueError names one that cannot be decoded."""
+    """Decoded and transformed ``(image, label)`` of ``pictures``. UnusablePicture: it cannot be decoded."""
 
     def __init__(self, pictures: Sequence[Labelled], transform: Callable[[Image.Image], Tensor]) -> None:
         self.pictures, self.transform = pictures, transform
@@ -64,26 +94,68 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return len(self.pictures)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        picture = self.pictures[i]
-        with open(picture.path, "rb") as file:
-            file.seek(picture.offset)
-            data = file.read(picture.size)
-        try:
-            image = decode(data)
-        except Exception as error:  # Pillow's decoders raise many kinds
-            where = f"{picture.path}, byte {picture.offset}" if picture.offset else picture.path
-            raise ValueError(f"{where}: the picture cannot be decoded ({error})") from error
+        picture, skips = self.pictures[i], Skips()
+        image = _decoded(picture, skips)
+        if image is None:
+            raise UnusablePicture(skips)
         return self.transform(image), picture.label
 
 
+class PictureBatches(Dataset[PictureBatch]):
+    """``pictures`` in batches of ``size``, without those that cannot be decoded, which are counted."""
+
+    def __init__(self, pictures: Pictures, size: int) -> None:
+        self.pictures, self.size = pictures, size
+
+    def __len__(self) -> int:
+        return -(-len(self.pictures) // self.size)
+
+    def __getitem__(self, i: int) -> PictureBatch:
+        images, labels, skips = [], [], Skips()
+        for number in range(len(self.pictures))[i * self.size : (i + 1) * self.size]:
+            try:
+                image, label = self.pictures[number]
+            except UnusablePicture as unusable:
+                skips.merge(unusable.skips)
+            else:
+                images.append(image)
+                labels.append(label)
+        return PictureBatch(torch.stack(images) if images else torch.empty(0), torch.tensor(labels), skips)
+
+
+def _decoded(picture: Labelled, skips: Skips) -> Image.Image | None:
+    """The RGB image; None where it cannot be read or decoded, which is counted in ``skips``."""
+    name = readable(picture.path) + (f", byte {picture.offset}" if picture.offset else "")
+    try:
+        with open(picture.path, "rb") as file:
+            file.seek(picture.offset)
+            data = file.read(picture.size)
+    except OSError as error:
+        skips.add("undecodable image", f"{name}: {error.strerror or error}")
+        return None
+    if data.startswith(GIT_LFS):
+        skips.add("undecodable image", f"{name}: it is a pointer of Git LFS; run git lfs pull")
+        return None
+    return decode_or_skip(RawSample(data, "", 0, 0, name), skips, decode)
+
+
 def open_set(folder: str, flag: str) -> ClassificationSet:
-    """The set in ``folder``. ValueError, with ``flag``: it has neither layout, or its files do not agree."""
-    path, said = Path(folder), f"{flag} {folder}"
+    """The set in ``folder``.
+
+    ValueError, with ``flag``: it has neither layout, its files do not agree, or its pictures cannot be decoded.
+    """
+    path, said = Path(folder).expanduser(), f"{flag} {folder}"
+    if path.is_file():
+        raise ValueError(
+            f"{said}: it is a file, not a folder of pictures; give a folder, unpack it if it is an archive"
+        )
     if not path.is_dir():
         raise ValueError(f"{said}: there is no such folder; check the path")
-    found = _open_shards(path, said) if (path / "test" / "nshards.txt").is_file() else _open_folders(path, said)
+    shards = (path / "test" / "nshards.txt").is_file() or any((path / "test").glob("*.tar"))
+    found = _open_shards(path, said) if shards else _open_folders(path, said)
     if not found.pictures:
-        raise ValueError(f"{said}: it contains no pictures ({', '.join(PICTURES)})")
+        raise ValueError(f"{said}: it contains no pictures ({', '.join(SHARD_PICTURES if shards else PICTURES)})")
+    _probe(found.pictures, said)
     return found
 
 
@@ -122,52 +194,45 @@ def zero_shot_metrics(image_features: Tensor, labels: Tensor, classifier: Tensor
     return accuracies(hits(image, labels, classifier))
 
 
+def _probe(pictures: list[Labelled], said: str) -> None:
+    """ValueError: of some pictures, evenly chosen, none can be decoded."""
+    some = pictures[:: max(1, len(pictures) // PROBES)][:PROBES]
+    skips = Skips()
+    if not any(_decoded(picture, skips) for picture in some):
+        raise ValueError(
+            f"{said}: of {len(some)} pictures that were looked at none can be used: {skips}; copy them again"
+        )
+
+
 def _open_folders(path: Path, said: str) -> ClassificationSet:
-    folders = [child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")]
-    if not folders:
-        raise ValueError(
-            f"{said}: it has neither a folder per class nor the files of DataComp's webdataset (classnames.txt, "
-            "test/nshards.txt)"
-        )
-    folders.sort(key=int if all(name.isdecimal() for name in folders) else None)
-    pictures = [
-        Labelled(str(file), label)
-        for label, name in enumerate(folders)
-        for file in sorted((path / name).rglob("*"))
-        if file.suffix.lower() in MORE_PICTURES
-    ]
-    return ClassificationSet(pictures, _names_of(folders, path, said), _templates(path))
-
-
-def _names_of(folders: list[str], path: Path, said: str) -> list[str]:
-    """The names of the classes whose sorted folders are ``folders``."""
-    if (path / "classnames.txt").is_file():
-        names = _lines(path / "classnames.txt")
-        if len(names) != len(folders):
-            raise ValueError(f"{said}: classnames.txt has {len(names)} lines for {len(folders)} class folders")
-        return names
-    synsets = all(re.fullmatch(r"n\d{8}", name) for name in folders)
-    if len(folders) == len(IMAGENET_CLASSNAMES):
-        numbered = [int(name) if name.isdecimal() else -1 for name in folders] == list(range(len(folders)))
-        if numbered or (synsets and (folders[0], folders[-1]) == (FIRST_SYNSET, LAST_SYNSET)):
-            return list(IMAGENET_CLASSNAMES)
-    if synsets:
-        raise ValueError(
-            f"{said}: {len(folders)} class folders are named by WordNet numbers, but are not ImageNet's 1000; put "
-            "the class names into a classnames.txt in that folder, one per line, in the order of the folders"
-        )
-    return [name.replace("_", " ") for name in folders]
+    found = find_classes(path, said, _classnames(path, said))
+    pictures = [Labelled(file, label) for label, files in enumerate(found.pictures) for file in files]
+    return ClassificationSet(pictures, found.names, _templates(path, said), found.remarks)
 
 
 def _open_shards(path: Path, said: str) -> ClassificationSet:
-    for needed in ("classnames.txt", "zeroshot_classification_templates.txt"):
-        if not (path / needed).is_file():
-            raise ValueError(f"{said}: {needed} is missing next to test/")
-    names = _lines(path / "classnames.txt")
+    names = _classnames(path, said)
+    if names is None or not (path / TEMPLATES).is_file():
+        raise ValueError(f"{said}: {CLASSNAMES if names is None else TEMPLATES} is missing next to test/")
     pictures: list[Labelled] = []
-    for number in range(int((path / "test" / "nshards.txt").read_text())):
+    for number in range(_count_shards(path / "test", said)):
         pictures += _index_shard(path / "test" / f"{number}.tar", len(names), said)
-    return ClassificationSet(pictures, names, _templates(path))
+    return ClassificationSet(pictures, names, _templates(path, said))
+
+
+def _count_shards(folder: Path, said: str) -> int:
+    """The number in ``nshards.txt``. ValueError: there are more shards, or no number."""
+    file = folder / "nshards.txt"
+    if not file.is_file():
+        raise ValueError(f"{said}: test/nshards.txt is missing; write the number of the shards in test/ into it")
+    text = file.read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdecimal():
+        raise ValueError(f"{said}: test/nshards.txt holds {text[:20]!r}, not the number of its shards; correct it")
+    if (folder / f"{int(text)}.tar").is_file():
+        raise ValueError(
+            f"{said}: test/nshards.txt counts {text} shards, but there is {int(text)}.tar; correct it"
+        )
+    return int(text)
 
 
 def _index_shard(shard: Path, classes: int, said: str) -> list[Labelled]:
@@ -176,13 +241,18 @@ def _index_shard(shard: Path, classes: int, said: str) -> list[Labelled]:
         raise ValueError(f"{said}: {shard.name} is missing, but test/nshards.txt counts it")
     places: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
-    with tarfile.open(shard, "r:") as tar:
-        for member in tar:
-            name, _, extension = member.name.rpartition(".")
-            if f".{extension.lower()}" in PICTURES:
-                places[name] = (member.offset_data, member.size)
-            elif extension == "cls" and (file := tar.extractfile(member)) is not None:
-                labels[name] = _class_number(file.read(), classes, f"{said}: {member.name}")
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                name, _, extension = member.name.rpartition(".")
+                if name.rpartition("/")[2].startswith("._"):  # macOS writes them beside each file
+                    continue
+                if f".{extension.lower()}" in SHARD_PICTURES:
+                    places[name] = (member.offset_data, member.size)
+                elif extension == "cls" and (file := tar.extractfile(member)) is not None:
+                    labels[name] = _class_number(file.read(), classes, f"{said}: {member.name}")
+    except (OSError, tarfile.TarError) as error:
+        raise ValueError(f"{said}: {shard} cannot be read as a tar file ({error}); copy it again") from error
     unpaired = sorted(places.keys() ^ labels.keys())
     if unpaired:
         raise ValueError(f"{said}: {unpaired[0]} in {shard.name} has no picture, or no .cls file")
@@ -196,15 +266,61 @@ def _class_number(data: bytes, classes: int, said: str) -> int:
     return int(text)
 
 
-def _templates(path: Path) -> Sequence[Callable[[str], str]]:
-    file = path / "zeroshot_classification_templates.txt"
-    return [partial(_fill, line) for line in _lines(file)] if file.is_file() else OPENAI_IMAGENET_TEMPLATES
+def _classnames(path: Path, said: str) -> list[str] | None:
+    """The names in ``classnames.txt``, None where there is none; a line's number is that of its class."""
+    if not (path / CLASSNAMES).is_file():
+        return None
+    names = [line.strip() for line in _lines(path / CLASSNAMES, said)]
+    if "" in names:
+        line = names.index("") + 1
+        raise ValueError(
+            f"{said}: line {line} of {CLASSNAMES} is empty; remove it, or write the name of its class"
+        )
+    return names
 
 
-def _fill(template: str, classname: str) -> str:
-    return template.replace("{c}", classname)
+def _templates(path: Path, said: str) -> Sequence[Callable[[str], str]]:
+    file = path / TEMPLATES
+    if not file.is_file():
+        return OPENAI_IMAGENET_TEMPLATES
+    lines = [(number, line) for number, line in enumerate(_lines(file, said), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{said}: {TEMPLATES} has no prompts; write one per line, or remove it")
+    return [_template(line, f"{said}: line {number} of {TEMPLATES}, {line!r},") for number, line in lines]
 
 
-def _lines(file: Path) -> list[str]:
+def _template(line: str, said: str) -> Callable[[str], str]:
+    """What puts a class in the place of ``{c}``, or of ``{}``. ValueError, beginning with ``said``: no prompt."""
+    places = [place for place in ("{c}", "{}") if place in line]
+    if _CODE.match(line):
+        raise ValueError(
+            f"{said} looks like code or an item of a list; write the prompt alone, as a photo of a {{c}}."
+        )
+    if not places:
+        raise ValueError(f"{said} has no {{c}}; put it in place of the class")
+    if len(places) > 1 or re.search(r"[{}]", line.replace(places[0], "")):
+        raise ValueError(
+            f"{said} has other braces than those of {places[0]}; write {{c}} in place of the class only"
+        )
+    return partial(_fill, line, places[0])
+
+
+def _fill(template: str, place: str, classname: str) -> str:
+    return template.replace(place, classname)
+
+
+def _lines(file: Path, said: str) -> list[str]:
     """The lines of a text file, without those at the end that are empty."""
-    return file.read_text(encoding="utf-8").rstrip().splitlines()
+    with open_text(str(file), f"{said}: {file.name}") as text:
+        lines = [line.rstrip("\r\n") for line in text]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    try:
+        held = json.loads("\n".join(lines))
+    except ValueError:
+        return lines
+    if isinstance(held, (list, dict)):
+        raise ValueError(
+            f"{said}: {file.name} holds JSON; write one entry per line, without brackets and quote signs"
+        )
+    return lines
