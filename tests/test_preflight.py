@@ -5,7 +5,8 @@ import torch
 
 from tests.support import tiny_models
 from tests.support.commands import REFERENCE, config
-from tests.support.shards import write_tar
+from tests.support.pictures import write_folders
+from tests.support.shards import write_csv, write_tar
 from training import preflight
 from training.distributed.process_group import World
 
@@ -80,3 +81,36 @@ def test_a_model_config_with_an_error_is_a_sentence(tmp_path, change, says):
     line = f"--dataset-type synthetic --train-num-samples 8 --model {model}"
     with pytest.raises(ValueError, match=rf"--model .*tiny-vit\.json: open_clip cannot build .*{says}"):
         check(line)
+
+
+def test_csv_files_are_read_once_before_anything_is_built(tmp_path):
+    data = write_csv(tmp_path, 4)
+    opened = preflight.check(
+        config(f"--train-data {data} --val-data {data} --data_size 4"), World(0, 0, 1, 1, CPU)
+    )
+    assert opened.table.count() == opened.val_table.count() == 4 and opened.remarks == ()
+    with pytest.raises(ValueError, match=r"--data_size 3: .*data\.csv has 4 rows"):
+        check(f"--train-data {data} --data_size 3")
+    (tmp_path / "000000.jpg").unlink()
+    assert check(f"--train-data {data}") == []
+    (tmp_path / "000001.jpg").unlink()
+    (tmp_path / "000002.jpg").unlink()
+    for line in (f"--train-data {data}", f"--epochs 0 --val-data {data}"):
+        (remark,) = check(line)
+        assert "of 4 pictures that were looked for, 3 do not exist" in remark
+    (tmp_path / "000003.jpg").unlink()
+    for line in (f"--train-data {data}", f"--epochs 0 --val-data {data}", f"{SYNTHETIC} --val-data {data}"):
+        with pytest.raises(ValueError, match=r"(train|val)-data .*data\.csv: of 4 pictures .*, 4 do not exist"):
+            check(line)
+    (tmp_path / "data.csv").write_text("filepath\ttitle\na")
+    for line in (f"--train-data {data}", f"--epochs 0 --val-data {data}"):
+        with pytest.raises(ValueError, match=r"(train|val)-data .*data\.csv, line 2: 1 field, but"):
+            check(line)
+
+
+def test_what_is_not_used_of_a_folder_of_pictures_is_remarked(tmp_path):
+    folder = write_folders(tmp_path, ["ant", "bee"])
+    (tmp_path / "empty").mkdir()
+    assert check(f"--imagenet-val {folder}") == [
+        f"--imagenet-val {folder}: folders without pictures are not taken as classes: empty",
+    ]

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = given.data_size if isinstance(given.data_size, list) else [given.data_size]
     sizes = [] if sizes == [-1] else sizes
     try:
-        if re.search(r"\.(csv|tsv)(::|$)", given.train_data):
+        if re.search(r"\.(csv|tsv)(\.\w+)?(::|$)", given.train_data, re.IGNORECASE):
             raise ValueError(f"--train-data {given.train_data}: this checks webdataset shards, not csv files")
         sources = expand_shards(given.train_data)
         if len(sizes) > 1 and len(sizes) != len(sources):
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(key: str, **options: Any) -> None:
         name = ALL[key].name
-        options.setdefault("help", ALL[key].help.replace(" or a csv file", ""))
+        options.setdefault("help", ALL[key].help.split(" or csv files")[0])
         spellings = dict.fromkeys([name, f"--{key}", f"--{key.replace('_', '-')}"])
         parser.add_argument(*spellings, dest=key, **options)
 

@@ -20,7 +20,7 @@ from training.cache.captions import open_captions
 from training.cache.features import open_features
 from training.checkpoint import resume, run_folder
 from training.config.params import Config
-from training.data.build import samples_per_epoch, steps_per_epoch
+from training.data.build import samples_per_epoch, steps_of
 from training.data.samples import FeatureSource
 from training.distributed.process_group import World
 from training.loop.learning_rates import horizon
@@ -107,14 +107,15 @@ def _model(name: str, parameters: int | None, weights: str) -> str:
 
 def _training(config: Config, ranks: int) -> Iterator[tuple[str, str]]:
     run = config.run
-    steps = steps_per_epoch(config, ranks)
+    samples = samples_per_epoch(config)
+    steps = steps_of(samples, config, ranks)
     yield "data", f"{config.data.dataset_type} {config.data.train_data or ''}".rstrip()
     captions = open_captions(config)
     if captions is not None:
         yield "captions", f"the samples' own or synthetic ones: {captions.describe()}"
     per_rank = f"{run.batch_size}" + (f" in {run.accum_freq} micro-batches" if run.accum_freq > 1 else "")
     yield "global batch", f"{run.batch_size * ranks:,} samples: {_count(ranks, 'rank')} with {per_rank} each"
-    yield "epoch", f"{samples_per_epoch(config):,} samples in {_count(steps, 'step')}"
+    yield "epoch", f"{samples:,} samples in {_count(steps, 'step')}"
     yield "steps", _steps(config, horizon(config.schedule, steps))
     state = state_size(config, ranks)
     what = f"{state.rows:,} rows of {state.columns} numbers, {state.bytes_per_rank / 1e6:,.3g} MB per rank"

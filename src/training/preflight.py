@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from training.cache.captions import open_captions
 from training.cache.features import open_features
 from training.config.params import Config
+from training.data.build import open_table
 from training.data.samples import CaptionSource, FeatureSource
 from training.data.sources.shards import look_for_shards
+from training.data.sources.tables import CsvSource, look_for_pictures
 from training.distributed import ddp
 from training.distributed.process_group import World
 from training.evaluation.evaluate import open_sets
+from training.evaluation.pairs import open_val_table
 from training.evaluation.zero_shot import ClassificationSet
 from training.models import pretrained
 
@@ -24,12 +27,15 @@ class Opened:
     """What a run reads besides its data, and remarks on it for the log.
 
     ``features``: the reference's embeddings, ``captions``: synthetic ones; None where the run reads none.
-    ``sets``: prefix of a result's name -> data set for zero-shot accuracy.
+    ``sets``: prefix of a result's name -> data set for zero-shot accuracy. ``table``, ``val_table``: the csv files
+    of ``--train-data`` and ``--val-data``.
     """
 
     features: FeatureSource | None
     captions: CaptionSource | None
     sets: dict[str, ClassificationSet]
+    table: CsvSource | None = None
+    val_table: CsvSource | None = None
     remarks: tuple[str, ...] = ()
 
 
@@ -55,15 +61,23 @@ def check(config: Config, world: World) -> Opened:
                 remarks.append(
                     "--use-bn-sync: no effect in a single process, whose BatchNorm sees the whole batch"
                 )
-    if (config.trains or config.cache.writes) and config.data.dataset_type == "webdataset":
-        assert config.data.train_data is not None  # without data there is no data type
-        remarks += look_for_shards(config.data.train_data, "--train-data", config.data.max_bad_fraction)
-    if config.evaluation.val_dataset_type == "webdataset":
-        assert config.evaluation.val_data is not None
-        remarks += look_for_shards(config.evaluation.val_data, "--val-data")
+    data, val = config.data, config.evaluation
+    table = val_table = None
+    if (config.trains or config.cache.writes) and data.train_data is not None:
+        if data.dataset_type == "webdataset":
+            remarks += look_for_shards(data.train_data, "--train-data", data.max_bad_fraction)
+        elif data.dataset_type == "csv":
+            table = open_table(config)
+            remarks += look_for_pictures(table, data.train_data, "--train-data", data.max_bad_fraction)
+    if val.val_data is not None:
+        if val.val_dataset_type == "webdataset":
+            remarks += look_for_shards(val.val_data, "--val-data")
+        elif not config.cache.writes:
+            val_table = open_val_table(config)
+            remarks += look_for_pictures(val_table, val.val_data, "--val-data")
     sets = {} if config.cache.writes else open_sets(config)
     remarks += [remark for found in sets.values() for remark in found.remarks]
-    return Opened(features, captions, sets, tuple(remarks))
+    return Opened(features, captions, sets, table, val_table, tuple(remarks))
 
 
 def check_models(config: Config) -> None:

@@ -103,14 +103,15 @@ def _begin(start: Start, log: RunLog) -> None:
 def write_cache(start: Start, log: RunLog) -> None:
     """Go through the training data once and write the cache that the flags ask for."""
     _begin(start, log)
-    precompute.write(start.config, start.world, log)
+    precompute.write(start.config, start.world, log, start.opened.table)
     log.done()
 
 
 def evaluate(start: Start, log: RunLog) -> Ended:
     """Evaluate the model without training, as it is built or as ``--resume`` loads it."""
-    target = build_target(start.config, start.world)
-    evaluation = open_evaluation(target, start.config, start.world, log, start.opened.sets)
+    config, world, opened = start.config, start.world, start.opened
+    target = build_target(config, world)
+    evaluation = open_evaluation(target, config, world, log, opened.sets, opened.val_table)
     state = RunState(name=start.folder.name, model=target.module)
     if start.checkpoint is not None:
         resume.resume(start.checkpoint, state, steps_per_epoch=0, global_batch=0)
@@ -120,11 +121,11 @@ def evaluate(start: Start, log: RunLog) -> Ended:
 
 def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
     """Train epoch by epoch, from the beginning or from a checkpoint."""
-    config, world, folder = start.config, start.world, start.folder
+    config, world, folder, opened = start.config, start.world, start.folder, start.opened
     target = build_target(config, world)
     reference = build_reference(config, world)
-    evaluation = open_evaluation(target, config, world, log, start.opened.sets)
-    train_data = build_train(config, world, target, reference, start.opened.features, start.opened.captions)
+    evaluation = open_evaluation(target, config, world, log, opened.sets, opened.val_table)
+    train_data = build_train(config, world, target, reference, opened.features, opened.captions, opened.table)
     task = build_task(config, world, target, reference)
     trainer = build_trainer(config, world, folder, log, task, train_data)
     state = RunState(

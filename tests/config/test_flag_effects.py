@@ -64,6 +64,8 @@ EFFECTS: dict[str, Effect] = {
     "csv_separator": Effect((",", "\\t"), refusal_or(parts.stream), "--train-data @comma_csv"),
     "csv_img_key": Effect((None, "other_path"), parts.stream, CSV),
     "csv_caption_key": Effect((None, "other_title"), parts.stream, CSV),
+    "csv_quoting": Effect(("auto", "none"), parts.stream, "--train-data @quoted_csv"),
+    "csv_encoding": Effect(("latin-1", "cp1251"), parts.stream, "--train-data @latin_csv"),
     "workers": Effect(("1", "2"), parts.lanes),
     "data_size": Effect(("64", "65"), parts.table, FASTCLIP),
     "sample_index": Effect((None, "position"), parts.rows, "--train-data @other_shards"),

@@ -17,6 +17,8 @@ from training.config.parser import read
 
 PUBLISHED = list(csv.DictReader((Path(__file__).parents[1] / "assets/upstream_flags.tsv").open(), delimiter="\t"))
 NEW = {
+    "--csv_encoding",
+    "--csv_quoting",
     "--deterministic",
     "--dry_run",
     "--epoch_policy",

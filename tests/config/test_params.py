@@ -14,6 +14,7 @@ import pytest
 
 from tests.support import tiny_models
 from tests.support.commands import DATA, FASTCLIP, REFERENCE, config, refusal
+from training.config.csv_files import csv_files
 from training.config.flags import ALL
 from training.config.params import Config
 
@@ -218,9 +219,49 @@ def test_one_spelling_of_bfloat16():
     assert config(f"{DATA} --precision amp_bfloat16").run.precision == "amp_bf16"
 
 
-def test_tab_as_a_shell_hands_it_over(tmp_path):
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (r"\t", "\t"),
+        (r"\\t", "\t"),
+        ("\t", "\t"),
+        (r"\x01", "\x01"),
+        (r"\001", "\x01"),
+        (r"\u00a6", "¦"),
+        (r"\|\|", "||"),
+        (", ", ", "),
+        ("¦", "¦"),
+        ("x", "x"),
+    ],
+)
+def test_separators_as_a_shell_hands_them_over(tmp_path, typed, meant):
     (tmp_path / "data.csv").write_text("")
-    assert config(rf"--train-data {tmp_path}/data.csv --csv-separator '\t'").data.csv_separator == "\t"
+    assert config(f"--train-data {tmp_path}/data.csv --csv-separator '{typed}'").data.csv_separator == meant
+
+
+def test_names_of_csv_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("b.csv", "a.csv", "x[1].csv", "y::z.csv", "c.TSV", "d.csv.gz", "{0}.csv"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "deep" / "1" / "2").mkdir(parents=True)
+    for name in ("deep/y.csv", "deep/1/2/z.csv"):
+        (tmp_path / name).write_text("")
+    for value, files in {
+        "*[ab].csv": ["a.csv", "b.csv"],
+        "b.csv::a.csv": ["b.csv", "a.csv"],
+        "{b,a}.csv::c.TSV": ["b.csv", "a.csv", "c.TSV"],
+        "x[1].csv": ["x[1].csv"],
+        "x[1].csv::a.csv": ["x[1].csv", "a.csv"],
+        "y::z.csv": ["y::z.csv"],
+        "{0}.csv": ["{0}.csv"],
+        "~/a.csv": [f"{tmp_path}/a.csv"],
+        "d.csv.gz": ["d.csv.gz"],
+        "deep/**/*.csv": ["deep/1/2/z.csv", "deep/y.csv"],
+        "https://host/a.csv::a.csv": ["https://host/a.csv", "a.csv"],
+    }.items():
+        assert config(f"--train-data '{value}'").data.dataset_type == "csv"
+        assert csv_files(value, "--train-data") == files
 
 
 # -------------------------------------------------------------------------------------- frozen

@@ -25,6 +25,10 @@ from tests.support.commands import DATA, FASTCLIP, config
             f"{DATA} --requeue_on_preempt",
             "--requeue_on_preempt: no effect outside of a Slurm job",
         ),
+        (
+            f"{DATA} --csv_quoting none --csv_encoding latin-1",
+            "--csv_quoting, --csv_encoding: no effect without csv data",
+        ),
         (f"{DATA} --eps 1e-8 --optimizer lion", "--eps: no effect with this optimizer"),
         (f"{DATA} --lock-text-unlocked-layers 1", "--lock-text-unlocked-layers: no effect without --lock-text"),
         (

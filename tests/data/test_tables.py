@@ -8,7 +8,7 @@ import pytest
 from tests.support.shards import caption, write_csv
 from training.config.params import parse
 from training.data.lanes import Lane
-from training.data.sources.tables import CsvSource, SyntheticSource, Table, open_csv
+from training.data.sources.tables import PROBES, CsvSource, SyntheticSource, Table, look_for_pictures, open_csv
 
 
 def flags(path, *more):
@@ -37,6 +37,88 @@ def test_csv_columns_and_separators(tmp_path):
     other.write_text("filepath\ttitle\n")
     with pytest.raises(ValueError, match="no rows"):
         open_csv(str(other), flags(other), 0)
+
+
+def test_several_csv_files_are_one_table(tmp_path):
+    """Rows in the order of the files; columns may stand in another order in each."""
+    (tmp_path / "b.csv").write_text("filepath,title\n0.jpg,zero\n1.jpg,one\n")
+    (tmp_path / "a.csv").write_text("n,title,filepath\n9,two,2.jpg\n")
+    both = f"{tmp_path}/b.csv::{tmp_path}/a.csv"
+    source = open_csv(both, flags(both, "--csv-separator", ","), 0)
+    assert (source.images, source.texts) == (["0.jpg", "1.jpg", "2.jpg"], ["zero", "one", "two"])
+    every = f"{tmp_path}/*.csv"
+    assert open_csv(every, flags(every, "--csv-separator", ","), 0).texts == ["two", "zero", "one"]
+    (tmp_path / "a.csv").write_text("n,title,path\n9,two,2.jpg\n")
+    with pytest.raises(ValueError, match=r"--train-data /.*/a\.csv: it has no column 'filepath'"):
+        open_csv(both, flags(both, "--csv-separator", ","), 0)
+    with pytest.raises(ValueError, match=r"--val-data /.*/a\.csv: it has no column 'filepath'"):
+        open_csv(both, flags(both, "--csv-separator", ","), 0, "--val-data")
+
+
+def test_quoting_and_encoding_are_those_of_the_flags(tmp_path):
+    file = tmp_path / "x.tsv"
+    file.write_bytes('filepath\ttitle\na.jpg\t"café\n'.encode("latin-1"))
+    assert open_csv(str(file), flags(file, "--csv_quoting", "none", "--csv_encoding", "latin-1"), 0).texts == [
+        '"café'
+    ]
+
+
+def pictures_of(folder, paths, name="x.csv"):
+    """A file with these pictures, and the table that is read from it."""
+    file = folder / name
+    file.write_text("filepath\ttitle\n" + "".join(f"{path}\tt\n" for path in paths))
+    return str(file), open_csv(str(file), flags(file), 0)
+
+
+def test_pictures_that_do_not_exist_are_told_before_a_run(tmp_path, monkeypatch):
+    (tmp_path / "sets" / "lists").mkdir(parents=True)
+    (tmp_path / "sets" / "img").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for i in range(4):
+        (tmp_path / "sets" / "img" / f"{i}.jpg").write_bytes(b"")
+
+    def cure(*paths):
+        data, source = pictures_of(tmp_path / "sets" / "lists", paths)
+        with pytest.raises(
+            ValueError, match=f"--train-data .*: of {len(paths)} pictures that were looked for"
+        ) as told:
+            look_for_pictures(source, data, "--train-data")
+        assert look_for_pictures(source, data, "--train-data", allowed=1.0) == [str(told.value)]
+        return str(told.value)
+
+    relative = cure("img/0.jpg", "img/1.jpg")
+    assert (
+        f"the first is 'img/0.jpg' in the working directory {tmp_path}/elsewhere: it exists in {tmp_path}/sets; "
+        in relative
+    )
+    assert "start the run there (cd), or write absolute paths into the file" in relative
+    assert "the first is '/nowhere/0.jpg': correct the paths, or --csv-img-key" in cure("/nowhere/0.jpg")
+    assert "download them first" in cure("https://host/0.jpg")
+    assert "correct the paths" in cure("")
+    monkeypatch.chdir(tmp_path / "sets")
+    assert "it exists without the spaces around it; correct" in cure(" img/0.jpg")
+    assert "it exists with / instead of \\; correct" in cure("img\\0.jpg")
+    assert "it exists without the quote signs around it; correct" in cure("'img/0.jpg'")
+    assert "it exists without file://; correct" in cure(f"file://{tmp_path}/sets/img/0.jpg")
+    monkeypatch.setenv("HOME", str(tmp_path / "sets"))
+    assert "it exists with the home directory for ~; correct" in cure("~/img/0.jpg")
+
+    data, source = pictures_of(tmp_path, ["img/0.jpg", "img/8.jpg", "img/9.jpg"])
+    (remark,) = look_for_pictures(source, data, "--train-data")
+    assert "of 3 pictures that were looked for, 2 do not exist; the first is 'img/8.jpg'" in remark
+    data, source = pictures_of(tmp_path, ["img/0.jpg", "img/9.jpg"])
+    assert look_for_pictures(source, data, "--train-data") == []
+
+
+def test_pictures_are_looked_for_all_over_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.jpg").write_bytes(b"")
+    data, source = pictures_of(tmp_path, ["0.jpg"] * 900 + ["9.jpg"] * 1100)
+    (remark,) = look_for_pictures(source, data, "--val-data")
+    assert (
+        f"--val-data {data}: of {PROBES} pictures that were looked for, {PROBES * 11 // 20} do not exist" in remark
+    )
 
 
 def table(kind: str, rows: int, **options) -> Table:

@@ -111,6 +111,21 @@ class Lab:
         return self._write("comma.csv", Path(self.csv).read_text().replace("\t", ","))
 
     @cached_property
+    def quoted_csv(self) -> str:
+        """Captions between quote signs."""
+        header, *rows = Path(self.csv).read_text().splitlines()
+        return self._write(
+            "quoted.csv", "\n".join([header, *('{}\t"{}"'.format(*row.split("\t")) for row in rows)])
+        )
+
+    @cached_property
+    def latin_csv(self) -> str:
+        """Captions that end in a letter which is é in latin-1 and Cyrillic in cp1251."""
+        header, *rows = Path(self.csv).read_bytes().splitlines()
+        (self.root / "latin.csv").write_bytes(b"\n".join([header, *(row + b" \xe9" for row in rows)]))
+        return str(self.root / "latin.csv")
+
+    @cached_property
     def pictures(self) -> str:
         """Three classes of two pictures, and one short prompt."""
         for i in range(6):

@@ -26,11 +26,12 @@ from training.cache.producers import Work
 from training.cache.row_store import StoreWriter, caption_checksum
 from training.config.params import Config
 from training.data.bad_samples import Skips, usable
+from training.data.build import open_table
 from training.data.lanes import Part
 from training.data.loader import open_loader
 from training.data.samples import RawSample
 from training.data.sources.shards import Shard
-from training.data.sources.tables import CsvSource, open_csv
+from training.data.sources.tables import CsvSource
 from training.data.sources.webdataset import ShardSource, open_shards
 from training.data.tokenizer import Tokenizer
 from training.data.transforms import FixedView
@@ -78,10 +79,13 @@ class TableUnit(NamedTuple):
 Unit = ShardUnit | TableUnit
 
 
-def write(config: Config, world: World, run_log: RunLog) -> None:
-    """Write what is missing. ValueError: the store has other values; at the end, shards that cannot be read."""
+def write(config: Config, world: World, run_log: RunLog, table: CsvSource | None = None) -> None:
+    """Write what is missing. ValueError: the store has other values; at the end, shards that cannot be read.
+
+    ``table``: the csv files of ``--train-data``, where they have been read already.
+    """
     asked, cache = producers.job(config, world), config.cache
-    units = _stretch(_units(config, world), cache.cache_rank, cache.cache_group_size)
+    units = _stretch(_units(config, world, table), cache.cache_rank, cache.cache_group_size)
     writer = StoreWriter(Path(asked.folder), asked.kind, asked.identity)
     missing = collectives.on_main(lambda: _missing(units, writer))
     run_log.info(f"writing {writer.kind} of {len(missing)} of {len(units)} shards to {writer.folder}")
@@ -124,18 +128,17 @@ def _index(writer: StoreWriter, wanted: set[int], failed: Sequence[str]) -> int:
     return rows
 
 
-def _units(config: Config, world: World) -> list[Unit]:
+def _units(config: Config, world: World, table: CsvSource | None) -> list[Unit]:
     """All of the training data, in units. All ranks call it together."""
-    settings = replace(config.data, epoch_policy="wrap", train_num_samples=1)
-    if settings.dataset_type == "webdataset":
+    if config.data.dataset_type == "webdataset":
+        settings = replace(config.data, epoch_policy="wrap", train_num_samples=1)
         shards = open_shards(settings, config.run.seed, world, steps=1).shards
         names = [shard.url.rsplit("/", 1)[-1] for shard in shards]
         return [
             ShardUnit(i, name, shard, settings.sample_index)
             for i, (name, shard) in enumerate(zip(names, shards, strict=True))
         ]
-    assert settings.train_data is not None, "the parser asks for --train-data"
-    table = open_csv(settings.train_data, settings, config.run.seed)
+    table = table or open_table(config)
     cuts = [(first, min(first + BLOCK, table.samples)) for first in range(0, table.samples, BLOCK)]
     return [TableUnit(i, f"rows {a}-{b - 1}", table, a, b) for i, (a, b) in enumerate(cuts)]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os.path
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.config.csv_files import csv_files, resolve_encoding, resolve_separator
+from training.config.flags import ALL
 from training.config.given import Given, Refusal
 from training.config.remarks import Idle
 
@@ -41,10 +44,16 @@ class DataConfig:
     aug_cfg: Mapping[str, Any]
     rand_augment: bool
     data_sizes: tuple[int, ...] = ()
+    csv_quoting: str = "auto"
+    csv_encoding: str = "utf-8"
 
 
 IDLE = (
-    Idle(("csv_separator", "csv_img_key", "csv_caption_key"), lambda s: "csv" not in s.kinds, "without csv data"),
+    Idle(
+        ("csv_separator", "csv_img_key", "csv_caption_key", "csv_quoting", "csv_encoding"),
+        lambda s: "csv" not in s.kinds,
+        "without csv data",
+    ),
     Idle(
         ("sample_index",),
         lambda s: "webdataset" not in s.kinds or s.given.data_size == -1,
@@ -70,8 +79,8 @@ def resolve_data(given: Given, dataset_type: str, trains: bool) -> DataConfig:
         train_data_upsampling_factors=_upsampling_factors(given, dataset_type) if trains else None,
         data_size=sum(sizes) if sizes else -1,
         data_sizes=sizes,
-        # A shell passes "\\t" on as it was typed.
-        csv_separator="\t" if given.csv_separator == "\\t" else given.csv_separator,
+        csv_separator=resolve_separator(given),
+        csv_encoding=resolve_encoding(given),
     )
 
 
@@ -84,7 +93,7 @@ def kind_of_data(given: Given, key: str) -> str:
         return "none"
     if given.dataset_type in ("webdataset", "csv"):
         return given.dataset_type
-    kinds = {_kind_of_source(source) for source in data.split("::")}
+    kinds = {_kind_of_source(source) for source in ([data] if os.path.exists(data) else data.split("::"))}
     if len(kinds) > 1 or None in kinds:
         what = "mixes shards and csv files" if None not in kinds else "is neither .tar nor .csv or .tsv"
         raise Refusal(f"{given.say(key)}: it {what}; give --dataset-type webdataset or --dataset-type csv")
@@ -92,8 +101,11 @@ def kind_of_data(given: Given, key: str) -> str:
 
 
 def check_file(given: Given, key: str) -> None:
-    """Refusal: there is no such local file. Patterns and URLs are checked where they are opened."""
+    """Refusal: there is no such local file. Other patterns than those of csv files, and URLs, are opened later."""
     value = given.values[key]
+    if key in ("train_data", "val_data") and kind_of_data(given, key) == "csv":
+        csv_files(value, ALL[key].name)
+        return
     if not value or re.search(r"[:{*?\[]", value) or (key == "train_data" and given.dataset_type == "synthetic"):
         return
     if not Path(value).exists():
@@ -101,7 +113,7 @@ def check_file(given: Given, key: str) -> None:
 
 
 def _kind_of_source(source: str) -> str | None:
-    if re.search(r"\.(csv|tsv)$", source):
+    if re.search(r"\.(csv|tsv)(\.(gz|bz2|xz|zip|zst))?$", source, re.IGNORECASE):
         return "csv"
     return "webdataset" if re.search(r"\.tar\b|\.tgz\b", source) else None
 
@@ -135,9 +147,8 @@ def _upsampling_factors(given: Given, dataset_type: str) -> tuple[float, ...] | 
     if not all(0 < factor < math.inf for factor in factors):
         raise Refusal(f"{say}: every weight must be above 0; to leave a source out, remove it from --train-data")
     if dataset_type != "webdataset" or _epoch_policy(given) != "resample":
-        raise Refusal(
-            f"{say}: weights have an effect only on shards drawn with --dataset-resampled; add that flag"
-        )
+        cure = "add that flag" if dataset_type == "webdataset" else "leave it out"
+        raise Refusal(f"{say}: weights have an effect only on shards drawn with --dataset-resampled; {cure}")
     sources = given.train_data.count("::") + 1
     if len(factors) != sources:
         raise Refusal(f"{say}: {len(factors)} weights for {sources} --train-data sources; give one per source")

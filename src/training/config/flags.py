@@ -50,7 +50,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "str",
             None,
             "tar shards (brace patterns, globs, URLs or pipe: commands, several sources joined with ::) "
-            "or a csv file",
+            "or csv files (paths, patterns or URLs, several joined with ::)",
         ),
         Flag(
             "--train-data-upsampling-factors",
@@ -88,9 +88,24 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "P,Q: number of virtual ranks and of virtual workers, which determine the order of samples "
             "(default: the ranks and workers of the run's first launch)",
         ),
-        Flag("--csv-separator", "str", "\t", "column separator of csv files"),
+        Flag("--csv-separator", "str", "\t", "column separator of csv files; '\\t' is a tab"),
         Flag("--csv-img-key", "str", "filepath", "name of the csv column with image paths"),
         Flag("--csv-caption-key", "str", "title", "name of the csv column with captions"),
+        Flag(
+            "--csv_quoting",
+            "str",
+            "auto",
+            "what double quote signs mean in csv files. auto and minimal: a field may stand between two of them, "
+            "and may then contain separators and line breaks; auto refuses quoted fields that look as if they had "
+            "taken in other rows. none: they are text, and every line is a row",
+            choices=("auto", "minimal", "none"),
+        ),
+        Flag(
+            "--csv_encoding",
+            "str",
+            "utf-8",
+            "encoding of csv files, by Python's name for it; a byte-order mark in the file overrides it",
+        ),
         Flag("--workers", "int", 4, "number of loader processes per rank", within=AT_LEAST_0),
         Flag(
             "--data_size",

@@ -45,16 +45,20 @@ def build_train(
     reference: Model | None,
     features: FeatureSource | None = None,
     captions: CaptionSource | None = None,
+    table: CsvSource | None = None,
 ) -> TrainData:
     """The training data of this rank. All ranks call it together. ValueError: the message names the wrong flag.
 
     ``features``, ``captions``: the reference's embeddings and additional captions, where they are stored on disk.
+    ``table``: the csv files, where they have been read already (``open_table``).
     """
     data, run = config.data, config.run
-    samples = samples_per_epoch(config)
-    steps = _steps(samples, config, world.world_size)
+    if data.dataset_type == "csv" and table is None:
+        table = open_table(config)
+    samples = samples_per_epoch(config, table)
+    steps = steps_of(samples, config, world.world_size)
     layout = _layout(config, world)
-    source = _open(config, world, target, steps)
+    source = _open(config, world, target, steps) if table is None else table
     ref_tokenizer = None
     if reference is not None and not same_tokens(target.tokenizer, reference.tokenizer):
         ref_tokenizer = reference.tokenizer
@@ -100,21 +104,37 @@ def build_train(
     return train
 
 
-def samples_per_epoch(config: Config) -> int:
-    """Samples of an epoch: ``--train-num-samples``, or all rows of the csv file (which is read to count them)."""
+def open_table(config: Config) -> CsvSource:
+    """The csv files of ``--train-data``. ValueError: they cannot be read, or do not fit the other flags."""
+    data = config.data
+    assert data.train_data is not None, "the parser asks for --train-data"
+    table = open_csv(data.train_data, data, config.run.seed)
+    rows = table.count()
+    if config.trains and 0 < data.data_size < rows:
+        raise ValueError(
+            f"--data_size {data.data_size}: {data.train_data} has {rows} rows, and "
+            f"each needs a row of its own in the sample state; give at least {rows}"
+        )
+    if config.trains and data.epoch_policy == "exact" and (data.train_num_samples or 0) > rows:
+        raise ValueError(
+            f"--train-num-samples {data.train_num_samples}: {data.train_data} has {rows} rows, and "
+            f"--epoch_policy exact takes none twice; give at most {rows}"
+        )
+    return table
+
+
+def samples_per_epoch(config: Config, table: CsvSource | None = None) -> int:
+    """Samples of an epoch: ``--train-num-samples``, or all rows of the csv files, which ``table`` has, if read."""
     data = config.data
     if data.train_num_samples is not None:
         return data.train_num_samples
     assert data.dataset_type == "csv", "the parser asks for --train-num-samples"
-    return _open_csv(config).count()
+    return (table or open_table(config)).count()
 
 
 def steps_per_epoch(config: Config, world_size: int) -> int:
-    """Steps of an epoch, each of one global batch; known without opening shards.
-
-    ceil(samples / global batch); with ``--epoch_policy exact`` floor, since the last batch would not be full.
-    """
-    return _steps(samples_per_epoch(config), config, world_size)
+    """Steps of an epoch; known without opening shards."""
+    return steps_of(samples_per_epoch(config), config, world_size)
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
@@ -123,7 +143,11 @@ def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
     return ours.shape == theirs.shape and torch.equal(ours, theirs)
 
 
-def _steps(samples: int, config: Config, world_size: int) -> int:
+def steps_of(samples: int, config: Config, world_size: int) -> int:
+    """Steps of an epoch of ``samples``, each of one global batch: ceil(samples / global batch).
+
+    With ``--epoch_policy exact`` floor, since the last batch would not be full.
+    """
     batch = config.run.batch_size * world_size
     if config.data.epoch_policy != "exact":
         return math.ceil(samples / batch)
@@ -164,28 +188,9 @@ def _open(config: Config, world: World, target: Model, steps: int) -> Source:
     data, seed = config.data, config.run.seed
     if data.dataset_type == "webdataset":
         return open_shards(data, seed, world, steps)
-    if data.dataset_type == "csv":
-        source = _open_csv(config)
-        rows = source.count()
-        if 0 < data.data_size < rows:
-            raise ValueError(
-                f"--data_size {data.data_size}: {data.train_data} has {rows} rows, and "
-                f"each needs a row of its own in the sample state; give at least {rows}"
-            )
-        if data.epoch_policy == "exact" and (data.train_num_samples or 0) > rows:
-            raise ValueError(
-                f"--train-num-samples {data.train_num_samples}: {data.train_data} has {rows} rows, and "
-                f"--epoch_policy exact takes none twice; give at most {rows}"
-            )
-        return source
     size, samples = target.preprocess.size, data.train_num_samples
     assert samples is not None, "the parser asks for --train-num-samples"
     if data.data_size >= 0:
         samples = min(samples, data.data_size)
     shape = (size, size) if isinstance(size, int) else tuple(size)
     return SyntheticSource(samples, shape, seed, resampled=data.epoch_policy == "resample")
-
-
-def _open_csv(config: Config) -> CsvSource:
-    assert config.data.train_data is not None, "the parser asks for --train-data"
-    return open_csv(config.data.train_data, config.data, config.run.seed)

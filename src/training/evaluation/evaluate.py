@@ -23,6 +23,7 @@ from drrho_clip.losses.baselines import caption_loss
 from drrho_clip.normalize import normalize
 from training.config.params import Config
 from training.data.bad_samples import Skips
+from training.data.sources.tables import CsvSource
 from training.data.transforms import eval_transform
 from training.distributed.collectives import all_reduce_sum, gather_object
 from training.distributed.process_group import World
@@ -202,10 +203,18 @@ def open_sets(config: Config) -> dict[str, ClassificationSet]:
 
 
 def open_evaluation(
-    built: BuiltModel, config: Config, world: World, log: RunLog, sets: dict[str, ClassificationSet]
+    built: BuiltModel,
+    config: Config,
+    world: World,
+    log: RunLog,
+    sets: dict[str, ClassificationSet],
+    val_table: CsvSource | None = None,
 ) -> Evaluation:
-    """The evaluation on ``sets`` (from ``open_sets``) and ``--val-data``. ValueError: the latter is not valid."""
-    return Evaluation(built, config, world, log, build_val(config, world, built), sets)
+    """The evaluation on ``sets`` (from ``open_sets``) and ``--val-data``. ValueError: the latter is not valid.
+
+    ``val_table``: the csv files of ``--val-data``, where they have been read already.
+    """
+    return Evaluation(built, config, world, log, build_val(config, world, built, val_table), sets)
 
 
 def gather_rows(parts: list[Tensor], world: World) -> Tensor:

@@ -24,14 +24,17 @@ from training.data.worker import LONGEST_TEXT, decode_or_skip, this_worker
 from training.distributed.process_group import World
 
 
-def build_val(config: Config, world: World, target: Model) -> ValData | None:
-    """The pairs of ``--val-data`` for this rank; None without it. ValueError: the message names the wrong flag."""
+def build_val(config: Config, world: World, target: Model, table: CsvSource | None = None) -> ValData | None:
+    """The pairs of ``--val-data`` for this rank; None without it. ValueError: the message names the wrong flag.
+
+    ``table``: its csv files, where they have been read already (``open_val_table``).
+    """
     val = config.evaluation
     if val.val_data is None:
         return None
     source: CsvSource | ShardSource
     if val.val_dataset_type == "csv":
-        source = open_csv(val.val_data, config.data, config.run.seed)
+        source = table or open_val_table(config)
     else:
         source = open_val_shards(val.val_data)
     stream = ValStream(
@@ -44,6 +47,12 @@ def build_val(config: Config, world: World, target: Model) -> ValData | None:
         ranks=world.world_size,
     )
     return ValData(stream, workers=config.data.workers, device=world.device)
+
+
+def open_val_table(config: Config) -> CsvSource:
+    """The csv files of ``--val-data``. ValueError: they cannot be read."""
+    assert config.evaluation.val_data is not None, "it has a kind only where it is given"
+    return open_csv(config.evaluation.val_data, config.data, config.run.seed, "--val-data")
 
 
 class ValData:

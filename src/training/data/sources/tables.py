@@ -1,4 +1,4 @@
-"""Training samples from a csv file, and synthetic ones for benchmarks.
+"""Training samples from csv files, and synthetic ones for benchmarks.
 
 Both can read any sample directly, so a turn is one random order of all rows, fixed by (seed, epoch, turn), or with
 ``--epoch_policy resample`` as many rows drawn with replacement. Turn after turn the rows are dealt to the lanes
@@ -8,19 +8,24 @@ row of the sample state.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from itertools import count
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
+from training.config.csv_files import csv_files
 from training.config.data import DataConfig
 from training.data.lanes import Lane, Part
 from training.data.progress import BEGIN, Place
 from training.data.samples import Item, RawSample
+from training.data.sources.csv_file import CsvFormat, read_pairs
 from training.rng import draws, permutation, seed_of
+
+PROBES = 100  # pictures that are looked for before a run
 
 _WORDS = (
     *("red", "green", "blue", "small", "large", "round", "old", "new"),
@@ -78,7 +83,7 @@ class Table:
 
 
 class CsvSource(Table):
-    """The rows of a csv file: ``images`` are paths, ``texts`` captions."""
+    """The rows of csv files: ``images`` are paths, ``texts`` captions."""
 
     def __init__(self, images: list[str], texts: list[str], seed: int, *, resampled: bool = False) -> None:
         assert len(images) == len(texts)
@@ -114,18 +119,62 @@ class SyntheticSource(Table):
         return RawSample(Image.fromarray(pixels), " ".join(words), row, turn, f"synthetic {row}")
 
 
-def open_csv(path: str, config: DataConfig, seed: int) -> CsvSource:
-    """The csv file, read with the flags ``--csv-*``. ValueError: a column is missing, or there are no rows."""
-    keys = [config.csv_img_key, config.csv_caption_key]
-    try:
-        table = pd.read_csv(path, sep=config.csv_separator, usecols=keys, dtype=str, keep_default_na=False)
-    except ValueError:
-        columns = pd.read_csv(path, sep=config.csv_separator, nrows=0).columns
-        raise ValueError(
-            f"{path} does not have both columns {keys[0]!r} and {keys[1]!r}, it has {list(columns)}: "
-            "name them with --csv-img-key and --csv-caption-key, and their separator with --csv-separator"
-        ) from None
-    if not len(table):
-        raise ValueError(f"{path} has no rows")
-    resampled = config.epoch_policy == "resample"
-    return CsvSource(table[keys[0]].tolist(), table[keys[1]].tolist(), seed, resampled=resampled)
+def open_csv(data: str, config: DataConfig, seed: int, flag: str = "--train-data") -> CsvSource:
+    """The rows of all csv files that ``data``, the value of ``flag``, names, read with the flags ``--csv*``.
+
+    ValueError: a file does not exist, or one of the errors of ``csv_file.read_pairs``.
+    """
+    keys = config.csv_img_key, config.csv_caption_key
+    written = CsvFormat(config.csv_separator, config.csv_quoting, config.csv_encoding)
+    images: list[str] = []
+    texts: list[str] = []
+    for file in csv_files(data, flag):
+        more_images, more_texts = read_pairs(file, keys, written, f"{flag} {file}")
+        images += more_images
+        texts += more_texts
+    return CsvSource(images, texts, seed, resampled=config.epoch_policy == "resample")
+
+
+def look_for_pictures(table: CsvSource, data: str, flag: str, allowed: float = 0.0) -> list[str]:
+    """A remark if more than half of some pictures, evenly chosen from ``table``, do not exist.
+
+    ``data``: the value of ``flag`` that ``table`` was read from. ValueError: none of them exists, and the share of
+    bad samples that is ``allowed`` is below 1.
+    """
+    paths = table.images[:: max(1, table.samples // PROBES)][:PROBES]
+    missing = [path for path in paths if not os.path.exists(path)]
+    if len(missing) <= len(paths) / 2:
+        return []
+    first = missing[0]
+    where = "" if os.path.isabs(first) else f" in the working directory {os.getcwd()}"
+    problem = (
+        f"{flag} {data}: of {len(paths)} pictures that were looked for, {len(missing)} do not exist; the first is "
+        f"{first!r}{where}: {_cure(first, csv_files(data, flag))}"
+    )
+    if len(missing) == len(paths) and allowed < 1:
+        raise ValueError(problem)
+    return [problem]
+
+
+def _cure(path: str, files: list[str]) -> str:
+    """What to do about the path of a picture that does not exist, in one of ``files``."""
+    if re.match(r"\w+://", path) and not path.startswith("file://"):
+        return "pictures are not downloaded while a run reads them; download them first (img2dataset, for example)"
+    others = {
+        "without the spaces around it": path.strip(),
+        "with / instead of \\": path.replace("\\", "/"),
+        "with the home directory for ~": os.path.expanduser(path),
+        "without the quote signs around it": path.strip("\"'"),
+        "without file://": path.removeprefix("file://"),
+    }
+    for how, other in others.items():
+        if other != path and os.path.exists(other):
+            return f"it exists {how}; correct the paths in the file"
+    for file in files:
+        folder = os.path.dirname(os.path.abspath(file))
+        while path and not os.path.isabs(path):
+            if os.path.exists(os.path.join(folder, path)):
+                return f"it exists in {folder}; start the run there (cd), or write absolute paths into the file"
+            if folder == (folder := os.path.dirname(folder)):
+                break
+    return "correct the paths, or --csv-img-key if this is not a path"
