@@ -65,6 +65,7 @@ class Saver:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self.committed: Path | None = None  # the file of the last save that this process knows to be complete
         self._newest = catalog.newest_time(folder) if rank_in() == 0 else 0.0
 
     def save_epoch(self, state: RunState, *, final: bool) -> bool:
@@ -129,7 +130,7 @@ class Saver:
             torch.cuda.set_device(self._gpu)  # a thread starts with the first GPU, which belongs to another rank
         try:
             _write(job, self._folder, self._group, self._config.keep_last)
-            self._failure = None
+            self._failure, self.committed = None, job.paths[0]
         except PeerFailed as error:
             self._failure = error
         except Exception as error:  # disks and networks fail in many ways; none of them may end the run

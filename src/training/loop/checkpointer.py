@@ -93,7 +93,9 @@ class Checkpointer:
         except (SaveFailed, PeerFailed):  # the saver has logged it
             saved = False
         signal = next(filter(None, gather_object(self._interrupts.wanted)), "")
-        latest = catalog.find_latest(folder)
+        # What was just written is not read again: a large checkpoint takes longer than a launcher waits.
+        latest = self._saver.committed if saved else None
+        latest = latest or catalog.find_latest(folder)
         log.info(how_to_resume(signal, self._state.step, self._state.name, latest, saved=saved))
         return self._config.requeue_on_preempt and signal in _REQUEUED
 
