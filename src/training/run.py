@@ -11,7 +11,7 @@ from training.cache import precompute
 from training.checkpoint import resume
 from training.checkpoint.remote_sync import HURRY, remote_sync
 from training.checkpoint.resume import checkpoint_to_resume
-from training.checkpoint.run_folder import RunFolder, choose_folder
+from training.checkpoint.run_folder import RunFolder, claim_folder
 from training.checkpoint.run_state import RunState
 from training.checkpoint.saver import Saver
 from training.config.params import Config
@@ -67,15 +67,15 @@ def launch(config: Config) -> None:
         world = process_group.start(config.distributed)
         config = config.on_ranks(world.world_size)
         opened = preflight.check(config, world)
-        folder = choose_folder(config, world)
-        checkpoint = None if config.cache.writes else checkpoint_to_resume(config, folder)
-        start = Start(config, world, opened, folder, checkpoint)
-        with open_run(config, world, folder) as log:
-            early.hand_over()
-            if config.cache.writes:
-                write_cache(start, log)
-            else:
-                _run(start, log)
+        with claim_folder(config, world) as folder:
+            checkpoint = None if config.cache.writes else checkpoint_to_resume(config, folder)
+            start = Start(config, world, opened, folder, checkpoint)
+            with open_run(config, world, folder) as log:
+                early.hand_over()
+                if config.cache.writes:
+                    write_cache(start, log)
+                else:
+                    _run(start, log)
 
 
 def _run(start: Start, log: RunLog) -> None:

@@ -23,7 +23,7 @@ from typing import TypeVar
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from training.checkpoint import pt_file
+from training.checkpoint import pt_file, run_lock
 from training.checkpoint.catalog import contents, problem
 from training.checkpoint.sample_state_io import SavedState
 from training.config.run import RunConfig
@@ -49,7 +49,8 @@ class RemoteSync:
 
     def __call__(self) -> int:
         """Copy what is new or has changed since the last call; returns the number of files copied."""
-        versions = {file: _version(file) for file in self._folder.rglob("*") if file.is_file()}
+        files = (file for file in self._folder.rglob("*") if file.is_file() and file.name != run_lock.NAME)
+        versions = {file: _version(file) for file in files}
         copied = 0
         for file in self._in_order(versions):
             # A file that has appeared since the folder was listed waits for the next call.

@@ -3,6 +3,7 @@
     out.log              the log (``--log-local``: ``out-RANK.log``, one per node)
     params.txt           every flag, ``name: value``, sorted
     launch.json          which job and which launcher started the run, so that a restart finds its folder
+    run.lock             while a run writes here: which one (``run_lock``)
     checkpoints/         epoch_N.pt
     tensorboard/         events, with --report-to tensorboard
     eval_results.jsonl   one JSON object per evaluation
@@ -12,8 +13,8 @@ Without ``--name`` the name is made of the time and the main settings. A job tha
 restarts would then start another run each time; instead it is recognized by ``launch.json`` and continues in the
 folder that it had.
 
-A folder is protected from other runs once it holds a checkpoint or the run has ended. If a command failed before
-that, the next run of that name takes over the folder, and appends to its log.
+A folder is protected from other runs while one writes there, once it holds a checkpoint, and once the run has
+ended. If a command failed before that, the next run of that name takes over the folder, and appends to its log.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.checkpoint.catalog import FETCHED, newest_time
+from training.checkpoint.run_lock import Held, Holder, RunLock, living_holder
 from training.config.params import Config
 from training.distributed.collectives import broadcast_object, gather_object, node_main_first
 from training.distributed.process_group import World
@@ -95,6 +97,29 @@ def choose_folder(config: Config, world: World) -> RunFolder:
     if isinstance(answer, str):
         raise ValueError(answer)
     return answer
+
+
+@contextmanager
+def claim_folder(config: Config, world: World) -> Iterator[RunFolder]:
+    """The folder of this run, the same on every rank, in which no other run starts while the body runs.
+
+    All ranks enter together. ValueError (on every rank): as ``choose_folder``, or another run writes there now.
+    Runs that write a cache may share a folder, as the jobs that share the work may have one name.
+    """
+    if config.cache.writes:
+        yield choose_folder(config, world)
+        return
+    lock = None
+    while lock is None:
+        folder = choose_folder(config, world)
+        try:
+            lock = RunLock.take(folder.path)
+        except Held as held:
+            # Without --name, another run of this second was faster; there is a next free name.
+            if config.run.name is not None or folder.restarted:
+                raise ValueError(_in_use(folder.path, folder.name, held.holder)) from None
+    with lock:
+        yield folder
 
 
 def create_folder(folder: RunFolder, config: Config, world: World) -> None:
@@ -200,11 +225,20 @@ def _choose(config: Config, env: Mapping[str, str], restarts: Mapping[str, str])
     if _launched_by(path, {**same_job, **restarts}) and (restarts or not (path / "job.done").exists()):
         return RunFolder(path, name, restarted=True)
     if _holds_run(path) and config.run.resume is None:
+        if (holder := living_holder(path)) is not None:
+            raise ValueError(_in_use(path, name, holder))
         raise ValueError(
             f"--name {name}: {path} already holds a run; resume it with --resume latest, "
             "give the new run another --name, or remove the folder"
         )
     return RunFolder(path, name)
+
+
+def _in_use(path: Path, name: str, holder: Holder) -> str:
+    return (
+        f"--name {name}: another run writes into {path} ({holder}); give this run another --name, wait until that "
+        "one has ended, or stop it"
+    )
 
 
 def _restarts(env: Mapping[str, str]) -> dict[str, int]:
