@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import open_clip
@@ -59,6 +60,17 @@ def test_accumulation_is_the_full_batch(name, accum):
         torch.testing.assert_close(values[key], full_values[key], rtol=1e-5, atol=1e-6)
     for column in full_state:
         torch.testing.assert_close(state[column], full_state[column], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_captioners_of_open_clip_4_put_out_logits_without_labels():
+    """open_clip 3 can do so too; the tokens are then shifted here, to the same gradients."""
+    batch, model = make_batch(), build("coca")
+    expected, values, _ = gradients("coca", 3, batch)
+    model.forward = partial(model.forward, output_labels=False)
+    assert "labels" not in model(batch.image.float(), batch.text)
+    grads, found, _ = gradients("coca", 3, batch, model=model)
+    assert_same(grads, expected)
+    assert found["caption_loss"].item() == pytest.approx(values["caption_loss"].item(), rel=1e-5)
 
 
 def test_accumulation_with_distillation_and_selection():

@@ -41,6 +41,7 @@ from training.evaluation.zero_shot import (
 from training.logger import RunLog
 from training.models import precision
 from training.models.build import BuiltModel
+from training.models.open_clip_model import with_labels
 
 CLASSES_AT_ONCE = 10
 
@@ -94,7 +95,7 @@ class Evaluation:
                 captions = captions.to(self.world.device, non_blocking=True)
                 pixels = self._pixels(pixels)
                 with run.autocast():
-                    outputs = model(pixels, captions)
+                    outputs = with_labels(model(pixels, captions), captions)
                 images.append(normalized(outputs["image_features"]))
                 texts.append(normalized(outputs["text_features"]))
                 if "logits" in outputs:

@@ -20,6 +20,7 @@ from drrho_clip.losses.interface import Loss, LossInputs, LossOutput
 from drrho_clip.normalize import normalize
 from drrho_clip.reference import CachedReference, Reference
 from drrho_clip.selection import select
+from training.models.open_clip_model import with_labels
 from training.models.precision import Precision
 from training.rng import MASKS, SELECTION, step_seed
 
@@ -90,7 +91,7 @@ class Task:
         """
         image = normalize(batch.image, self.mean, self.std, self.precision.pixel_dtype)
         with self.precision.autocast():
-            outputs = self.model(image, batch.text)
+            outputs = with_labels(self.model(image, batch.text), batch.text)
         unit = {name: F.normalize(outputs[name].float(), dim=-1) for name in ("image_features", "text_features")}
         return {**outputs, **unit}
 

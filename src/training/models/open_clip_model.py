@@ -1,4 +1,4 @@
-"""open_clip's models as type checkers see them: open_clip has no type information."""
+"""open_clip's models as type checkers see them (open_clip has no type information), and what they put out."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ if TYPE_CHECKING:
 
 else:
     OpenClipModel = nn.Module
+
+
+def with_labels(outputs: dict[str, Tensor], text: Tensor) -> dict[str, Tensor]:
+    """A model's ``outputs`` for ``text``, int64 [n, t], with the ``labels`` of a captioner beside its ``logits``.
+
+    open_clip 3 puts out both, [n, t - 1] and [n, t - 1, vocabulary]; open_clip 4 logits for all t tokens and no
+    labels. A token's logits are for the one that follows. Models that write no captions have neither.
+    """
+    if "logits" not in outputs or "labels" in outputs:
+        return outputs
+    return {**outputs, "logits": outputs["logits"][:, :-1], "labels": text[:, 1:]}
