@@ -146,7 +146,7 @@ def test_a_job_that_its_launcher_starts_again_goes_on(flags, tmp_path, monkeypat
 
 
 def test_a_start_that_fails_does_not_use_up_the_name(flags, tmp_path, capfd):
-    (tmp_path / "bad.pt").write_bytes(b"bad")
+    torch.save(tiny_models.build("tiny-vit", embed_dim=8).state_dict(), tmp_path / "bad.pt")
     words = flags("--name", "a", "--epochs", "1", *FASTCLIP, "--ref_model", tiny_models.path("tiny-vit", tmp_path))
     assert program.main([*words, "--ref_model_checkpoint", str(tmp_path / "bad.pt")]) == 2
     assert "error: " in capfd.readouterr().err
@@ -159,15 +159,17 @@ def test_a_start_that_fails_does_not_use_up_the_name(flags, tmp_path, capfd):
     assert "--name a: " in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["training", "evaluation"])
-def test_latest_without_a_checkpoint_starts_nothing(flags, tmp_path, capfd, what):
-    words = flags("--name", "typo", "--resume", "latest", "--epochs", "1")
-    if what == "evaluation":
-        words += ["--epochs", "0", "--val-data", shards.write_csv(tmp_path / "csv", 4)]
-    assert program.main(words) == 2
+def test_latest_without_a_checkpoint_begins_the_run_and_evaluates_nothing(flags, tmp_path, capfd):
+    words = flags("--name", "a", "--resume", "latest", "--epochs", "1")
+    evaluate = [*words, "--epochs", "0", "--val-data", shards.write_csv(tmp_path / "csv", 4)]
+    assert program.main(evaluate) == 2
     error = capfd.readouterr().err
-    assert f"--resume latest: no complete checkpoint in {tmp_path}/logs/typo/checkpoints" in error
+    assert f"--resume latest: there is no checkpoint in {tmp_path}/logs/a/checkpoints to evaluate" in error
     assert not (tmp_path / "logs").exists()
+    assert program.main(words) == 0
+    log = (tmp_path / "logs/a/out.log").read_text()
+    assert f"no checkpoint in {tmp_path}/logs/a/checkpoints yet: the run starts at the beginning" in log
+    assert "trained 3 steps" in log and program.main(evaluate) == 0
 
 
 def test_the_parts_of_a_run_each_reach_their_end(flags, tmp_path):

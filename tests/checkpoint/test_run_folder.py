@@ -93,14 +93,14 @@ def save(folder, epoch):
     torch.save({"epoch": epoch, "name": "a", "state_dict": {}}, folder.checkpoints / f"epoch_{epoch}.pt")
 
 
-def test_which_checkpoint_a_run_goes_on_from(tmp_path):
+def test_which_checkpoint_a_run_goes_on_from(tmp_path, caplog):
+    caplog.set_level("INFO")
     latest = config_of(tmp_path, "--name", "a", "--resume", "latest")
     folder = start(config_of(tmp_path, "--name", "a"))
-    for place in (folder, replace(folder, path=tmp_path / "typo"), replace(folder, restarted=True)):
-        with pytest.raises(
-            ValueError, match=rf"--resume latest: .*{place.checkpoints}.*--name.*leave the flag out"
-        ):
-            checkpoint_to_resume(latest, place)
+    for place in (folder, replace(folder, path=tmp_path / "new"), replace(folder, restarted=True)):
+        assert checkpoint_to_resume(latest, place) is None
+        told = f"--resume latest: no checkpoint in {place.checkpoints} yet: the run starts at the beginning"
+        assert caplog.messages[-1] == told
     unasked = config_of(tmp_path, "--name", "a")
     assert checkpoint_to_resume(unasked, replace(folder, restarted=True)) is None
     save(folder, 1)
@@ -109,9 +109,11 @@ def test_which_checkpoint_a_run_goes_on_from(tmp_path):
     assert checkpoint_to_resume(unasked, replace(folder, restarted=True)) == folder.checkpoints / "epoch_2.pt"
     assert checkpoint_to_resume(unasked, folder) is None
     given = folder.checkpoints / "epoch_1.pt"
-    assert checkpoint_to_resume(config_of(tmp_path, "--resume", str(given)), folder) == given
+    named = config_of(tmp_path, "--resume", str(given))
+    assert checkpoint_to_resume(named, folder) == given
+    given.unlink()
     with pytest.raises(ValueError, match=r"--resume .*no such file"):
-        checkpoint_to_resume(config_of(tmp_path, "--resume", str(tmp_path)), folder)
+        checkpoint_to_resume(named, folder)
 
 
 def test_unnamed_runs_of_one_second_are_told_apart(tmp_path, monkeypatch):
@@ -129,6 +131,53 @@ def test_a_folder_that_holds_no_run_is_used(tmp_path):
 def test_resume_latest_needs_a_name(tmp_path):
     with pytest.raises(ValueError, match="--name"):
         choose_folder(config_of(tmp_path, "--resume", "latest"), MAIN)
+
+
+@pytest.mark.parametrize("left", ["half", "weights", "a sample state missing"])
+def test_a_run_with_checkpoints_of_which_none_is_complete_does_not_begin_anew(tmp_path, left, caplog):
+    """With --resume latest, and where a launcher starts the job again."""
+    folder = start(config_of(tmp_path, "--name", "a"))
+    file = folder.checkpoints / "epoch_1.pt"
+    if left == "a sample state missing":
+        saved(folder.checkpoints, "epoch_1", 1)
+        (folder.checkpoints / "epoch_1.state/.metadata").unlink()
+    else:
+        torch.save({"w": torch.ones(9)}, file)
+    if left == "half":
+        file.write_bytes(file.read_bytes()[:100])
+    for flags, place in ((("--resume", "latest"), folder), ((), replace(folder, restarted=True))):
+        with pytest.raises(ValueError, match=r"none of the 1 files in .*checkpoints \(epoch_1.pt\) is a complete"):
+            checkpoint_to_resume(config_of(tmp_path, "--name", "a", *flags), place)
+        assert "skipped: checkpoint" in caplog.text and "epoch_1.pt" in caplog.text
+        caplog.clear()
+
+
+def test_what_a_kill_in_the_first_save_leaves_is_no_checkpoint(tmp_path):
+    folder = start(config_of(tmp_path, "--name", "a"))
+    (folder.checkpoints / "epoch_1.state").mkdir()
+    (folder.checkpoints / ".epoch_1.pt.0123456789ab.tmp").write_bytes(b"half")
+    assert checkpoint_to_resume(config_of(tmp_path, "--name", "a", "--resume", "latest"), folder) is None
+
+
+def begin_on_rank(logs):
+    """Rank 1 sees an empty folder, as through a cache of its file system."""
+    rank = int(os.environ["RANK"])
+    config = config_of(logs, "--name", "a", "--resume", "latest")
+    folder = choose_folder(config, World(rank, rank, 2, 2, torch.device("cpu")))
+    if rank:
+        folder = replace(folder, path=folder.path / "nothing")
+    try:
+        return checkpoint_to_resume(config, folder)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+
+
+def test_ranks_agree_whether_a_run_begins(tmp_path):
+    assert ranks(2).run(begin_on_rank, tmp_path) == [None, None]
+    folder = start(config_of(tmp_path, "--name", "a"))
+    (folder.checkpoints / "epoch_1.pt").write_bytes(b"half")
+    first, second = ranks(2).run(begin_on_rank, tmp_path)
+    assert "is a complete checkpoint" in first and second is not None
 
 
 @pytest.mark.parametrize("name", [(), ("--name", "mine")])

@@ -118,10 +118,11 @@ def fetch_newest(config: RunConfig, name: str, folder: Path, into: Path) -> Path
     """Fetch the newest checkpoint of the run ``name`` from the target of ``--remote-sync``; None: there is none.
 
     The run's log and results are fetched too, into ``folder``, where the run appends to them. All ranks call it
-    together. ValueError: the target cannot be read.
+    together. ValueError: the target cannot be read, or none of the checkpoints there is complete.
     """
     root = _url(config, name)
-    for found in on_main(lambda: _attempt(f"{root}/checkpoints", _names)):
+    there = on_main(lambda: _attempt(f"{root}/checkpoints", _names))
+    for found in there:
         try:
             path = fetch(f"{root}/checkpoints/{found}", into)
         except ValueError as error:
@@ -130,6 +131,11 @@ def fetch_newest(config: RunConfig, name: str, folder: Path, into: Path) -> Path
             continue
         on_main(lambda: _attempt(root, lambda files, remote: _fetch_records(files, remote, folder)))
         return path
+    if there:
+        raise ValueError(
+            f"--resume latest: none of the {len(there)} checkpoints in {root}/checkpoints could be fetched "
+            "whole, as the warnings say; to start at the beginning, give another --name"
+        )
     return None
 
 

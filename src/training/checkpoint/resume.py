@@ -21,7 +21,7 @@ from training.checkpoint.run_folder import RunFolder
 from training.checkpoint.run_state import RunState
 from training.checkpoint.sample_state_io import SavedState
 from training.config.params import Config
-from training.distributed.collectives import rank_in
+from training.distributed.collectives import on_main, rank_in
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 def checkpoint_to_resume(config: Config, folder: RunFolder) -> Path | None:
     """The checkpoint to resume from, fetched if it is remote; None: the run starts at the beginning. Collective.
 
-    ValueError: the user asks for a checkpoint that does not exist or is damaged. (A restarted job may have none.)
+    ValueError: the user asks for a checkpoint that does not exist or is damaged, or all that the run has are.
     """
     found = locate_checkpoint(config, folder)
     if not isinstance(found, str):
@@ -38,7 +38,7 @@ def checkpoint_to_resume(config: Config, folder: RunFolder) -> Path | None:
         return remote_sync.fetch(found, folder.fetched)
     newest = remote_sync.fetch_newest(config.run, folder.name, folder.path, folder.fetched)
     if newest is None:
-        raise _nothing_to_resume(folder)
+        _check_beginning(config, folder)
     return newest
 
 
@@ -46,23 +46,22 @@ def locate_checkpoint(config: Config, folder: RunFolder) -> Path | str | None:
     """Where the checkpoint to resume from is: a file or a URL; None: the run starts at the beginning. Collective.
 
     After a restart it is the newest checkpoint that this job itself has saved, regardless of ``--resume``. Else it
-    is ``--resume FILE`` or ``--resume URL``; with ``latest``, the newest one in the run's folder or, if there is
+    is ``--resume FILE`` or ``--resume URL``; with ``latest``, the newest one in the run's folder or, if it has
     none, the target of ``--remote-sync``, from which the newest will be fetched. Nothing is fetched here.
     ValueError: as ``checkpoint_to_resume``, for checkpoints on this machine.
     """
-    wanted = config.run.resume
-    if folder.restarted:
-        since = 0.0 if wanted in (None, "latest") else folder.found_newest
-        own = find_latest(folder.checkpoints, since)
-        if own is not None or wanted is None:
-            return own
-    if wanted is None:
+    wanted, remote = config.run.resume, config.run.remote_sync
+    if wanted is None and not folder.restarted:
         return None
-    if wanted == "latest":
-        latest = find_latest(folder.checkpoints) or config.run.remote_sync
-        if latest is None:
-            raise _nothing_to_resume(folder)
-        return latest
+    if wanted in (None, "latest"):
+        found = find_latest(folder.checkpoints)
+        if found is None and (wanted is None or remote is None):
+            _check_beginning(config, folder)
+        return found or (remote if wanted else None)
+    if folder.restarted:
+        own = find_latest(folder.checkpoints, folder.found_newest)
+        if own is not None:
+            return own
     if "://" in wanted:
         return wanted
     if not Path(wanted).is_file():
@@ -73,11 +72,26 @@ def locate_checkpoint(config: Config, folder: RunFolder) -> Path | str | None:
     return Path(wanted)
 
 
-def _nothing_to_resume(folder: RunFolder) -> ValueError:
-    return ValueError(
-        f"--resume latest: no complete checkpoint in {folder.checkpoints}; check --logs and --name, give a file, "
-        "or leave the flag out to start at the beginning"
-    )
+def _check_beginning(config: Config, folder: RunFolder) -> None:
+    """The run has no complete checkpoint, so it starts at the beginning. Collective.
+
+    ValueError: it has incomplete ones, so that work would be lost; or it shall evaluate the newest.
+    """
+    latest = config.run.resume == "latest"
+    there = on_main(lambda: sorted(path.name for path in folder.checkpoints.glob("*.pt")))
+    if there:
+        raise ValueError(
+            f"{'--resume latest' if latest else f'--name {folder.name}'}: none of the {len(there)} files in "
+            f"{folder.checkpoints} ({', '.join(there[-3:])}) is a complete checkpoint, as the warnings say; put a "
+            "whole one there or, to start at the beginning, move them away or give another --name"
+        )
+    if latest and not config.trains:
+        raise ValueError(
+            f"--resume latest: there is no checkpoint in {folder.checkpoints} to evaluate; check --logs and "
+            "--name, or give a file"
+        )
+    if latest and rank_in() == 0:
+        _log.info("--resume latest: no checkpoint in %s yet: the run starts at the beginning", folder.checkpoints)
 
 
 def resume(
