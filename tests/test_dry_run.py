@@ -6,6 +6,7 @@ import math
 import shlex
 
 import pytest
+import torch
 
 from tests.support import tiny_models
 from training import dry_run
@@ -85,7 +86,7 @@ def test_parameters_are_those_of_the_built_model(model, tmp_path):
 
 
 def test_the_reference_is_shown_with_its_weights_and_use(tmp_path):
-    (tmp_path / "weights.pt").write_text("")
+    torch.save({}, tmp_path / "weights.pt")
     reference = tiny_models.path("tiny-vit-reference", tmp_path / "models")
     flags = f"--ref_model {reference} --ref_model_checkpoint weights.pt --ref_features_usage ref,distill"
     text = dry_run.describe(config(f"{FASTCLIP} {flags}", tmp_path))

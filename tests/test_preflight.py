@@ -41,7 +41,7 @@ def test_sync_bn_alone():
 
 @pytest.mark.parametrize("usage", ["distill", "ref,distill"])
 def test_teachers_whose_widths_do_not_add_up(tmp_path, usage):
-    (tmp_path / "weights.pt").write_text("")
+    torch.save({}, tmp_path / "weights.pt")
     own = f"--ref_model {tiny_models.path('tiny-vit-reference', tmp_path)}"
     own += f" --ref_model_checkpoint {tmp_path}/weights.pt"
     for reference, right in ((own, "8 16"), (REFERENCE, "256 256")):

@@ -20,6 +20,7 @@ from training.evaluation.evaluate import open_sets
 from training.evaluation.pairs import open_val_table
 from training.evaluation.zero_shot import ClassificationSet
 from training.models import pretrained
+from training.models.build import look_for_weights
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,11 @@ def check(config: Config, world: World) -> Opened:
 
 
 def check_models(config: Config) -> None:
-    """ValueError: open_clip cannot build a model from a model config file."""
+    """ValueError: open_clip cannot build a model from a model config file, or there are no such weights for it."""
     for flag, model in (("--model", config.model.model), ("--ref_model", config.reference.ref_model)):
         if model and pretrained.is_config_file(model):
             pretrained.try_to_build(pretrained.open_clip_name(model, flag), f"{flag} {model}")
+    look_for_weights(config)
 
 
 def check_batch(config: Config, ranks: int) -> None:

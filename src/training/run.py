@@ -12,7 +12,7 @@ from training.checkpoint import resume
 from training.checkpoint.remote_sync import HURRY, remote_sync
 from training.checkpoint.resume import checkpoint_to_resume
 from training.checkpoint.run_folder import RunFolder, claim_folder
-from training.checkpoint.run_state import RunState
+from training.checkpoint.run_state import RunState, of_a_run
 from training.checkpoint.saver import Saver
 from training.config.params import Config
 from training.data.bad_samples import Skips
@@ -178,11 +178,12 @@ def _resume(start: Start, checkpoint: Path, log: RunLog, state: RunState, traine
     )
     if not resumed:
         start_temperature(state.model, config.loss)
-    begun = trainer.data.resume(state.stream, state.epoch, state.epoch_step)
-    trainer.step = state.step = state.epoch * per_epoch + begun
-    trainer.meters = held_meters(state.meters) if begun else {}
-    if state.skipped:
-        trainer.stepper.skipped.load_state_dict(state.skipped)
+    with of_a_run(checkpoint):
+        begun = trainer.data.resume(state.stream, state.epoch, state.epoch_step)
+        trainer.step = state.step = state.epoch * per_epoch + begun
+        trainer.meters = held_meters(state.meters) if begun else {}
+        if state.skipped:
+            trainer.stepper.skipped.load_state_dict(state.skipped)
     # The evaluation that followed the checkpoint is not in it.
     for result in _own_evaluations(start.folder, checkpoint) or ():
         if result.get("step") == state.step:

@@ -11,11 +11,12 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support import tiny_models
 from tests.support.commands import DATA, FASTCLIP, REFERENCE, config, refusal
-from training.config.csv_files import csv_files
 from training.config.flags import ALL
+from training.config.inputs.csv_files import csv_files
 from training.config.params import Config
 
 SRC = Path(__file__).parents[2] / "src"
@@ -34,7 +35,14 @@ V2 = """
     --temperature_scheme individual_learnable --lr_tau 0.0133 --lr_tau_scheduler const --temperature 0.03 --rho 7.0
     --gamma 0.2 --gamma_schedule cosine --gamma_decay_epochs 18"""
 OPENCLIP = "--train-data 'data/{0..331}.tar' --train-num-samples 2723840 --local-loss --gather-with-grad"
-EVALUATE = f"--resume {__file__} --imagenet-val {Path(__file__).parent} --epochs 0 --zeroshot-frequency 1"
+
+
+@pytest.fixture
+def evaluation(tmp_path) -> str:
+    """A published command that only evaluates."""
+    torch.save({}, tmp_path / "epoch_1.pt")
+    resume = f"--resume {tmp_path}/epoch_1.pt"
+    return f"{resume} --imagenet-val {Path(__file__).parent} --epochs 0 --zeroshot-frequency 1"
 
 
 def test_published_drrho_command():
@@ -58,13 +66,13 @@ def test_published_openclip_command():
     assert c.optim.lr_tau == c.optim.lr == 5e-4
 
 
-def test_schedules_without_effect_are_not_refused():
+def test_schedules_without_effect_are_not_refused(evaluation):
     assert config(f"{DATA} --skip-scheduler --lr 1e-4 --lr_min 1e-3").schedule.skip_scheduler
-    assert not config(f"{EVALUATE} --lr-scheduler const-cooldown --epochs-cooldown 3").trains
+    assert not config(f"{evaluation} --lr-scheduler const-cooldown --epochs-cooldown 3").trains
 
 
-def test_published_evaluation_command():
-    c = config(EVALUATE)
+def test_published_evaluation_command(evaluation):
+    c = config(evaluation)
     assert not c.trains
     assert c.data.dataset_type == "none"
 

@@ -153,7 +153,7 @@ def captioner_parameters(lab: Lab, words: list[str]) -> dict[str, tuple[float, b
 def captioner_size(lab: Lab, words: list[str]) -> int:
     """The captioning model's parameters, whatever its weights."""
     with (
-        mock.patch("training.models.pretrained.load"),
+        mock.patch("training.models.build.load"),
         mock.patch("training.models.pretrained.find", return_value=Weights()),
     ):
         return sum(p.numel() for p in build_captioner(parse(words), WORLD).module.parameters())
@@ -162,7 +162,7 @@ def captioner_size(lab: Lab, words: list[str]) -> int:
 def reference_size(lab: Lab, words: list[str]) -> int:
     """The reference's parameters, whatever its weights."""
     with (
-        mock.patch("training.models.pretrained.load"),
+        mock.patch("training.models.build.load"),
         mock.patch("training.models.pretrained.find", return_value=Weights()),
     ):
         return sum(p.numel() for p in build_reference(parse(words), WORLD).module.parameters())

@@ -1,11 +1,13 @@
 """A ``.pt`` file of tensors and plain values: read without running code from it, written in one piece.
 
-torch refuses everything that is neither a tensor nor a plain value. Published files hold numpy scalars too; only
-these are allowed here in addition.
+torch refuses everything that is neither a tensor nor a plain value. Published files hold numpy scalars too,
+which are read here without numpy's own means, as those trust what they are given. Weights that others have saved
+as TorchScript or safetensors are read as bare weights.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import zipfile
@@ -17,12 +19,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.checkpoint import torchscript
+from training.config.inputs.weights import FOLDER, INDEX, NPZ, SAFETENSORS, TORCHSCRIPT, NotWeights, kind_of
 from training.files import replacing
 
-_scalar = np.float64(0).__reduce__()[0]
+_log = logging.getLogger(__name__)
+
+# Entries under which trainers keep a model's weights. They are taken before others.
+_WEIGHTS = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
+
+
+class _NumpyType:
+    """A numpy dtype in a file: its letters, and its byte order as ``__setstate__`` gets it."""
+
+    def __init__(self, letters: str, *_: Any) -> None:
+        self._letters, self._order = letters, "<"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._order = state[1]
+
+    def number(self, data: Any) -> Any:
+        """The bytes ``data`` as a number."""
+        letters, order = self._letters, self._order
+        if not re.fullmatch(r"[biuf][1248]|[?bBhHiIlLqQefd]", letters) or order not in ("<", ">", "|", "="):
+            raise ValueError(f"it holds a numpy value of type {letters!r}, which is no number")
+        if isinstance(data, str):  # torch's older format
+            data = data.encode("latin-1")
+        return np.frombuffer(data, np.dtype(order + letters), count=1)[0]
+
+
+def _scalar(kind: _NumpyType, data: Any) -> Any:
+    return kind.number(data)
+
+
 _SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    np.dtype,
-    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
+    (_NumpyType, "numpy.dtype"),
     (_scalar, "numpy.core.multiarray.scalar"),  # as numpy 1 wrote it
     (_scalar, "numpy._core.multiarray.scalar"),
 ]
@@ -33,29 +64,100 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     ValueError: it does not exist, is not complete, or holds something other than tensors and plain values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path}: no such file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
     try:
-        with torch.serialization.safe_globals(_SAFE):
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # the unpickler can fail in any way on foreign bytes
-        raise ValueError(f"checkpoint {path}: cannot be read ({_reason(error)})") from error
+        held = content(path)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: cannot be read ({error})") from error
     if not isinstance(held, dict):
         raise ValueError(f"checkpoint {path}: holds a {type(held).__name__}, not a dict of weights")
     return held
 
 
+def content(path: str | os.PathLike[str]) -> Any:
+    """As ``read``, but of any type. The ValueErrors are what a sentence about the file ends with."""
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == FOLDER:
+        raise NotWeights("it is a folder: give the file of a checkpoint in it")
+    if kind in (INDEX, NPZ):
+        raise NotWeights("it holds weights in a form which --pretrained takes, and no checkpoint of a run")
+    try:
+        return _READERS.get(kind, _read_torch)(path)
+    except Exception as error:  # the unpickler can fail in any way on foreign bytes
+        raise ValueError(reason(error)) from error
+
+
+def _read_torch(path: Path) -> Any:
+    with torch.serialization.safe_globals(_SAFE):
+        if path.suffix == ".safetensors":  # a wrong name, which newer versions of torch.load believe
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {SAFETENSORS: _read_safetensors, TORCHSCRIPT: torchscript.read}
+
+
 def weights_of(held: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The model's weights in what ``read`` returned, a checkpoint or bare weights, under their plain names."""
-    weights = held.get("state_dict", held)
-    if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ValueError(f"checkpoint {path}: holds neither a state_dict nor bare weights")
-    return plain_names(weights)
+    """The model's weights in what ``read`` returned, a checkpoint or bare weights, under their plain names.
+
+    Where a trainer keeps an average of the weights beside them, the weights are taken, and the log says so.
+    ValueError: there are none, or several under names of which nothing is known.
+    """
+    return plain_names(_tensors(held) or _of_an_entry(held, path))
+
+
+def _of_an_entry(held: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    entries = {str(name): weights for name, value in held.items() if (weights := _nested(value))}
+    averages = [name for name in entries if re.search(r"(^|_)(ema|averaged?|avg)(_|$)", name)]
+    others = [name for name in entries if name not in averages]
+    known = [name for name in _WEIGHTS if name in others] or others or averages
+    if not known:
+        names = ", ".join(map(repr, sorted(map(str, held))[:8])) or "none"
+        raise ValueError(
+            f"checkpoint {path}: holds neither a state_dict nor bare weights; its entries are {names}: save the "
+            "weights alone as a dict of tensors with torch.save"
+        )
+    taken = known[0]
+    if len(known) > 1 and taken not in _WEIGHTS:
+        raise ValueError(
+            f"checkpoint {path}: holds weights under {' and '.join(known)}; save those of one of them alone as a "
+            "dict of tensors with torch.save"
+        )
+    if taken in averages:
+        _log.info("%s: the weights are those of %r, an average over the steps; it has no others", path, taken)
+    elif averages:
+        _log.info(
+            "%s: the weights are those of %r; it has an average over the steps too, %r, which is not used: to "
+            "take that one, save it in a file of its own",
+            *(path, taken, averages[0]),
+        )
+    elif taken not in _WEIGHTS:
+        _log.info("%s: the weights are those of %r", path, taken)
+    return entries[taken]
+
+
+def _nested(value: Any) -> dict[str, Tensor]:
+    """Weights under an entry of a checkpoint; they may be one level deeper."""
+    if not isinstance(value, Mapping):
+        return {}
+    return _tensors(value) or next(filter(None, (_tensors(value.get(name)) for name in _WEIGHTS)), {})
+
+
+def _tensors(value: Any) -> dict[str, Tensor]:
+    """``value`` if it is a dict of tensors, which may have a few plain values beside them; else nothing."""
+    if not isinstance(value, Mapping):
+        return {}
+    found = {str(name): held for name, held in value.items() if isinstance(held, Tensor)}
+    others = [held for held in value.values() if not isinstance(held, (Tensor, int, float, str, type(None)))]
+    has_layers = any(held.ndim > 1 for held in found.values())
+    return found if found and not others and (has_layers or len(found) == len(value)) else {}
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -66,6 +168,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``weights`` without the prefixes that wrappers add: ``module.`` on all names, ``_orig_mod.`` anywhere."""
     plain = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
+    plain.pop("n_averaged", None)  # the count of torch's AveragedModel
     while plain and all(name.startswith("module.") for name in plain):
         plain = {name.removeprefix("module."): value for name, value in plain.items()}
     return plain
@@ -101,14 +204,17 @@ def _save(held: Mapping[str, Any], file: IO[bytes]) -> None:
         raise (failures[0] if failures else error) from error
 
 
-def _reason(error: Exception) -> str:
-    """What is wrong with the file, extracted from torch's long message."""
+def reason(error: Exception) -> str:
+    """What is wrong with a file, extracted from torch's long message."""
     refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     if refused:
-        return f"it holds a {refused[1]}, which is neither a tensor nor a plain value; no code in it was run"
+        cure = "if you trust the file, load it with weights_only=False once, and save its state_dict alone"
+        return f"it holds {refused[1]}, which is neither a tensor nor a plain value; no code in it was run: {cure}"
+    if re.search(r"unexpected EOF|unexpected pos|failed (reading|finding)|not enough bytes", str(error)):
+        return "it is cut short or damaged, as by a broken download: get the file again"
     if "Weights only load failed" in str(error) or isinstance(error, LookupError):
         return "it was not written by torch.save"
-    return str(error).strip().partition(". ")[0] or "it is cut short"
+    return " ".join(str(error).split()).partition(". ")[0] or "it is cut short: get the file again"
 
 
 def _portable(tree: Any) -> Any:

@@ -18,7 +18,7 @@ from drrho_clip.sample_state import SampleState
 from training.checkpoint import pt_file, published, remote_sync, sample_state_io
 from training.checkpoint.catalog import find_latest, problem
 from training.checkpoint.run_folder import RunFolder
-from training.checkpoint.run_state import RunState
+from training.checkpoint.run_state import RunState, of_a_run
 from training.checkpoint.sample_state_io import SavedState
 from training.config.params import Config
 from training.distributed.collectives import on_main, rank_in
@@ -107,18 +107,21 @@ def resume(
     if not state.fill(held, path, steps_per_epoch=steps_per_epoch, global_batch=global_batch):
         return False
     if state.sample_state is not None:
-        _check_parts(path, held.get("data_sizes"), state.data_sizes)
+        with of_a_run(path):
+            _check_parts(path, held.get("data_sizes"), state.data_sizes)
         _load_rows(path, held, state.sample_state, u_format)
     return True
 
 
 def _load_rows(path: Path, held: Mapping[str, Any], state: SampleState, u_format: str | None) -> None:
-    saved = SavedState.named_in(held, path)
+    with of_a_run(path):
+        saved = SavedState.named_in(held, path)
     missing = sample_state_io.missing(saved.folder, saved.files) if saved else None
     if saved and not missing:
         sample_state_io.read(saved.folder, state)
         return
-    columns = published.from_published(held, u_format)
+    with of_a_run(path):
+        columns = published.from_published(held, u_format)
     if not columns and missing:
         raise ValueError(
             f"checkpoint {path}: its sample state is incomplete ({missing}); copy its folder beside the file"

@@ -8,9 +8,10 @@ own from (seed, step, rank), and the stream of samples from its position.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from drrho_clip.sample_state import SampleState
-from training.checkpoint import pt_file
+from training.checkpoint import optimizer_state, pt_file
 
 _log = logging.getLogger(__name__)
 
@@ -94,25 +95,33 @@ class RunState:
         """Take all but the sample state from ``held``, the content of ``path``; False: it is bare weights.
 
         Counts that a published file lacks follow from its completed epochs: ``steps_per_epoch`` steps of
-        ``global_batch`` samples each. ValueError: it is of another model or optimizer.
+        ``global_batch`` samples each. ValueError: it is of another model, optimizer or trainer.
         """
+        if "epoch" in held and self.optimizer is not None:
+            _check_trainer(held, path)
         _load_model(self.model, pt_file.weights_of(held, path), path)
         if "epoch" not in held:
             _log.info("%s holds weights only: the run starts at the beginning", path)
             return False
+        with of_a_run(path):
+            self._fill_counters(held, path, steps_per_epoch, global_batch)
+            _log.info("resumed %s: %d epochs, %d steps", path, self.epoch, self.step)
+            self._log_changes(_mapping(held, "flags"))
+        return True
+
+    def _fill_counters(self, held: Mapping[str, Any], path: Path, steps_per_epoch: int, global_batch: int) -> None:
         if self.optimizer is not None and "optimizer" in held:
-            _load_optimizer(self.optimizer, held, path)
+            optimizer_state.load(self.optimizer, self.model, held, path)
+        elif self.optimizer is not None:
+            _log.warning("%s holds no state of the optimizer, whose moments start anew", path)
         if self.scaler is not None and held.get("scaler"):
             self.scaler.load_state_dict(held["scaler"])
-        self.epoch = int(held["epoch"])
-        self.epoch_step = int(held.get("epoch_step", 0))
-        self.step = int(held.get("step", self.epoch * steps_per_epoch))
-        self.samples_seen = int(held.get("samples_seen", self.step * global_batch))
+        self.epoch = _count(held, "epoch", 0)
+        self.epoch_step = _count(held, "epoch_step", 0)
+        self.step = _count(held, "step", self.epoch * steps_per_epoch)
+        self.samples_seen = _count(held, "samples_seen", self.step * global_batch)
         self.stream = held.get("stream")
-        self.meters, self.skipped, self.best = (held.get(name, {}) for name in ("meters", "skipped", "best"))
-        _log.info("resumed %s: %d epochs, %d steps", path, self.epoch, self.step)
-        self._log_changes(held.get("flags", {}))
-        return True
+        self.meters, self.skipped, self.best = (_mapping(held, key) for key in ("meters", "skipped", "best"))
 
     def _log_changes(self, then: Mapping[str, str]) -> None:
         """Log the flags whose values differ from ``then``, those with which the checkpoint was saved."""
@@ -125,61 +134,55 @@ class RunState:
             _log.info("flags that have changed since the checkpoint was saved: %s", ", ".join(changed))
 
 
-def _load_model(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+@contextmanager
+def of_a_run(path: Path) -> Iterator[None]:
+    """The body reads entries of the checkpoint ``path``. ValueError: one of them is not what a run keeps there."""
+    try:
+        yield
+    except (TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"checkpoint {path} is not the state of a run ({' '.join(repr(error).split())})"
+        ) from error
+
+
+def _count(held: Mapping[str, Any], name: str, default: int) -> int:
+    value = held.get(name, default)
+    if not issubclass(type(value), Real):
+        raise TypeError(f"{name} is {value!r}")
+    return int(value)
+
+
+def _mapping(held: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = held.get(name, {})
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is {value!r}")
+    return dict(value)
+
+
+def _check_trainer(held: Mapping[str, Any], path: Path) -> None:
+    """ValueError: another trainer has written ``held``, whose counts and optimizer mean something else."""
+    if "state_dict" not in held or any("lightning" in str(name) for name in held):
+        raise ValueError(
+            f"checkpoint {path} is of another trainer, whose epochs and optimizer cannot be continued exactly: "
+            f"--pretrained {path} takes its weights alone"
+        )
+
+
+def _load_model(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     own = model.state_dict()
+    for name in ("logit_scale", "logit_bias"):  # some versions of open_clip keep them as one number, some as [1]
+        if name in weights and name in own and weights[name].numel() == own[name].numel():
+            weights[name] = weights[name].reshape(own[name].shape)
     missing, surplus = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     differing = [n for n in own if n in weights and own[n].shape != weights[n].shape]
     for what, names in (("lacks", missing), ("has an unknown", surplus), ("has another shape of", differing)):
         if names:
+            first = names[0]
+            shapes = (
+                f"{list(weights[first].shape)} there, {list(own[first].shape)} here; " if what[-2:] == "of" else ""
+            )
             raise ValueError(
-                f"checkpoint {path} {what} {names[0]!r} ({len(names)} in all): it was saved with another --model"
+                f"checkpoint {path} {what} {first!r} ({shapes}{len(names)} in all): it was saved with another "
+                f"--model; --pretrained {path} takes weights of other kinds and image sizes, without their run"
             )
     model.load_state_dict(weights)
-
-
-def _load_optimizer(optimizer: Optimizer, held: Mapping[str, Any], path: Path) -> None:
-    """Take moments and step counts; rates, betas and decay remain those of this run's flags."""
-    saved, current = held["optimizer"], optimizer.state_dict()
-    kind = type(optimizer).__name__
-    if held.get("optimizer_class", kind) != kind:
-        raise ValueError(
-            f"checkpoint {path} was saved with the optimizer {held['optimizer_class']}, but --optimizer is {kind}"
-        )
-    # The published code keeps a group for the temperature, without a parameter, even where it is constant.
-    saved_groups = [group for group in saved["param_groups"] if group["params"]]
-    _check_groups(saved_groups, current["param_groups"], path)
-    groups = []
-    for theirs, ours in zip(saved_groups, current["param_groups"], strict=True):
-        progress = {"step": theirs["step"]} if "step" in theirs else {}
-        groups.append(ours | progress | {"params": theirs["params"]})
-    shapes = {
-        index: parameter.shape
-        for group, live in zip(groups, optimizer.param_groups, strict=True)
-        for index, parameter in zip(group["params"], live["params"], strict=True)
-    }
-    for index, values in saved["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != shapes[index]:
-                raise ValueError(
-                    f"checkpoint {path}: the optimizer's {key} of parameter {index} has shape "
-                    f"{list(value.shape)}, the parameter has shape {list(shapes[index])}: its parameters are in "
-                    "another order"
-                )
-    # A deep copy, because torch keeps tensors that need no conversion, and these are mapped from the file.
-    optimizer.load_state_dict({"state": deepcopy(saved["state"]), "param_groups": groups})
-
-
-def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]], path: Path) -> None:
-    hint = "it was saved with other locked parts or another temperature scheme"
-    sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in current]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"checkpoint {path}: its optimizer has groups of {sizes[0]} parameters, this run of {sizes[1]}: {hint}"
-        )
-    for theirs, ours in zip(saved, current, strict=True):
-        names = zip(theirs.get("param_names", ()), ours.get("param_names", ()))
-        differing = next(((a, b) for a, b in names if a != b), None)
-        if differing:
-            raise ValueError(
-                f"checkpoint {path}: its optimizer has {differing[0]!r} in place of {differing[1]!r}: {hint}"
-            )

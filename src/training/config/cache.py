@@ -10,6 +10,7 @@ from pathlib import Path
 
 from training.config.flags import ALL
 from training.config.given import Given, Refusal
+from training.config.inputs.weights import check_weights
 from training.config.model import brings_weights, check_model, is_coca
 from training.config.remarks import Idle, Pitfall, Setting
 
@@ -156,6 +157,7 @@ def _check_captioner(given: Given) -> None:
     if not given.cap_model:
         raise Refusal("--cache_syn_texts needs --cap_model: give the model that writes the captions")
     check_model(given, "cap_model")
+    check_weights(given, "cap_model_pretrained")
     if not is_coca(given.cap_model):
         raise Refusal(f"{given.say('cap_model')}: it has no caption decoder; choose a CoCa model")
     if given.precision in ("bf16", "fp16"):

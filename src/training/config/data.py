@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.config.csv_files import csv_files, resolve_encoding, resolve_separator
 from training.config.flags import ALL
 from training.config.given import Given, Refusal
+from training.config.inputs.csv_files import csv_files, resolve_encoding, resolve_separator
 from training.config.remarks import Idle
 
 

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from training.config.data import check_file
 from training.config.given import Given, Refusal
+from training.config.inputs.weights import check_weights
 from training.config.remarks import Idle
 
 _SCHEMES = ("hf-hub:", "local-dir:")  # models that open_clip fetches, or reads from a folder
@@ -108,12 +107,6 @@ def check_model(given: Given, key: str) -> None:
     missing = [part for part in ("embed_dim", "vision_cfg", "text_cfg") if config and part not in config]
     if missing:
         raise Refusal(f"{given.say(key)}: the model config lacks {', '.join(missing)}")
-
-
-def check_weights(given: Given, key: str) -> None:
-    """Refusal: the value of ``key`` is the name of a weights file that does not exist. Other values are tags."""
-    if re.search(r"\.(pt|pth|bin|ckpt|safetensors)$", given.values[key] or ""):
-        check_file(given, key)
 
 
 def is_coca(model: str) -> bool:

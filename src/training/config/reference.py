@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from drrho_clip.losses.registry import LossSpec
-from training.config.data import check_file
 from training.config.given import Given, Refusal
-from training.config.model import brings_weights, check_model, check_weights
+from training.config.inputs.weights import check_weights, check_weights_file
+from training.config.model import brings_weights, check_model
 from training.config.remarks import Idle
 
 
@@ -44,7 +44,7 @@ def resolve_reference(given: Given, loss: LossSpec, *, reads: bool, writes: str)
     ``reads``: its features are read from disk, so the model need not be named. ``writes``: the kind of cache that
     the run writes, '' for none. Refusal: the flags do not describe one reference with weights and a use.
     """
-    check_file(given, "ref_model_checkpoint")
+    check_weights_file(given, "ref_model_checkpoint")
     for key in ("ref_model_pretrained", "distill_pretrained"):
         check_weights(given, key)
     return given.group(ReferenceConfig, **_choice(given, loss, reads=reads, writes=writes))

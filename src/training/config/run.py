@@ -6,8 +6,8 @@ import math
 import os
 from dataclasses import dataclass
 
-from training.config.data import check_file
 from training.config.given import Given, Refusal
+from training.config.inputs.weights import check_checkpoint
 from training.config.remarks import Idle
 
 
@@ -85,8 +85,8 @@ def resolve_run(given: Given) -> RunConfig:
     """The ``RunConfig`` of the flags. Refusal: no name, an unknown report, a checkpoint that is not there."""
     if given.name == "":
         raise Refusal("--name '': the name is empty; give one or leave the flag out")
-    if given.resume != "latest":
-        check_file(given, "resume")
+    if given.resume not in (None, "", "latest"):
+        check_checkpoint(given, "resume")
     precision = {"amp_bfloat16": "amp_bf16"}.get(given.precision, given.precision)
     return given.group(RunConfig, report_to=_report_to(given), precision=precision)
 

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from training.config.model import ModelConfig, brings_weights
@@ -31,6 +33,7 @@ from training.distributed.process_group import World
 from training.models import pretrained
 from training.models.open_clip_model import OpenClipModel
 from training.models.pretrained import Weights, one_line
+from training.models.weights import load
 from training.rng import seeded_cpu
 
 _log = logging.getLogger(__name__)
@@ -104,46 +107,73 @@ def build_reference(config: Config, world: World) -> BuiltModel | None:
     None if the run has no reference or reads its features from disk. If ``--ref_model_checkpoint`` is given beside
     a tag, the tag only decides how the model is built. ValueError as for ``build_target``.
     """
-    c = config.reference
-    if not c.ref_model or (config.cache.cached_ref_features_dir and not config.cache.writes):
-        return None
-    flags, role = ("--ref_model", "--ref_model_pretrained"), "reference"
-    if config.flags.get("distill_model"):
-        flags, role = ("--distill-model", "--distill-pretrained"), "teacher"
-    return _build_frozen(
-        config, world, c.ref_model, flags, c.ref_model_pretrained, c.ref_model_checkpoint, role=role
-    )
+    reference = _reference_of(config)
+    return None if reference is None else _build_frozen(config, world, reference)
 
 
 def build_captioner(config: Config, world: World) -> BuiltModel:
     """The captioning model of ``--cap_model``, frozen and in eval mode. ValueError as for ``build_target``."""
-    c, flags = config.cache, ("--cap_model", "--cap_model_pretrained")
-    return _build_frozen(config, world, c.cap_model, flags, c.cap_model_pretrained, role="captioning model")
+    return _build_frozen(config, world, _captioner_of(config))
 
 
-def _build_frozen(
-    config: Config,
-    world: World,
-    model: str,
-    flags: tuple[str, str],
-    tag: str,
-    checkpoint: str = "",
-    *,
-    role: str,
-) -> BuiltModel:
-    """``model`` with the weights of ``tag``, which may be a file, or of ``checkpoint``.
+def look_for_weights(config: Config) -> None:
+    """ValueError: a flag names weights that do not exist. Nothing is built, and nothing downloaded."""
+    if not config.cache.writes:
+        name = pretrained.open_clip_name(config.model.model, "--model")
+        pretrained.look(name, config.model.pretrained, "--pretrained", "--model")
+    reference = _reference_of(config)
+    if reference is not None:
+        reference.look()
+    if config.cache.writes == "captions":
+        _captioner_of(config).look()
 
-    ``flags``: the flags of the model and of the tag.
-    """
-    model_flag, weights_flag = flags
-    said = f"{model_flag} {model}"
-    name = pretrained.open_clip_name(model, model_flag)
+
+@dataclass(frozen=True)
+class _Frozen:
+    """A frozen model: the values of its flags, and the names of two of these. ``role``: for the log."""
+
+    role: str
+    model: str
+    tag: str
+    checkpoint: str = ""
+    model_flag: str = "--ref_model"
+    weights_flag: str = "--ref_model_pretrained"
+
+    @property
+    def name(self) -> str:
+        return pretrained.open_clip_name(self.model, self.model_flag)
+
+    def look(self) -> Weights:
+        """The weights, which are not downloaded."""
+        if self.checkpoint:
+            return pretrained.from_checkpoint(self.name, self.checkpoint, self.tag)
+        return pretrained.look(self.name, self.tag, self.weights_flag, self.model_flag)
+
+
+def _reference_of(config: Config) -> _Frozen | None:
+    c = config.reference
+    if not c.ref_model or (config.cache.cached_ref_features_dir and not config.cache.writes):
+        return None
+    if config.flags.get("distill_model"):
+        flags = {"model_flag": "--distill-model", "weights_flag": "--distill-pretrained"}
+        return _Frozen("teacher", c.ref_model, c.ref_model_pretrained, **flags)
+    return _Frozen("reference", c.ref_model, c.ref_model_pretrained, c.ref_model_checkpoint)
+
+
+def _captioner_of(config: Config) -> _Frozen:
+    c, flags = config.cache, {"model_flag": "--cap_model", "weights_flag": "--cap_model_pretrained"}
+    return _Frozen("captioning model", c.cap_model, c.cap_model_pretrained, **flags)
+
+
+def _build_frozen(config: Config, world: World, frozen: _Frozen) -> BuiltModel:
+    said, weights_flag = f"{frozen.model_flag} {frozen.model}", frozen.weights_flag
+    name = frozen.name
     with node_main_first():
         architecture = pretrained.architecture(name, said)
-        if checkpoint:
-            weights, weights_flag = pretrained.from_checkpoint(name, checkpoint, tag), "--ref_model_checkpoint"
+        if frozen.checkpoint:
+            weights, weights_flag = frozen.look(), "--ref_model_checkpoint"
         else:
-            weights = pretrained.find(name, tag, weights_flag, model_flag)
+            weights = pretrained.find(name, frozen.tag, weights_flag, frozen.model_flag)
         tokenizer = _tokenizer(name, said)
     module = _create(
         name,
@@ -155,7 +185,7 @@ def _build_frozen(
         seed=config.run.seed,
     )
     module.eval().requires_grad_(False)
-    return _finish(module, tokenizer, model, weights, world, role=role)
+    return _finish(module, tokenizer, frozen.model, weights, world, role=frozen.role)
 
 
 def _create(
@@ -203,14 +233,15 @@ def _create(
                     **scalars,
                     **settings,
                 )
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
             raise ValueError(f"{flag}: open_clip cannot build this model ({one_line(error)})") from error
         if not own_weights:
             _initialize_caption_projection(module)
     _keep_float32(module, None if own_weights else scalars)
     if weights.file is not None:
+        said = flag if name.endswith(f":{weights.file}") else f"{weights_flag} {weights.file}"
         with _quiet_open_clip():
-            pretrained.load(module, weights.file, weights_flag)
+            load(module, weights.file, said, flag)
     if resize_later:
         module.visual.set_input_size(force_image_size)
         resized = {**open_clip.get_model_preprocess_cfg(module), "size": module.visual.image_size}

@@ -15,7 +15,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ import huggingface_hub
 import open_clip
 import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-from torch import nn
+from open_clip.factory import LOCAL_DIR_PREFIX
 
-from training.checkpoint.pt_file import load_weights
+from training.config.inputs.weights import NotWeights
 from training.config.model import brings_weights
 from training.files import digest
+from training.models.weights import declared_at, files_of
 
 OWN_WEIGHTS = "its own"
 
@@ -37,8 +38,9 @@ OWN_WEIGHTS = "its own"
 class Weights:
     """The initial weights of a model.
 
-    ``file``      the file of the weights, or None.
-    ``declared``  what the tag declares: mean, std, interpolation, resize_mode, quick_gelu; empty for files.
+    ``file``      the file of the weights, or their folder; None: there is none.
+    ``declared``  how they were trained, where a tag, a folder or OpenAI's file says it: mean, std, interpolation,
+                  resize_mode, quick_gelu.
     ``source``    a description for the log.
     """
 
@@ -128,22 +130,53 @@ def _register(path: Path, where: str) -> str:
 
 
 def find(name: str, pretrained: str, flag: str, model_flag: str) -> Weights:
-    """The weights that ``pretrained``, a tag or a file, names for open_clip's model ``name``. ``flag``: its flag.
+    """The weights that ``pretrained``, a tag, file or folder, names for open_clip's model ``name``.
 
-    A tag's weights are downloaded if they are not cached. ValueError: ``pretrained`` is neither a tag nor a file,
-    or the tag's weights are not cached and cannot be downloaded.
+    ``flag``: its flag. A tag's weights are downloaded if they are not cached. ValueError: as ``look``, or they are
+    not cached and cannot be downloaded.
+    """
+    found = look(name, pretrained, flag, model_flag)
+    if not pretrained or found.file is not None:
+        return found
+    file = _cached(found.declared) or _download(name, pretrained, found.declared, flag, model_flag)
+    return replace(found, file=file)
+
+
+def look(name: str, pretrained: str, flag: str, model_flag: str) -> Weights:
+    """As ``find``, but nothing is downloaded, and a tag's weights have no file yet.
+
+    ValueError: ``pretrained`` is neither a tag of the model nor a file or folder of weights.
     """
     if not pretrained:
-        return Weights()
+        return _in_own_folder(name, model_flag)
     if open_clip.is_pretrained_cfg(name, pretrained):
-        declared = open_clip.get_pretrained_cfg(name, pretrained)
-        file = _cached(declared) or _download(name, pretrained, declared, flag, model_flag)
-        return Weights(file, declared, f"tag {pretrained}")
-    if os.path.isfile(pretrained):
-        return Weights(pretrained, source=pretrained)
+        return Weights(None, open_clip.get_pretrained_cfg(name, pretrained), f"tag {pretrained}")
+    said = f"{flag} {pretrained}"
+    if os.path.exists(pretrained):
+        return Weights(pretrained, _declared(pretrained, said), pretrained)
     tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
     known = f"one of its tags ({tags})" if tags else "a tag (it has none)"
-    raise ValueError(f"{flag} {pretrained}: for {model_flag} {name} this is neither a file nor {known}")
+    raise ValueError(f"{said}: for {model_flag} {name} this is neither a file nor {known}")
+
+
+def _in_own_folder(name: str, model_flag: str) -> Weights:
+    """The weights of a model ``local-dir:FOLDER``; none for other names."""
+    folder = name.removeprefix(LOCAL_DIR_PREFIX)
+    if folder == name:
+        return Weights()
+    try:
+        files_of(folder)
+    except NotWeights as error:
+        raise ValueError(f"{model_flag} {name}: its weights could not be loaded ({error})") from None
+    return Weights(folder, source="its own weights")
+
+
+def _declared(source: str, said: str) -> Mapping[str, Any]:
+    try:
+        files_of(source)
+        return declared_at(source)
+    except NotWeights as error:
+        raise ValueError(f"{said}: {error}") from None
 
 
 def identity(model: str, flag: str, *weights: str | None) -> dict[str, str]:
@@ -151,8 +184,11 @@ def identity(model: str, flag: str, *weights: str | None) -> dict[str, str]:
 
     ``model``: the value of ``flag``. ``weights``: flag values, which may be files.
     """
-    texts = [f"file {_digest(given, os.stat(given).st_mtime)}" if os.path.isfile(given) else given
-            for given in weights if given]  # fmt: skip
+    texts = []
+    for given in filter(None, weights):
+        files = files_of(given) if os.path.exists(given) else ()
+        digests = "+".join(_digest(str(file), file.stat().st_mtime) for file in files)
+        texts.append(f"file {digests}" if digests else given)
     return {"model": open_clip_name(model, flag), "weights": " as ".join(texts) or OWN_WEIGHTS}
 
 
@@ -179,7 +215,8 @@ def from_checkpoint(name: str, checkpoint: str, tag: str) -> Weights:
             f"--ref_model_checkpoint {checkpoint} and --ref_model_pretrained {tag} both give weights: give one; "
             f"beside a checkpoint only a tag of {name} is useful, which decides how the model is built"
         )
-    return Weights(checkpoint, declared, checkpoint)
+    own = _declared(checkpoint, f"--ref_model_checkpoint {checkpoint}")
+    return Weights(checkpoint, declared or own, checkpoint)
 
 
 def _hub_files(declared: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -220,30 +257,6 @@ def _download(name: str, tag: str, declared: Mapping[str, Any], flag: str, model
         f"{expected}. Download them on a machine with a network and copy the cache, or give the file itself: "
         f"{model}{flag} FILE. (Cause: {cause})"
     )
-
-
-def load(model: nn.Module, file: str, flag: str) -> None:
-    """Load ``file`` into an open_clip ``model``: state dict or training checkpoint, safetensors, big_vision's npz.
-
-    No code from the file is run. open_clip converts the formats of other projects and resizes position embeddings.
-    ValueError: the file does not fit the model.
-    """
-    try:
-        if Path(file).suffix in (".safetensors", ".npz", ".npy"):
-            open_clip.load_checkpoint(model, file)
-            return
-        state = load_weights(file)
-        own = model.state_dict()
-        if own.keys() == state.keys() and all(own[key].shape == state[key].shape for key in own):
-            model.load_state_dict(state)
-            return
-        # open_clip converts weights only while it reads a file.
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder, "weights.pt")
-            torch.save(state, copy)
-            open_clip.load_checkpoint(model, str(copy))
-    except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
-        raise ValueError(f"{flag} {file}: these weights do not fit the model ({one_line(error)})") from error
 
 
 def count_parameters(model: str, flag: str, **forced: Any) -> int | None:

@@ -17,8 +17,8 @@ from itertools import count
 import numpy as np
 from PIL import Image
 
-from training.config.csv_files import csv_files
 from training.config.data import DataConfig
+from training.config.inputs.csv_files import csv_files
 from training.data.lanes import Lane, Part
 from training.data.progress import BEGIN, Place
 from training.data.samples import Item, RawSample

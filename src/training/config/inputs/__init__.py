@@ -1,0 +1,1 @@
+"""What the files are that flags name: looked at before anything is built, without torch."""
