@@ -250,7 +250,15 @@ def test_what_is_no_published_cache_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"neither an index\.json nor files like 00000012\.pt"):
         published_files(str(tmp_path))
     torch.save(torch.zeros(4, 3), tmp_path / "00000000.pt")
-    with pytest.raises(ValueError, match=r"00000000\.pt holds \[4, 3\], where a float tensor \[n, 2, d\]"):
+    with pytest.raises(ValueError, match=r"00000000\.pt holds \[4, 3\] of torch.float32, .* tensor \[n, 2, d\]"):
+        PublishedFeatures(published_files(str(tmp_path)), 4)
+    torch.save(torch.zeros(4, 2, 3, dtype=torch.bfloat16), tmp_path / "00000000.pt")
+    with pytest.raises(
+        ValueError, match=r"holds \[4, 2, 3\] of torch.bfloat16, .* of float16 or float32 was expected"
+    ):
+        PublishedFeatures(published_files(str(tmp_path)), 4)
+    torch.save({"features": torch.zeros(4, 2, 3)}, tmp_path / "00000000.pt")
+    with pytest.raises(ValueError, match=r"holds a dict, where a tensor"):
         PublishedFeatures(published_files(str(tmp_path)), 4)
     (tmp_path / "00000000.pt").write_bytes(b"no tensor")
     with pytest.raises(ValueError, match=r"00000000\.pt cannot be read"):

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from training.cache.row_store import RowStore, caption_checksum, open_store
+from training.checkpoint import pt_file
 from training.config.model import brings_weights
 from training.config.params import Config
 from training.config.reference import ReferenceConfig
@@ -38,6 +39,7 @@ from training.models import pretrained
 
 KIND = "reference features"
 FLAG = "--cached_ref_features_dir"
+_FLOATS = (torch.float16, torch.float32, torch.float64)  # those that numpy has too
 _OPEN = 4096  # published files that a process maps at a time; the system allows about 65,000 mappings in all
 
 
@@ -108,24 +110,20 @@ class PublishedFeatures:
         if shard not in self._opened:
             path = self.files[shard]
             try:
-                tensor = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-            except Exception as error:  # torch.load may raise any exception on a broken file
-                raise ValueError(f"{FLAG}: {path} cannot be read ({pretrained.one_line(error)})") from error
-            shape = tuple(getattr(tensor, "shape", ()))
+                tensor = pt_file.content(path)
+            except ValueError as error:
+                raise ValueError(f"{FLAG}: {path} cannot be read ({error})") from error
+            shape, dtype = tuple(getattr(tensor, "shape", ())), getattr(tensor, "dtype", None)
             width = getattr(self, "width", None)
-            if (
-                len(shape) != 3
-                or shape[1] != 2
-                or shape[2] != (width or shape[2])
-                or not tensor.is_floating_point()
-            ):
-                expected = f"[n, 2, {width or 'd'}]"
+            if len(shape) != 3 or shape[1] != 2 or shape[2] != (width or shape[2]) or dtype not in _FLOATS:
+                held = f"{list(shape)} of {dtype}" if dtype else f"a {type(tensor).__name__}"
                 raise ValueError(
-                    f"{FLAG}: {path} holds {list(shape)}, where a float tensor {expected} was expected"
+                    f"{FLAG}: {path} holds {held}, where a tensor [n, 2, {width or 'd'}] of float16 or float32 "
+                    "was expected"
                 )
             if len(self._opened) >= _OPEN:
                 del self._opened[next(iter(self._opened))]
-            self._opened[shard] = tensor.numpy()
+            self._opened[shard] = tensor.detach().numpy()
         return self._opened[shard]
 
 

@@ -306,18 +306,29 @@ def _check_format(folder: Path, held: Any, kind: str) -> None:
 
 
 class _Mapped:
-    """A .npy file, mapped into memory and read at random positions."""
+    """A .npy file, mapped into memory and read at random positions.
+
+    Python objects in it, which numpy can keep as a pickle, are never unpickled. ValueError: the file is no array
+    of plain values, or shorter than its header says.
+    """
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            self._start = file.tell()
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._map.madvise(mmap.MADV_RANDOM)
-        count = int(np.prod(shape))
-        held = np.frombuffer(self._map, dtype, count, self._start) if count else np.empty(0, dtype)
-        self.array = held.reshape(shape)
+        try:
+            with path.open("rb") as file:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                if dtype.hasobject:
+                    raise ValueError("it holds Python objects in place of numbers; no code in it was run")
+                self._start = file.tell()
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map.madvise(mmap.MADV_RANDOM)
+            count = int(np.prod(shape))
+            held = np.frombuffer(self._map, dtype, count, self._start) if count else np.empty(0, dtype)
+            self.array = held.reshape(shape)
+        except (ValueError, TypeError, SyntaxError) as error:  # numpy parses the header as Python's literals
+            raise ValueError(
+                f"{path} cannot be read ({error}); copy the store again, or write it again"
+            ) from error
         self._row = self.array.nbytes // max(len(self.array), 1)
 
     def expect(self, rows: np.ndarray) -> None:

@@ -12,7 +12,7 @@ every file in it; torch protects the .pt itself by a checksum per tensor. So whe
 checkpoint is, and marker and content are never of different saves. A folder that no file names is left from a save
 that was interrupted, or from a file that has been replaced, and is removed.
 
-Reading a .pt runs no code from it. For torch's own format in the .state folder this cannot be guaranteed.
+Reading a checkpoint runs no code from it.
 """
 
 from __future__ import annotations
@@ -86,11 +86,10 @@ def contents(folder: Path) -> tuple[list[Found], list[Path]]:
     for path in sorted(folder.glob("*.pt")):
         try:
             held = pt_file.read(path)
+            if "epoch" in held:
+                found.append(_describe(path, held))
         except ValueError:
             unreadable.append(path)
-            continue
-        if "epoch" in held:
-            found.append(_describe(path, held))
     return found, unreadable
 
 
@@ -159,10 +158,14 @@ def _found(path: Path) -> Found:
 
 
 def _describe(path: Path, held: Mapping[str, Any]) -> Found:
+    """ValueError: ``held`` is not what a trainer writes."""
     if "epoch" not in held:
         return Found(path, 0.0, (0, 0, 0))
-    progress = int(held["epoch"]), int(held.get("epoch_step", 0)), int(held.get("step", 0))
-    return Found(path, float(held.get("saved_at", 0)), progress, SavedState.named_in(held, path))
+    try:
+        progress = int(held["epoch"]), int(held.get("epoch_step", 0)), int(held.get("step", 0))
+        return Found(path, float(held.get("saved_at", 0)), progress, SavedState.named_in(held, path))
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"checkpoint {path} is not the state of a run ({error})") from error
 
 
 def _look(path: Path) -> Found | str:

@@ -3,21 +3,28 @@
 Any number of ranks can read it again, also into a table with more rows. ``Files`` describes what was written, name
 -> [bytes, CRC-32], and is kept in the checkpoint that names the folder: a file that is missing, cut short or has a
 flipped bit is noticed before anything of it is used.
+
+The format's index, ``.metadata``, is a pickle, and torch would run what it says. Here only the few classes are
+known that torch writes into it; anything else is an error. The tensors are read by torch with
+``weights_only=True``.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,6 +36,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 
 from drrho_clip.sample_state import SampleState
+from training.checkpoint import pt_file
 from training.distributed.collectives import Group, PeerFailed, gather_object, on_main, rank_in
 from training.files import checksum, sync_folder
 
@@ -46,7 +54,10 @@ class SavedState:
     def named_in(cls, held: Mapping[str, Any], path: Path) -> SavedState | None:
         """What the checkpoint ``path``, whose content is ``held``, names; None where it names none."""
         named = held.get("sample_state")
-        return cls(path.parent / Path(named["folder"]).name, named["files"]) if named else None
+        if not named:
+            return None
+        files = {str(name): (int(size), int(crc)) for name, (size, crc) in named["files"].items()}
+        return cls(path.parent / Path(named["folder"]).name, files)
 
 
 # torch.distributed.checkpoint warns in a run of one process, where nothing is wrong. The filter is process-wide,
@@ -85,9 +96,10 @@ def write(folder: Path, columns: Mapping[str, Tensor], group: Group = None) -> F
 def read(folder: Path, state: SampleState) -> None:
     """Fill ``state`` from ``folder``; rows beyond those saved stay as they are. Collective.
 
-    ValueError: a column is missing, or there are more rows than ``state`` has.
+    ValueError: a column is missing, there are more rows than ``state`` has, or the files are not a sample state.
     """
-    saved = dcp.FileSystemReader(folder).read_metadata()
+    reader = _Reader(folder)
+    saved = reader.read_metadata()
     columns = saved.state_dict_metadata
     for name in state.columns:
         if name not in columns:
@@ -98,8 +110,12 @@ def read(folder: Path, state: SampleState) -> None:
                 f"--data_size {state.num_samples}: the sample state {folder} has {rows} rows, and "
                 f"none may be lost; give at least {rows}"
             )
-    with _exchanged(folder):
-        dcp.load(dict(state.local()), checkpoint_id=folder, planner=_Planner(state.rows))
+    try:
+        with _exchanged(folder):
+            dcp.load(dict(state.local()), storage_reader=reader, planner=_Planner(state.rows))
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise ValueError(f"sample state {folder} cannot be read ({pt_file.reason(cause)})") from error
 
 
 def whole(state: SampleState) -> dict[str, Tensor]:
@@ -157,9 +173,83 @@ def _written(folder: Path, rank: int) -> Files | OSError:
         return error
 
 
+class _Unpickler(pickle.Unpickler):
+    """Reads a ``.metadata`` of torch 2.6 or newer, and calls nothing but the classes that are stored there."""
+
+    _KNOWN: Mapping[str, Any] = {
+        **{
+            f"torch.distributed.checkpoint.metadata.{name}": getattr(metadata, name)
+            for name in (*metadata.__all__, "_MEM_FORMAT_ENCODING")
+        },
+        "torch.distributed.checkpoint.filesystem._StorageInfo": filesystem._StorageInfo,
+        "torch.Size": torch.Size,
+        "torch.float32": torch.float32,
+        "torch.serialization._get_layout": lambda _: torch.strided,
+        **dict.fromkeys(("pathlib.PosixPath", "pathlib._local.PosixPath"), PurePosixPath),  # of the folder, unused
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._KNOWN[f"{module}.{name}"]
+        except KeyError:
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, which is no part of a sample state; no code in it was run"
+            ) from None
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise pickle.UnpicklingError("it refers to other files")
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads a folder without running code from it. ValueError: its index is not that of a sample state."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._folder = folder
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            found = _Unpickler(io.BytesIO((self._folder / ".metadata").read_bytes())).load()
+            whole = _is_index(found)
+        except OSError as error:
+            raise ValueError(f"sample state {self._folder}: its index cannot be read ({error})") from error
+        except Exception as error:  # the unpickler can fail in any way on foreign bytes
+            reason = str(error) if isinstance(error, pickle.UnpicklingError) else "it is cut short"
+            raise ValueError(f"sample state {self._folder}: .metadata is not its index ({reason})") from error
+        if not whole:
+            raise ValueError(f"sample state {self._folder}: .metadata is the index of something else")
+        found.planner_data = None
+        return found
+
+
+def _is_index(found: Any) -> bool:
+    """Whether ``found`` is the index of columns whose pieces lie in files of the same folder."""
+    if type(found) is not Metadata:
+        return False
+    for name, column in found.state_dict_metadata.items():
+        if (
+            type(name) is not str
+            or type(column) is not TensorStorageMetadata
+            or type(column.size) is not torch.Size
+        ):
+            return False
+        if len(column.size) != 1 or column.properties.dtype is not torch.float32:
+            return False
+        for chunk in column.chunks:
+            (offset,), (length,) = chunk.offsets, chunk.sizes
+            if type(chunk) is not ChunkStorageMetadata or not 0 <= offset <= offset + length <= column.size[0]:
+                return False
+    for index, place in found.storage_data.items():
+        if type(index) is not MetadataIndex or type(place) is not filesystem._StorageInfo:
+            return False
+        if place.relative_path != Path(place.relative_path).name or min(place.offset, place.length) < 0:
+            return False
+    return True
+
+
 def _column(saved: Metadata, name: str) -> TensorStorageMetadata:
     column = saved.state_dict_metadata[name]
-    assert isinstance(column, TensorStorageMetadata), f"{name!r} is no tensor"
+    assert isinstance(column, TensorStorageMetadata), "the reader has checked it"
     return column
 
 
