@@ -90,8 +90,8 @@ def plan(report: Path, cpu: bool) -> list[Measurement]:
         "environment", (sys.executable, str(HERE / "gpu.py"), "--environment"), 60, last_line
     )
     if cpu:
-        small = ("--steps", "1", "--repeats", "1", "--batch-size", "8")
-        flags = ("--variants", "ours,plain,openclip", "--kernels")
+        small = ("--steps", "1", "--repeats", "1", "--batch-size", "4")
+        flags = ("--variants", "ours,openclip", "--kernels")
         return [
             environment,
             Measurement("tests", (*pytest[:-1], str(ROOT / "tests/device/test_losses.py")), 180, tested),

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drrho_clip.sample_state import SampleState
 from tests.support.ranks import ranks
 from tests.support.small_runs import COLUMNS, CPU, ROWS, Model, Run, assert_same, save
 from tests.support.stepping import OPTIM
-from training.checkpoint import pt_file
+from training.checkpoint import optimizer_state, pt_file
 from training.checkpoint.run_state import RunState
 from training.loop.optimizer import create_optimizer
 
@@ -148,3 +149,27 @@ def test_a_checkpoint_moved_without_its_rows_is_refused(saved):
     moved = shutil.copy(saved / "epoch_1.pt", saved / "elsewhere")
     with pytest.raises(ValueError, match=r"epoch_1\.state.*copy its folder beside the file"):
         Run(1).resumed(Path(moved))
+
+
+class Copies(TorchDispatchMode):
+    """Counts the bytes of host memory that are allocated for copies."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default) and result.device == CPU:
+            self.bytes += result.nbytes
+        return result
+
+
+def test_moments_for_a_device_are_not_copied_on_the_host(saved):
+    file = saved / "epoch_1.pt"
+    held = pt_file.read(file)
+    model = Model().to("meta")
+    optimizer = create_optimizer(model, OPTIM, torch.device("meta"))
+    with Copies() as copies:
+        optimizer_state.load(optimizer, model, held, file)
+    loaded = [v for values in optimizer.state.values() for v in values.values() if v.ndim]
+    assert len(loaded) > 8 and all(v.device.type == "meta" for v in loaded)
+    assert copies.bytes <= 4 * len(optimizer.state)  # the steps' counts

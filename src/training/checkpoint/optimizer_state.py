@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,13 @@ def load(optimizer: Optimizer, model: nn.Module, held: Mapping[str, Any], path: 
                     f"{list(value.shape)}, the parameter has shape {list(shapes[index])}: its parameters are in "
                     "another order"
                 )
-    # A deep copy, because torch keeps tensors that need no conversion, and these are mapped from the file.
-    optimizer.load_state_dict({"state": deepcopy(saved["state"]), "param_groups": groups})
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    # torch keeps tensors that need no conversion. They are mapped from the file, so they are copied; those that
+    # went to a GPU are not.
+    for values in optimizer.state.values():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                values[key] = value.clone()
 
 
 def _by_open_clips_order(
