@@ -43,7 +43,8 @@ import report
 from training.config.params import parse
 from training.data.batch_memory import PREFETCH, BatchMemory
 from training.data.build import build_train
-from training.data.sources.shards import expand_shards, read_shard
+from training.data.sources.paths import expand_shards
+from training.data.sources.shards import read_shard
 from training.data.tokenizer import Tokens
 from training.data.transforms import TrainView
 from training.distributed.process_group import World
@@ -139,7 +140,7 @@ def expand(shards: str) -> list[str]:
 def read(shards: str) -> list[tuple[bytes, str]]:
     """Encoded image and caption of all samples."""
     groups = (group for url in expand(shards) for group in read_shard(url))
-    return [(group.members["jpg"], group.members["txt"].decode()) for group in groups]
+    return [(group.files.members["jpg"], group.files.members["txt"].decode()) for group in groups]
 
 
 def cpu_seconds() -> float:

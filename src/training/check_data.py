@@ -11,6 +11,7 @@ not, 2: the command is wrong.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -20,17 +21,23 @@ from typing import Any
 from training.config.flags import ALL
 from training.config.parser import parse_sizes
 from training.data.audit import check
-from training.data.sources.shards import expand_shards
+from training.data.sources.fields import sample_fields
+from training.data.sources.paths import expand_shards, look_for_shards
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Returns the exit code."""
     given = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may have characters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     sizes = given.data_size if isinstance(given.data_size, list) else [given.data_size]
     sizes = [] if sizes == [-1] else sizes
     try:
         if re.search(r"\.(csv|tsv)(\.\w+)?(::|$)", given.train_data, re.IGNORECASE):
             raise ValueError(f"--train-data {given.train_data}: this checks webdataset shards, not csv files")
+        fields = sample_fields(given.image_key, given.text_key, given.json_key)
+        for remark in look_for_shards(given.train_data, "--train-data"):
+            print(f"remark: {remark}", file=sys.stderr)
         sources = expand_shards(given.train_data)
         if len(sizes) > 1 and len(sizes) != len(sources):
             raise ValueError(f"--data_size: {len(sizes)} sizes for {len(sources)} sources; give one per :: source")
@@ -41,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources,
         sizes,
         sample_index=given.sample_index,
+        fields=fields,
         max_bad_fraction=given.max_bad_fraction,
         workers=given.workers,
     )
@@ -67,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         default="key",
         help="as in training; none: for a loss that keeps no values per sample, whose shards need no json",
     )
+    for key in ("image_key", "text_key", "json_key"):
+        add(key, default=ALL[key].default)
     add("max_bad_fraction", type=float, default=ALL["max_bad_fraction"].default)
     add("workers", type=int, default=os.cpu_count(), help="processes that read")
     return parser

@@ -229,7 +229,8 @@ def open_run(config: Config, world: World, folder: RunFolder) -> RunLog:
     handlers: list[logging.Handler] = [_Console(level if reports else logging.WARNING)]
     if reports:
         name = f"out-{world.rank}.log" if config.run.log_local else "out.log"
-        handlers.append(logging.FileHandler(folder.path / name))
+        # Names of files need not be text: what utf-8 has no bytes for is written as an escape.
+        handlers.append(logging.FileHandler(folder.path / name, encoding="utf-8", errors="backslashreplace"))
         handlers[-1].setLevel(level)
     writers: tuple[Writer, ...] = ()
     if world.is_main and "tensorboard" in config.run.report_to:

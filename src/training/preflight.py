@@ -12,7 +12,7 @@ from training.cache.features import open_features
 from training.config.params import Config
 from training.data.build import open_table
 from training.data.samples import CaptionSource, FeatureSource
-from training.data.sources.shards import look_for_shards
+from training.data.sources.paths import look_for_shards
 from training.data.sources.tables import CsvSource, look_for_pictures
 from training.distributed import ddp
 from training.distributed.process_group import World

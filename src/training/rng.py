@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 MASKS, SELECTION = range(2)  # purposes of the random numbers in a step: each has its own seeds
+CAPTION = 1  # a purpose of a sample's seed: which of several captions
 
 
 def seed_of(*parts: int) -> int:

@@ -23,6 +23,8 @@ NEW = {
     "--dry_run",
     "--epoch_policy",
     "--global_batch_size",
+    "--image_key",
+    "--json_key",
     "--keep_last",
     "--lanes",
     "--loss",
@@ -36,6 +38,7 @@ NEW = {
     "--save_published_state",
     "--step_timeout",
     "--tau_gradient",
+    "--text_key",
     "--u_format",
 }
 # Our kind for a published type, where the words differ.

@@ -30,6 +30,7 @@ from tests.support.commands import DATA, FASTCLIP, config
             "--csv_quoting, --csv_encoding: no effect without csv data",
         ),
         (f"{DATA} --eps 1e-8 --optimizer lion", "--eps: no effect with this optimizer"),
+        (f"{DATA} --json_key json:id", "--json_key: no effect where rows do not go by key"),
         (f"{DATA} --lock-text-unlocked-layers 1", "--lock-text-unlocked-layers: no effect without --lock-text"),
         (
             f"{DATA} --local-loss",

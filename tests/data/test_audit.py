@@ -13,7 +13,7 @@ from training import check_data
 from training.check_data import main
 from training.data import audit
 from training.data.audit import check
-from training.data.sources.shards import expand_shards
+from training.data.sources.paths import expand_shards
 
 
 def small(i: int, **changes) -> dict:
@@ -70,12 +70,13 @@ def test_broken_shards(name, tmp_path):
     pattern = write_shards(tmp_path, [small(i) for i in range(8)], 4)
     broken = SHARDS[name]
     broken.make(tmp_path / "00002.tar", [10, 11, 12, 13])
-    found = summary(pattern, str(tmp_path / "00002.tar"), sizes=[100], max_bad_fraction=0.4)
+    second = str(tmp_path / "{00002..00002}.tar")  # a range, as a folder may be given as such
+    found = summary(pattern, second, sizes=[100], max_bad_fraction=0.4)
     assert found.skips.counts == broken.reasons
     assert sorted(found.good[:, 0]) == [*range(8), *range(10, 10 + broken.whole)]
     assert not found.problems and found.remarks
-    assert summary(pattern, str(tmp_path / "00002.tar"), sizes=[100]).problems
-    alone = summary(str(tmp_path / "00002.tar"))
+    assert summary(pattern, second, sizes=[100]).problems
+    alone = summary(second)
     assert ("there is no usable sample" in alone.problems) == (broken.whole == 0)
     assert list(alone.lines())[-1] == "safe to train      no"
 

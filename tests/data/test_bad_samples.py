@@ -25,7 +25,7 @@ from training.data.build import build_train
 from training.data.lanes import Lane
 from training.data.loader import TrainData
 from training.data.sources import webdataset
-from training.data.sources.shards import expand_shards
+from training.data.sources.paths import expand_shards
 from training.distributed.collectives import gather_object
 from training.distributed.process_group import World
 

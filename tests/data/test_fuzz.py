@@ -25,7 +25,9 @@ from tests.support.shards import encode, picture, write_tar
 from training.data.bad_samples import Skips, usable
 from training.data.lanes import Part
 from training.data.samples import RawSample
-from training.data.sources.webdataset import IMAGES, Shard, ShardSource
+from training.data.sources.fields import DEFAULT
+from training.data.sources.shards import Shard
+from training.data.sources.webdataset import ShardSource
 
 SAMPLES, BLOCK, ROWS = 5, 512, 64
 SECONDS = 60  # for one example that takes a millisecond
@@ -108,12 +110,21 @@ def damaged(data: bytes) -> bool:
 
 
 def groups(data: bytes) -> list[list[tuple[str, bytes]]]:
-    """(extension, content) of consecutive members with one name."""
+    """(extension, content) of consecutive members with one name: up to the first dot, or else up to the last."""
     split = [
         (*re.fullmatch(r"((?:.*/)?[^/.]*)(?:\.(.*))?", name, re.DOTALL).groups(), c) for name, c in members(data)
     ]
     named = itertools.groupby([s for s in split if s[1]], key=lambda s: s[0])
-    return [[(extension.lower(), content) for _, extension, content in group] for _, group in named]
+    early = [[(extension.lower(), content) for _, extension, content in group] for _, group in named]
+    return [part for group in early for part in _split_late(group)]
+
+
+def _split_late(group: list[tuple[str, bytes]]) -> list[list[tuple[str, bytes]]]:
+    if any(extension in ("jpg", "txt", "json") for extension, _ in group):
+        return [group]
+    split = [(*("." + extension).rpartition(".")[::2], content) for extension, content in group]
+    parts = [[s[1:] for s in part] for _, part in itertools.groupby(split, key=lambda s: s[0])]
+    return parts if any({"jpg", "txt"} <= {e for e, _ in part} for part in parts) else [group]
 
 
 def triples(data: bytes) -> list[tuple[int, str, bytes]]:
@@ -121,7 +132,7 @@ def triples(data: bytes) -> list[tuple[int, str, bytes]]:
     found = []
     for group in groups(data):
         parts = dict(reversed(group))
-        image = next((parts[e] for e in IMAGES if e in parts), None)
+        image = next((parts[e] for e in DEFAULT.image if e in parts), None)
         try:
             key, text = json.loads(parts["json"])["key"], parts["txt"].decode()
         except (KeyError, TypeError, ValueError, RecursionError):

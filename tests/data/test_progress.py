@@ -164,7 +164,7 @@ def test_resuming_reads_files_from_the_window_on_and_commands_without_decoding(d
     """What comes before the window is not read if the file can be read from there, and is never decoded."""
     opened = []
     read = webdataset.read_shard
-    monkeypatch.setattr(webdataset, "read_shard", lambda *a: opened.append(a) or read(*a))
+    monkeypatch.setattr(webdataset, "read_shard", lambda *a, **known: opened.append(a) or read(*a, **known))
     streams = launch(data, "dealt", 1, 0)
     run(streams, 0, 0, 5)
     state = state_of(streams)

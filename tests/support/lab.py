@@ -95,6 +95,15 @@ class Lab:
         return shards.write_shards(self.root / "spoiled", samples, per_shard=2)
 
     @cached_property
+    def full_shards(self) -> str:
+        """Every sample has two pictures, two captions and two numbers."""
+        samples = [shards.sample(i) for i in range(4)]
+        for i, sample in enumerate(samples):
+            sample["other.jpg"] = shards.encode(shards.picture(20 + i))
+            sample["json"] |= {"caption": f"another caption of {i}", "id": 30 + i}
+        return shards.write_shards(self.root / "full", samples, per_shard=2)
+
+    @cached_property
     def csv(self) -> str:
         return shards.write_csv(self.root / "csv", 4)
 

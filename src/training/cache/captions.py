@@ -1,21 +1,22 @@
 """Synthetic captions in training: what a captioning model wrote about each image, once (``captioner``).
 
-With ``--cached_syn_texts_dir`` training uses for each sample its own caption or one of the synthetic ones, all
+With ``--cached_syn_texts_dir`` training uses for each sample one of its own captions or of the synthetic ones, all
 with the same probability, by a seed that follows from (seed, epoch, sample). The store (see ``row_store``) keeps
 them as utf-8: for each row [captions per sample] strings of bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from training.cache.row_store import RowStore, caption_checksum, open_store
 from training.config.params import Config
-from training.rng import seed_of
+from training.rng import CAPTION, seed_of
 
 KIND = "synthetic captions"
 FLAG = "--cached_syn_texts_dir"
-_DRAW = 1
 
 
 class Captions:
@@ -24,17 +25,18 @@ class Captions:
     def __init__(self, store: RowStore, count: int, offset: int = 0) -> None:
         self.store, self.count, self.offset = store, count, offset
 
-    def draw(self, row: int, text: str, name: str, seed: int) -> str:
+    def draw(self, row: int, texts: Sequence[str], name: str, seed: int) -> str:
         """See ``CaptionSource``."""
         place = np.array([row - self.offset])
-        checksum = np.array([caption_checksum(text)], np.uint32)
+        checksum = np.array([caption_checksum(texts[0])], np.uint32)
         (position,) = self.store.find(
             place, checksum, lambda _: f"{FLAG}: sample {name} (row {place[0]} of the captions)"
         )
-        number = seed_of(seed >> 1, _DRAW) % (self.count + 1)
-        if number == 0:
-            return text
-        return bytes(self.store.one("captions", int(position))[number - 1]).decode(errors="replace")
+        number = seed_of(seed >> 1, CAPTION) % (len(texts) + self.count)
+        if number < len(texts):
+            return texts[number]
+        written = self.store.one("captions", int(position))[number - len(texts)]
+        return bytes(written).decode(errors="replace")
 
     def describe(self) -> str:
         """See ``CaptionSource``."""

@@ -34,7 +34,7 @@ from training.config.params import Config
 from training.config.reference import ReferenceConfig
 from training.data.bad_samples import WrongRow
 from training.data.samples import FeatureSource
-from training.data.sources.shards import expand_shards
+from training.data.sources.paths import expand_shards
 from training.models import pretrained
 
 KIND = "reference features"

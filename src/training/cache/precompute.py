@@ -30,6 +30,7 @@ from training.data.build import open_table
 from training.data.lanes import Part
 from training.data.loader import open_loader
 from training.data.samples import RawSample
+from training.data.sources.fields import SampleFields
 from training.data.sources.shards import Shard
 from training.data.sources.tables import CsvSource
 from training.data.sources.webdataset import ShardSource, open_shards
@@ -55,10 +56,11 @@ class ShardUnit(NamedTuple):
     name: str
     shard: Shard
     sample_index: str
+    fields: SampleFields
 
     def read(self, skips: Skips) -> Iterator[RawSample]:
         """Its samples, each once; its faults are counted in ``skips``."""
-        source = ShardSource([self.shard], 0, sample_index=self.sample_index)
+        source = ShardSource([self.shard], 0, sample_index=self.sample_index, fields=self.fields)
         return usable(source.in_order(Part(0, 1)), skips)
 
 
@@ -132,11 +134,11 @@ def _units(config: Config, world: World, table: CsvSource | None) -> list[Unit]:
     """All of the training data, in units. All ranks call it together."""
     if config.data.dataset_type == "webdataset":
         settings = replace(config.data, epoch_policy="wrap", train_num_samples=1)
-        shards = open_shards(settings, config.run.seed, world, steps=1).shards
-        names = [shard.url.rsplit("/", 1)[-1] for shard in shards]
+        source = open_shards(settings, config.run.seed, world, steps=1)
+        names = [shard.url.rsplit("/", 1)[-1] for shard in source.shards]
         return [
-            ShardUnit(i, name, shard, settings.sample_index)
-            for i, (name, shard) in enumerate(zip(names, shards, strict=True))
+            ShardUnit(i, name, shard, settings.sample_index, source.fields)
+            for i, (name, shard) in enumerate(zip(names, source.shards, strict=True))
         ]
     table = table or open_table(config)
     cuts = [(first, min(first + BLOCK, table.samples)) for first in range(0, table.samples, BLOCK)]

@@ -141,7 +141,9 @@ def _fill(folder: RunFolder, config: Config) -> None:
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     folder.done.unlink(missing_ok=True)  # left by an earlier part of the run, and this one has not reached its end
     (folder.path / "params.txt").write_text(
-        "".join(f"{name}: {value}\n" for name, value in sorted(config.flags.items()))
+        "".join(f"{name}: {value}\n" for name, value in sorted(config.flags.items())),
+        encoding="utf-8",
+        errors="backslashreplace",  # paths need not be text
     )
     _write_launch(folder, launch_identity(os.environ))
     if config.run.copy_codebase:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os.path
+import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from training.config.flags import ALL
 from training.config.given import Given, Refusal
@@ -39,6 +39,9 @@ class DataConfig:
     workers: int
     data_size: int
     sample_index: str
+    image_key: str
+    text_key: str
+    json_key: str
     max_bad_fraction: float
     skip_webdataset_split_by_node: bool
     aug_cfg: Mapping[str, Any]
@@ -59,8 +62,69 @@ IDLE = (
         lambda s: "webdataset" not in s.kinds or s.given.data_size == -1,
         "without shards and --data_size",
     ),
+    Idle(("image_key", "text_key"), lambda s: "webdataset" not in s.kinds, "without shards"),
+    Idle(
+        ("json_key",),
+        lambda s: "webdataset" not in s.kinds or s.given.data_size == -1 or s.given.sample_index != "key",
+        "where rows do not go by key",
+    ),
     Idle(("skip_webdataset_split_by_node",), lambda s: "webdataset" not in s.kinds, "without shards to split"),
 )
+
+SHARD_NAME = re.compile(r"\.tar(\.(gz|bz2|xz|lzma|zst|lz4))?$|\.t(gz|bz2?|xz|zst)$", re.IGNORECASE)
+
+
+class Field(NamedTuple):
+    """Where a sample has a value: the file with this ``extension`` or, with a ``path``, a field of that json.
+
+    A path such as 'meta.key' leads through objects inside objects.
+    """
+
+    extension: str
+    path: str = ""
+
+
+def parse_fields(text: str, key: str) -> tuple[Field, ...]:
+    """The alternatives in ``text``, the value of the flag ``key``: image_key, text_key or json_key.
+
+    ValueError: it is of another form.
+    """
+    said, fields = f"{ALL[key].name} {text!r}", []
+    for word in text.split(";"):
+        extension, colon, path = (part.strip() for part in word.partition(":"))
+        extension = extension.removeprefix("*").removeprefix(".").lower()
+        if not extension or (colon and "" in path.split(".")):
+            raise ValueError(f"{said}: a name is missing; {_FORMS[key]}")
+        if re.search(r"[,/\s]", extension):
+            raise ValueError(f"{said}: {extension!r} is no extension; {_FORMS[key]}")
+        if colon and key == "image_key":
+            raise ValueError(f"{said}: an image cannot be a field of a json; {_FORMS[key]}")
+        if key == "text_key" and not path and extension.rpartition(".")[2] == "json":
+            raise ValueError(f"{said}: name the field of the json that is the caption, as in {extension}:caption")
+        fields.append(Field(extension, path))
+    return tuple(fields)
+
+
+_FORMS = {
+    "image_key": "expected extensions joined with ;, such as 'jpg;png'",
+    "text_key": "expected extensions or fields of a json joined with ;, such as 'txt;json:caption'",
+    "json_key": "expected jsons and the fields of their keys joined with ;, such as json:key or json:meta.id",
+}
+
+
+def sources_of(paths: str) -> list[str]:
+    """The sources that ``paths`` joins with ``::``, with the home directory for ~ (shells leave it inside a word).
+
+    A path that exists is itself.
+    """
+    if os.path.exists(os.path.expanduser(paths)):
+        return [os.path.expanduser(paths)]
+    return [os.path.expanduser(path) for path in paths.split("::")]
+
+
+def with_home(paths: str | None) -> str | None:
+    """``paths``, joined with ``::``, with the home directory for ~."""
+    return paths and "::".join(sources_of(paths))
 
 
 def resolve_data(given: Given, dataset_type: str, trains: bool) -> DataConfig:
@@ -71,8 +135,14 @@ def resolve_data(given: Given, dataset_type: str, trains: bool) -> DataConfig:
     sizes = _data_sizes(given, dataset_type)
     if trains:
         _check_training_data(given, dataset_type)
+    try:
+        for key in _FORMS:
+            parse_fields(given.values[key], key)
+    except ValueError as error:
+        raise Refusal(str(error)) from None
     return given.group(
         DataConfig,
+        train_data=with_home(given.train_data),
         dataset_type=dataset_type,
         epoch_policy=_epoch_policy(given),
         lanes=_lanes(given),
@@ -93,11 +163,41 @@ def kind_of_data(given: Given, key: str) -> str:
         return "none"
     if given.dataset_type in ("webdataset", "csv"):
         return given.dataset_type
-    kinds = {_kind_of_source(source) for source in ([data] if os.path.exists(data) else data.split("::"))}
-    if len(kinds) > 1 or None in kinds:
-        what = "mixes shards and csv files" if None not in kinds else "is neither .tar nor .csv or .tsv"
-        raise Refusal(f"{given.say(key)}: it {what}; give --dataset-type webdataset or --dataset-type csv")
-    return str(kinds.pop())
+    kinds = {source: _kind_of_source(source) for source in sources_of(data)}
+    if None in kinds.values():
+        unknown = next(source for source, kind in kinds.items() if kind is None)
+        what = f"{unknown!r}" if len(kinds) > 1 else "it"
+        if os.path.isdir(unknown):
+            raise Refusal(f"{given.say(key)}: {what} is a folder without shards (.tar); check the path")
+        if not re.search(r"[:{*?\[]", unknown) and not os.path.lexists(unknown):
+            raise Refusal(f"{given.say(key)}: {what} is not on this machine; {advice(unknown)}")
+        raise Refusal(
+            f"{given.say(key)}: {what} is neither .tar nor .csv or .tsv; give --dataset-type webdataset or "
+            "--dataset-type csv"
+        )
+    if len(set(kinds.values())) > 1:
+        raise Refusal(
+            f"{given.say(key)}: it mixes shards and csv files; give --dataset-type webdataset or --dataset-type "
+            "csv"
+        )
+    return str(kinds.popitem()[1])
+
+
+def advice(source: str) -> str:
+    """What to do about a ``source`` that leads nowhere."""
+    if not source:
+        return "take out the :: that has nothing beside it"
+    if source != source.strip():
+        return "take out the space before or behind it"
+    if source[0] in "\"'" or source[-1] in "\"'":
+        return "take off the quotes, which have reached the program"
+    if re.search(r"\$\w", source):
+        return "write the variable out, as no shell has replaced it"
+    if re.search(r"\.tar[,; ]+\S", source):
+        return "join several with ::"
+    if re.search(r"\{\d+(-|:|\.|\.{3,})\d+\}|(?<!\{)\b\d+\.{2,3}\d+\b", source):
+        return "write a range as {00000..00099}"
+    return "check the path"
 
 
 def check_file(given: Given, key: str) -> None:
@@ -108,14 +208,40 @@ def check_file(given: Given, key: str) -> None:
         return
     if not value or re.search(r"[:{*?\[]", value) or (key == "train_data" and given.dataset_type == "synthetic"):
         return
-    if not Path(value).exists():
-        raise Refusal(f"{given.say(key)}: there is no such file on this machine; check the path")
+    path = with_home(value) if key in _MAY_BE_AT_HOME else str(value)
+    if path and not os.path.exists(path):
+        link = f": it is a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else ""
+        raise Refusal(f"{given.say(key)}: there is no such file on this machine{link}; {advice(path)}")
+
+
+_MAY_BE_AT_HOME = ("train_data", "val_data", "imagenet_val", "imagenet_v2")
+
+
+def shards_in(folder: str) -> list[str]:
+    """The paths of the shards that lie in ``folder`` itself, sorted. OSError: it cannot be listed."""
+    names = sorted(name for name in os.listdir(folder) if SHARD_NAME.search(name) and not name.startswith("."))
+    return [os.path.join(folder, name) for name in names]
+
+
+def folders_with_shards(folder: str) -> list[str]:
+    """The names of the folders in ``folder`` that have shards, sorted. OSError: it cannot be listed."""
+    found = []
+    for entry in os.scandir(folder):
+        with suppress(OSError):
+            if entry.is_dir() and shards_in(entry.path):
+                found.append(entry.name)
+    return sorted(found)
 
 
 def _kind_of_source(source: str) -> str | None:
     if re.search(r"\.(csv|tsv)(\.(gz|bz2|xz|zip|zst))?$", source, re.IGNORECASE):
         return "csv"
-    return "webdataset" if re.search(r"\.tar\b|\.tgz\b", source) else None
+    if re.search(r"\.tar\b|\.t(gz|bz2?|xz|zst)\b", source, re.IGNORECASE):
+        return "webdataset"
+    with suppress(OSError):
+        if os.path.isdir(source) and (shards_in(source) or folders_with_shards(source)):
+            return "webdataset"
+    return None
 
 
 def _data_sizes(given: Given, dataset_type: str) -> tuple[int, ...]:
@@ -125,7 +251,7 @@ def _data_sizes(given: Given, dataset_type: str) -> tuple[int, ...]:
         return ()
     if min(sizes) < 1:
         raise Refusal(f"{given.say('data_size')}: each size must be at least 1")
-    sources = given.train_data.count("::") + 1 if given.train_data else 1
+    sources = len(sources_of(given.train_data)) if given.train_data else 1
     if len(sizes) > 1 and (dataset_type != "webdataset" or len(sizes) != sources):
         raise Refusal(
             f"{given.say('data_size')}: {len(sizes)} sizes for {sources} --train-data sources; give one size "
@@ -149,7 +275,7 @@ def _upsampling_factors(given: Given, dataset_type: str) -> tuple[float, ...] | 
     if dataset_type != "webdataset" or _epoch_policy(given) != "resample":
         cure = "add that flag" if dataset_type == "webdataset" else "leave it out"
         raise Refusal(f"{say}: weights have an effect only on shards drawn with --dataset-resampled; {cure}")
-    sources = given.train_data.count("::") + 1
+    sources = len(sources_of(given.train_data))
     if len(factors) != sources:
         raise Refusal(f"{say}: {len(factors)} weights for {sources} --train-data sources; give one per source")
     return factors

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from training.config.data import check_file, kind_of_data
+from training.config.data import check_file, kind_of_data, with_home
 from training.config.flags import ALL
 from training.config.given import Given
 from training.config.remarks import Idle
@@ -62,4 +62,5 @@ def resolve_evaluation(given: Given) -> EvalConfig:
     """The ``EvalConfig`` of the flags. Refusal: a file that is to be read does not exist."""
     for key in DATA:
         check_file(given, key)
-    return given.group(EvalConfig, val_dataset_type=kind_of_data(given, "val_data"))
+    data = {key: with_home(given.values[key]) for key in DATA}
+    return given.group(EvalConfig, val_dataset_type=kind_of_data(given, "val_data"), **data)

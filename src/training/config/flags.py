@@ -49,7 +49,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "--train-data",
             "str",
             None,
-            "tar shards (brace patterns, globs, URLs or pipe: commands, several sources joined with ::) "
+            "tar shards (brace patterns, globs, folders, URLs or pipe: commands, several sources joined with ::) "
             "or csv files (paths, patterns or URLs, several joined with ::)",
         ),
         Flag(
@@ -121,6 +121,26 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "what determines a sample's row in the sample state: the key in its json, or its position in "
             "the shard list",
             choices=("key", "position"),
+        ),
+        Flag(
+            "--image_key",
+            "str",
+            "jpg;jpeg;png;webp",
+            "extension of the images in the shards; the first one that a sample has, of several joined with ;",
+        ),
+        Flag(
+            "--text_key",
+            "str",
+            "txt",
+            "extension of the captions in the shards, or a field of a json such as json:caption; the first one "
+            "that a sample has, of several joined with ;",
+        ),
+        Flag(
+            "--json_key",
+            "str",
+            "json:key",
+            "json in the shards and its field with the key, such as json:meta.id; the first one that a sample "
+            "has, of several joined with ;",
         ),
         Flag(
             "--max_bad_fraction",

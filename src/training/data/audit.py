@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,17 +15,20 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from training.data.bad_samples import Skips, usable
+from training.data.bad_samples import Skips
 from training.data.decode import decode_pixels, image_size
 from training.data.lanes import Part
+from training.data.samples import Fault, RawSample
+from training.data.sources.fields import DEFAULT, INCOMPLETE, SampleFields
 from training.data.sources.rows import with_rows
-from training.data.sources.shards import Shard
+from training.data.sources.shards import APART, Shard
 from training.data.sources.webdataset import ShardSource
 from training.data.worker import decode_or_skip
 
 ROWS = 2**62  # more than any key; used where no --data_size limits them
 SHARD_REASONS = ("unreadable shard", "empty shard")
 NO_SAMPLES = (*SHARD_REASONS, "duplicate member")  # reasons that do not count samples
+SCATTERED = "files not side by side"  # a sample whose files are in several places of its shard
 KEY_REASONS = ("missing json", "json is not valid", "json without key", "key is not an integer")
 SHOWN = 20  # shards or keys that are listed one by one
 
@@ -33,7 +37,9 @@ SHOWN = 20  # shards or keys that are listed one by one
 class ShardReport:
     """One shard: its faults, and for each good sample its key, width, height and the length of its caption.
 
-    ``largest``: the largest key, including keys for which ``--data_size`` has no row.
+    ``largest``: the largest key, including keys for which ``--data_size`` has no row. A sample whose files are in
+    several places is counted once, as ``SCATTERED``; ``rests``: how many more training would count.
+    ``rests_of_good``: how many of these samples are good nevertheless, as the rest of their files is not needed.
     """
 
     url: str
@@ -41,11 +47,14 @@ class ShardReport:
     skips: Skips = field(default_factory=Skips)
     good: np.ndarray = field(default_factory=lambda: np.empty((0, 4), np.int64))
     largest: int = -1
+    rests: int = 0
+    rests_of_good: int = 0
 
     @property
     def bad(self) -> int:
         """Samples that training would leave out."""
-        return sum(n for reason, n in self.skips.counts.items() if reason not in NO_SAMPLES)
+        counted = sum(n for reason, n in self.skips.counts.items() if reason not in NO_SAMPLES)
+        return counted - self.rests_of_good
 
     @property
     def samples(self) -> int:
@@ -61,14 +70,17 @@ class ShardReport:
 class Checks(Dataset[ShardReport]):
     """The report of every shard. A shard is read when its report is requested, in the loader's processes.
 
-    ``sizes``: ``--data_size``, empty without it; ``sample_index``: 'key', 'position' or 'none'.
+    ``sizes``: ``--data_size``, empty without it; ``sample_index``: 'key', 'position' or 'none'; ``fields``: where
+    a sample has its parts.
     """
 
-    def __init__(self, sources: Sequence[list[str]], sizes: Sequence[int], sample_index: str) -> None:
+    def __init__(
+        self, sources: Sequence[list[str]], sizes: Sequence[int], sample_index: str, fields: SampleFields = DEFAULT
+    ) -> None:
         # Keys beyond --data_size are read too, since they show how large it should be.
         self.shards = list(with_rows(list(sources), (ROWS,)))
         self.source = [number for number, urls in enumerate(sources) for _ in urls]
-        self.by_key = sample_index == "key"
+        self.by_key, self.fields = sample_index == "key", fields
         self.sizes = tuple(sizes) * (len(sources) if len(sizes) == 1 else 1) or (ROWS,) * len(sources)
 
     def __len__(self) -> int:
@@ -82,8 +94,7 @@ class Checks(Dataset[ShardReport]):
         return report
 
     def _rows(self, shard: Shard, report: ShardReport, size: int) -> Iterator[tuple[int, int, int, int]]:
-        source = ShardSource([shard], 0, sample_index="key" if self.by_key else None)
-        for raw in usable(source.in_order(Part(0, 1)), report.skips):
+        for raw in self._samples(shard, report):
             assert isinstance(raw.image, bytes), "shards hold encoded images"
             key = raw.row - shard.first_row
             report.largest = max(report.largest, key)
@@ -91,6 +102,43 @@ class Checks(Dataset[ShardReport]):
                 report.skips.add("key out of range", raw.name)
             elif decode_or_skip(raw, report.skips, decode_pixels) is not None:
                 yield key, *image_size(raw.image), len(raw.text)
+
+    def _samples(self, shard: Shard, report: ShardReport) -> Iterator[RawSample]:
+        """The usable samples of ``shard``. Faults are counted in ``report``, those of one sample only once."""
+        source = ShardSource([shard], 0, sample_index="key" if self.by_key else None, fields=self.fields)
+        incomplete: dict[str, list[Fault]] = {}
+        good = set()
+        for item in source.in_order(Part(0, 1)):
+            for fault in item.faults:
+                if fault.reason in INCOMPLETE:
+                    incomplete.setdefault(fault.name, []).append(fault)
+                else:
+                    report.skips.add(*fault)
+            if item.sample is not None:
+                good.add(item.sample.name)
+                yield item.sample
+        for name, faults in _without_folders(incomplete, good).items():
+            if len(faults) == 1 and name not in good:
+                report.skips.add(*faults[0])
+                continue
+            report.skips.add(SCATTERED, name, next((fault.why for fault in faults if fault.why), APART))
+            report.rests += len(faults) - (name not in good)
+            report.rests_of_good += name in good
+
+
+def _without_folders(incomplete: dict[str, list[Fault]], good: set[str]) -> dict[str, list[Fault]]:
+    """The faults of each incomplete sample. Those in several folders are one if they complete each other."""
+    alike: dict[str, list[str]] = {}
+    for name in incomplete:
+        if name not in good:
+            alike.setdefault(posixpath.basename(name), []).append(name)
+    faults = dict(incomplete)
+    for names in alike.values():
+        reasons = {fault.reason for name in names for fault in incomplete[name]}
+        if len(names) > 1 and {"missing image", "missing text"} <= reasons:
+            first, *others = sorted(names)
+            faults[first] = [fault for name in (first, *others) for fault in faults.pop(name)]
+    return faults
 
 
 @dataclass
@@ -138,9 +186,18 @@ class Summary:
             share = len(broken) / len(self.reports)
             where = self.problems if share > self.max_bad_fraction else self.remarks
             where.append(f"{len(broken)} of {len(self.reports)} shards cannot be read to their end or are empty")
-        if bad:
-            share = bad / all_samples
-            text = f"{bad:,} of {all_samples:,} samples ({share:.2%}) are unusable"
+        if scattered := self.skips.counts[SCATTERED]:
+            self.remarks.append(
+                f"{scattered:,} samples have their files in the shard, but not side by side, and training reads a "
+                "sample from files of one folder that follow each other: pack the samples again, each in one "
+                "folder and all sorted by name (tar --sort=name -cf NEW.tar FOLDER)"
+            )
+        rests = sum(r.rests for r in self.reports)
+        if bad or rests:
+            share = (bad + rests) / (all_samples + rests)  # as training counts
+            text = f"{bad:,} of {all_samples:,} samples ({bad / all_samples:.2%}) are unusable"
+            if rests:
+                text += f", as training counts {bad + rests:,} of {all_samples + rests:,} ({share:.2%})"
             if share > self.max_bad_fraction:
                 self.problems.append(f"{text}, more than --max_bad_fraction {self.max_bad_fraction:g}")
             else:
@@ -243,11 +300,12 @@ def check(
     sizes: Sequence[int] = (),
     *,
     sample_index: str = "key",
+    fields: SampleFields = DEFAULT,
     max_bad_fraction: float = 0.05,
     workers: int = 0,
 ) -> Summary:
     """Read all shards of ``sources`` (lists of urls) and assess them, with a progress bar on stderr."""
-    checks = Checks(sources, sizes, sample_index)
+    checks = Checks(sources, sizes, sample_index, fields)
     loader = DataLoader(checks, batch_size=None, num_workers=min(workers, len(checks)), prefetch_factor=None)
     reports, seen = [], 0
     with tqdm(loader, total=len(checks), unit="shard", desc="reading", file=sys.stderr) as bar:

@@ -19,6 +19,7 @@ from training.data.samples import Fault, Item, RawSample
 
 log = logging.getLogger(__name__)
 
+REPAIR = "Repair the data (python -m training.check_data lists its faults)"
 WINDOW = range(1_000, 100_000)  # shortest and longest window, in samples; bad samples may be a share of it
 
 
@@ -56,20 +57,22 @@ def allowance(fraction: float, samples_per_epoch: int) -> Allowance:
 
 @dataclass
 class Skips:
-    """Samples that were left out, counted by reason, with the first name of each reason.
+    """Samples that were left out, counted by reason, with an example of each reason.
 
-    More than ``limit`` in a row are too many; the code that finds a good sample sets ``in_a_row`` to 0.
+    It is the first one of which more is known than the reason, or else the first one. More than ``limit`` in a row
+    are too many; the code that finds a good sample sets ``in_a_row`` to 0.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    explained: set[str] = field(default_factory=set)
     in_a_row: int = 0
     limit: int = WINDOW.stop
 
-    def add(self, reason: str, name: str) -> None:
-        """Count a sample or shard that is left out because of ``reason``."""
+    def add(self, reason: str, name: str, why: str = "") -> None:
+        """Count a sample or shard that is left out because of ``reason``; ``why`` says more."""
         self.counts[reason] += 1
-        self.examples.setdefault(reason, name)
+        self._example(reason, f"{name}: {why}" if why else name, explained=bool(why))
         self.in_a_row += 1
 
     def extend(self, faults: Iterable[Fault]) -> None:
@@ -80,21 +83,30 @@ class Skips:
     def merge(self, other: Skips) -> None:
         """Add the counts of ``other``; the earlier example of a reason is kept."""
         self.counts.update(other.counts)
-        self.examples = {**other.examples, **self.examples}
+        for reason, example in other.examples.items():
+            self._example(reason, example, explained=reason in other.explained)
 
     def check(self) -> None:
         """NothingUsable: there are more than ``limit`` in a row."""
         if self.in_a_row > self.limit:
             raise NothingUsable(
-                f"--max_bad_fraction: {self.in_a_row} samples or shards in a row are unusable; left out: {self}"
+                f"--max_bad_fraction: {self.in_a_row} samples or shards in a row are unusable; left out: {self}. "
+                f"{REPAIR}, or raise the fraction"
             )
 
     def take(self) -> Skips:
         """The counts since the last call."""
-        taken = Skips(self.counts.copy(), self.examples.copy())
+        taken = Skips(self.counts.copy(), self.examples.copy(), self.explained.copy())
         self.counts.clear()
         self.examples.clear()
+        self.explained.clear()
         return taken
+
+    def _example(self, reason: str, example: str, *, explained: bool) -> None:
+        if reason not in self.examples or (explained and reason not in self.explained):
+            self.examples[reason] = example
+        if explained:
+            self.explained.add(reason)
 
     def __str__(self) -> str:
         reasons = (f"{n} {reason} (e.g. {self.examples[reason]})" for reason, n in self.counts.most_common())
@@ -127,7 +139,7 @@ class Tolerance:
             raise TooManyBad(
                 f"--max_bad_fraction {self.allowed.fraction:g}: {self._bad} of the last {self._seen} samples are "
                 f"unusable, more than {self.allowed.samples} in {self.allowed.window}; the latest are {skips}. "
-                "Repair the data (python -m training.check_data lists its faults), or raise the fraction"
+                f"{REPAIR}, or raise the fraction"
             )
 
 
@@ -154,11 +166,17 @@ class SkipLog:
                 log.warning("skipped %d samples so far: %s", seen, str(self.total))
                 while self._next_report <= seen:
                     self._next_report *= 2
-        self._tolerance.update(used, skips)
+        self._tolerance.update(used, self._explained(skips))
 
     def take_epoch(self) -> Skips:
         """The samples left out since the last call."""
         return self._epoch.take()
+
+    def _explained(self, skips: Skips) -> Skips:
+        """``skips`` with earlier examples of its reasons, where more is known of those."""
+        unknown = skips.counts.keys() - skips.explained
+        earlier = {reason: self.total.examples[reason] for reason in unknown & self.total.explained}
+        return Skips(skips.counts, skips.examples | earlier) if earlier else skips
 
 
 def usable(items: Iterable[Item], skips: Skips) -> Iterator[RawSample]:

@@ -18,7 +18,8 @@ class RawSample(NamedTuple):
 
     ``image`` is an encoded image, the path of one, or a Pillow image; ``row`` is its row of the sample state
     (where the run keeps no state, a negative number that only identifies the sample); ``turn`` distinguishes the
-    visits of the sample in one epoch; ``name`` is for messages.
+    visits of the sample in one epoch; ``name`` is for messages. ``text`` is its caption, the first one where it
+    has several; ``more`` are the others, and training draws one of all.
     """
 
     image: bytes | str | Image.Image
@@ -26,13 +27,18 @@ class RawSample(NamedTuple):
     row: int
     turn: int
     name: str
+    more: tuple[str, ...] = ()
 
 
 class Fault(NamedTuple):
-    """Something left out, a sample, a shard or a part of one: its name, and the ``reason`` it counts under."""
+    """Something left out, a sample, a shard or a part of one: its name, and the ``reason`` it counts under.
+
+    ``why`` says more about it, and what helps, where that is known.
+    """
 
     reason: str
     name: str
+    why: str = ""
 
 
 class Item(NamedTuple):
@@ -47,7 +53,11 @@ class Item(NamedTuple):
 
 
 class Unusable(Exception):
-    """A sample that cannot be used; the message is the reason under which it is counted."""
+    """A sample that cannot be used. The message is the reason that it counts under; ``why`` is as in ``Fault``."""
+
+    def __init__(self, reason: str, why: str = "") -> None:
+        super().__init__(reason)
+        self.why = why
 
 
 class FeatureSource(Protocol):
@@ -68,10 +78,10 @@ class FeatureSource(Protocol):
 class CaptionSource(Protocol):
     """Additional captions of samples, stored by row. Picklable: loader processes get a copy."""
 
-    def draw(self, row: int, text: str, name: str, seed: int) -> str:
-        """``text``, the sample's own caption, or an additional one of its ``row``, chosen by ``seed`` (64 bits).
+    def draw(self, row: int, texts: Sequence[str], name: str, seed: int) -> str:
+        """One of ``texts``, the sample's own captions, or of those of its ``row``, chosen by ``seed`` (64 bits).
 
-        WrongRow: there are none for this row and ``text``; the message calls the sample ``name``.
+        WrongRow: there are none for this row and the first of ``texts``; the message calls the sample ``name``.
         """
 
     def describe(self) -> str:

@@ -12,11 +12,11 @@ from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
 
 from drrho_clip.batch import Batch
-from training.data.bad_samples import Allowance, NothingUsable, Skips, WrongRow
+from training.data.bad_samples import REPAIR, Allowance, NothingUsable, Skips, WrongRow
 from training.data.batch_memory import BatchMemory, ReceivedMemory
 from training.data.decode import check_size
 from training.data.lanes import Lane, Layout
@@ -24,7 +24,7 @@ from training.data.progress import BEGIN, Place, Progress
 from training.data.samples import CaptionSource, FeatureSource, RawSample, Source, Unusable
 from training.data.tokenizer import Tokenizer, Tokens
 from training.data.transforms import TrainView, Views
-from training.rng import sample_seed
+from training.rng import CAPTION, sample_seed, seed_of
 
 T = TypeVar("T")
 
@@ -226,15 +226,25 @@ class LaneReader:
         self._usable += 1
         self._skips.in_a_row = 0
         seed = sample_seed(self._stream.seed, self._epoch, raw.turn, raw.row)
-        text, captions = raw.text[:LONGEST_TEXT], self._stream.captions
-        if captions is not None:
-            text = captions.draw(raw.row, text, raw.name, seed)
-        return Sample(self._stream.view(image, seed), text, raw.row, seed, raw.name)
+        return Sample(self._stream.view(image, seed), self._caption(raw, seed), raw.row, seed, raw.name)
+
+    def _caption(self, raw: RawSample, seed: int) -> str:
+        """The caption for this use of a sample, of those that it has."""
+        stream = self._stream
+        if stream.captions is None and (not raw.more or stream.features is not None):
+            return raw.text[:LONGEST_TEXT]  # stored features are those of the first caption
+        texts = [text[:LONGEST_TEXT] for text in (raw.text, *raw.more)]
+        if stream.captions is not None:
+            return stream.captions.draw(raw.row, texts, raw.name, seed)
+        return texts[seed_of(seed >> 1, CAPTION) % len(texts)]
 
     def _end_turn(self) -> None:
         self._usable, self._barren = 0, 0 if self._usable else self._barren + 1
         if self._barren > self._lane.lanes + _EMPTY_TURNS:
-            raise NothingUsable(f"--train-data: it contains no usable sample; left out: {self._skips}")
+            raise NothingUsable(
+                f"--train-data: it contains no usable sample; left out: {self._skips}. {REPAIR}, or correct the "
+                "path"
+            )
 
 
 def decode_or_skip(raw: RawSample, skips: Skips, decoder: Callable[..., T]) -> T | None:
@@ -247,8 +257,14 @@ def decode_or_skip(raw: RawSample, skips: Skips, decoder: Callable[..., T]) -> T
         skips.add(str(fault), raw.name)
         return None
     except Exception as error:  # a decoder may raise any exception on a broken file
-        skips.add("undecodable image", f"{raw.name}: {error}")
+        skips.add("undecodable image", f"{raw.name}: {_why_undecodable(raw, error)}")
         return None
+
+
+def _why_undecodable(raw: RawSample, error: Exception) -> str:
+    if not isinstance(raw.image, bytes) or not isinstance(error, UnidentifiedImageError):
+        return str(error)
+    return f"its format is not known, it begins with {raw.image[:16]!r}" if raw.image else "it is empty"
 
 
 def this_worker() -> tuple[int, int]:

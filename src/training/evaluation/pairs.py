@@ -36,7 +36,7 @@ def build_val(config: Config, world: World, target: Model, table: CsvSource | No
     if val.val_dataset_type == "csv":
         source = table or open_val_table(config)
     else:
-        source = open_val_shards(val.val_data)
+        source = open_val_shards(val.val_data, config.data)
     stream = ValStream(
         source,
         eval_transform(target.preprocess),

@@ -7,44 +7,24 @@ each rank a part of them (about 0.1 ms per sample and rank; remote shards are do
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from training.data.samples import Unusable
+from training.data.sources.fields import Known
 from training.data.sources.shards import UNREADABLE, Shard, count_samples
 from training.distributed.collectives import gather_object
 from training.distributed.process_group import World
 from training.rng import seed_of
 
 _HASH = 0x9E3779B97F4A7C15  # Knuth's multiplicative hash for 64 bits
-_KEY = re.compile(r"-?[0-9]{1,18}")
 _READERS = 8  # threads that wait for files while counting
 _WORD = 2**64 - 1
 
 
 def nameless_row(name: str) -> int:
     """A negative number that identifies a sample in a run that keeps no rows."""
-    return -1 - (seed_of(*name.encode()) >> 1)
-
-
-def key_in(members: dict[str, bytes]) -> int:
-    """The key of a sample, from its json. Unusable: it has none, or none that is an integer."""
-    if "json" not in members:
-        raise Unusable("missing json")
-    try:
-        key = json.loads(members["json"])["key"]
-    except (ValueError, RecursionError):
-        raise Unusable("json is not valid") from None
-    except (KeyError, TypeError, IndexError):
-        raise Unusable("json without key") from None
-    if isinstance(key, str) and _KEY.fullmatch(key):
-        return int(key)
-    if isinstance(key, int) and not isinstance(key, bool):
-        return key
-    raise Unusable("key is not an integer")
+    return -1 - (seed_of(*name.encode(errors="surrogateescape")) >> 1)
 
 
 def with_rows(sources: list[list[str]], sizes: Sequence[int]) -> Iterator[Shard]:
@@ -68,12 +48,12 @@ def at_positions(shards: list[Shard], counts: list[int]) -> list[Shard]:
     return placed
 
 
-def count_all(urls: list[str], world: World, flag: str) -> list[int]:
+def count_all(urls: list[str], known: Known, world: World, flag: str) -> list[int]:
     """Samples per shard; every rank counts a part of them, so all ranks call it together."""
 
     def attempt(url: str) -> int | str:
         try:
-            return count_samples(url)
+            return count_samples(url, known)
         except UNREADABLE as error:
             return f"{url}: {error}"
 
@@ -106,7 +86,7 @@ class RowsMet:
 
     def meet(self, row: int, shard: int) -> int:
         """The shard in which ``row`` was first met: ``shard``, unless another shard has the row too."""
-        if (row * _HASH & _WORD) >> 32 & self._mask:
+        if self._mask and (row * _HASH & _WORD) >> 32 & self._mask:
             return shard
         first = self._shards.setdefault(row, shard)
         if len(self._shards) > self._limit:

@@ -11,16 +11,19 @@ may be samples after it, or there may have been some.
 
 from __future__ import annotations
 
+import posixpath
 import re
 import tarfile
 import zlib
-from collections.abc import Generator, Iterator
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from typing import IO, Literal, NamedTuple, Protocol
 
 _BLOCK = 512
 _FILE, _PAX = ord("0"), ord("x")
 _TIMES = re.compile(rb"(\d+ (mtime|atime|ctime)=[-+.\de]+\n)*\0*")  # pax records that do not matter here
 _LARGEST_PAX = 2**16
+_LONGEST_CHAIN = 8  # links that lead to links
 _CHUNK = 2**20
 _ZEROS = bytes(_BLOCK)
 
@@ -33,11 +36,17 @@ class Readable(Protocol):
 
 
 class Member(NamedTuple):
-    """A regular file: its name, its content, and the byte at which its first header begins."""
+    """A file: its name, its content, and the byte at which its first header begins.
+
+    ``data`` of a link is the content of the file that it leads to, or else why that cannot be had.
+    """
 
     name: str
-    data: bytes
+    data: bytes | str
     offset: int
+
+
+Follow = Callable[[tarfile.TarInfo], bytes | str]  # a link's ``Member.data``
 
 
 class Header(NamedTuple):
@@ -48,21 +57,79 @@ class Header(NamedTuple):
     size: int
 
 
-def read_tar(stream: Readable, offset: int = 0) -> Iterator[Member]:
-    """The regular files of a tar from byte ``offset`` on. ``stream`` is at that byte, and a header begins there.
+def read_tar(stream: Readable, offset: int = 0, follow: Follow | None = None) -> Iterator[Member]:
+    """The files of a tar from byte ``offset`` on. ``stream`` is at that byte, and a header begins there.
 
-    Only ``read`` of ``stream`` is used, up to its end. tarfile.TarError and whatever else ``tarfile`` raises: the
-    archive is damaged there.
+    They are the regular files and, with ``follow``, hard and symbolic links. Only ``read`` of ``stream`` is used,
+    up to its end. tarfile.TarError and whatever else ``tarfile`` raises: the archive is damaged there.
     """
     source = PushbackStream(stream)
     handed_over = yield from _plain(source, offset)
     if handed_over is None:
         check_end(source)
     else:
-        yield from _by_tarfile(source, handed_over)
+        yield from _by_tarfile(source, handed_over, follow)
 
 
-def open_tar(stream: Readable, mode: Literal["r:*", "r|*", "r|"]) -> tarfile.TarFile:
+def is_file(member: tarfile.TarInfo) -> bool:
+    """Whether it is a regular file or a link."""
+    return member.isreg() or member.islnk() or member.issym()
+
+
+class Links:
+    """Follows the links of a tar, which ``reopen`` opens a second time; None: it can only be read once.
+
+    All headers are read when the first link is followed.
+    """
+
+    def __init__(self, reopen: Callable[[], IO[bytes]] | None) -> None:
+        self._reopen = reopen
+        self._tar: tarfile.TarFile | None = None
+        self._members: dict[str, list[tarfile.TarInfo]] = {}
+
+    def __call__(self, link: tarfile.TarInfo) -> bytes | str:
+        """The content of the file that ``link`` leads to, or why that cannot be had: a clause about the link."""
+        hard = link.islnk()
+        what = f"a {'hard' if hard else 'symbolic'} link to {link.linkname}"
+        cure = f"pack the files themselves (tar --{'hard-' if hard else ''}dereference)"
+        if self._reopen is None:
+            return f"{what}, and links cannot be followed in a compressed shard, a command or a URL: {cure}"
+        # What is damaged is reported when the reading gets there.
+        with suppress(Exception):
+            if self._tar is None:
+                self._tar = open_tar(self._reopen(), "r:")
+                for member in self._tar:
+                    self._members.setdefault(posixpath.normpath(member.name), []).append(member)
+        with suppress(Exception):
+            if self._tar is not None and (found := self._target(link)) is not None:
+                file = self._tar.extractfile(found)
+                assert file is not None  # it is None for other kinds of members only
+                return file.read()
+        return f"{what}, which is not in the tar: {cure}"
+
+    def close(self) -> None:
+        """Close what was opened."""
+        if self._tar is not None:
+            assert self._tar.fileobj is not None  # it is open
+            self._tar.fileobj.close()
+
+    def _target(self, link: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        """The regular file to which ``link`` leads, over further links."""
+        member = link
+        for _ in range(_LONGEST_CHAIN):
+            folder = "" if member.islnk() else posixpath.dirname(member.name)
+            there = self._members.get(posixpath.normpath(posixpath.join(folder, member.linkname)), [])
+            if member.islnk():  # to a member before it, as in extracting
+                there = [other for other in there if other.offset < member.offset]
+            if not there:
+                return None
+            member = there[-1]
+            if member.isreg():
+                return member
+        return None
+
+
+def open_tar(stream: Readable, mode: Literal["r:", "r|"]) -> tarfile.TarFile:
     """``tarfile``'s reader of ``stream``; it raises ReadError at anything that is neither a header nor the end."""
     # typeshed asks for a whole file, though tarfile only reads from a stream.
     return tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictInfo)  # type: ignore[call-overload]
@@ -105,13 +172,16 @@ class _StrictInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error) if buf else "the end of the archive is missing") from None
 
 
-def _by_tarfile(source: Readable, offset: int) -> Iterator[Member]:
+def _by_tarfile(source: Readable, offset: int, follow: Follow | None) -> Iterator[Member]:
     with open_tar(source, "r|") as tar:
         for member in tar:
             if member.isreg():
                 file = tar.extractfile(member)
                 assert file is not None  # it is None for other kinds of members only
                 yield Member(member.name, file.read(), offset + member.offset)
+            elif follow is not None and is_file(member):
+                member.offset += offset
+                yield Member(member.name, follow(member), member.offset)
             tar.members = []  # type: ignore[attr-defined]  # typeshed lacks it; tarfile would keep all
         check_end(tar.fileobj)
 

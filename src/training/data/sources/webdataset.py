@@ -1,7 +1,7 @@
 """Training samples from webdataset shards: tar files of ``NAME.jpg|jpeg|png|webp``, ``NAME.txt``, ``NAME.json``.
 
-``--train-data`` names the shards: brace ranges, globs, URLs, ``pipe:`` commands, several sources joined with
-``::``; ``shards`` reads them.
+``paths`` finds the shards that ``--train-data`` names, ``shards`` reads them, ``fields`` finds image, caption and
+key in a sample.
 
 The order of an epoch (see ``order`` for lanes and turns):
 
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from training.config.data import DataConfig
 from training.data.bad_samples import Skips, WrongRow
@@ -33,14 +33,27 @@ from training.data.lanes import Lane, Part
 from training.data.order import Piece, deal, deal_exactly
 from training.data.progress import BEGIN, Place
 from training.data.samples import Fault, Item, RawSample, Unusable
-from training.data.sources.rows import RowsMet, at_positions, count_all, key_in, nameless_row, with_rows
-from training.data.sources.shards import UNREADABLE, Damage, Group, Shard, count_samples, expand_shards, read_shard
+from training.data.sources.fields import DEFAULT, INCOMPLETE, SampleFields, fields_of
+from training.data.sources.paths import expand_shards
+from training.data.sources.rows import RowsMet, at_positions, count_all, nameless_row, with_rows
+from training.data.sources.shards import (
+    APART,
+    UNREADABLE,
+    Damage,
+    Group,
+    Shard,
+    count_samples,
+    read_shard,
+    shown,
+    where_the_rest_is,
+)
+from training.data.sources.urls import is_local
 from training.distributed.process_group import World
 from training.rng import draws, permutation, seed_of
 
 SPLIT_BY_SAMPLE = 2**15
 WINDOW = 4096
-IMAGES = ("jpg", "jpeg", "png", "webp")
+SEARCH = 1.0  # seconds in which a shard is searched for the files that a sample lacks
 
 
 class Visit(NamedTuple):
@@ -67,7 +80,8 @@ _DELIVERED = Read(None, [], (0, 0, 0))  # in a window, instead of a sample that 
 class ShardSource:
     """The stream of samples of a list of shards.
 
-    ``sample_index``: 'key' or 'position'; None where the run keeps no rows, so that no json is needed.
+    ``sample_index``: 'key' or 'position'; None where the run keeps no rows, so that no key is needed.
+    ``fields``: where a sample has its parts.
     ``weights``: one per shard, to draw shards with replacement; None to visit each shard once per turn.
     ``by_sample``: deal samples, not shards, to the lanes.
     ``sizes``: samples per shard, to deal as many as the ``steps`` of an epoch take, and none twice.
@@ -79,6 +93,7 @@ class ShardSource:
         seed: int,
         *,
         sample_index: str | None = "key",
+        fields: SampleFields = DEFAULT,
         weights: Sequence[float] | None = None,
         by_sample: bool = False,
         sizes: Sequence[int] | None = None,
@@ -87,10 +102,12 @@ class ShardSource:
     ) -> None:
         self.shards = tuple(shards)
         self.seed, self.sample_index, self.window = seed, sample_index, window
+        self.fields, self.known = fields, fields.known
         self.weights = None if weights is None else tuple(weights)
         self.by_sample = by_sample and weights is None
         self.sizes, self.steps = sizes, steps
         self._rows = RowsMet()
+        self._incomplete = 0  # samples that lack a part, since the process has begun
 
     def stream(self, epoch: int, lane: Lane, place: Place = BEGIN, limit: int = sys.maxsize) -> Iterator[Item]:
         """See ``samples.Source``."""
@@ -109,9 +126,12 @@ class ShardSource:
 
     def identity(self) -> list[str | int]:
         """See ``samples.Source``. The folder of the shards is not part of it, so they may be moved."""
-        names = seed_of(*"\n".join(shard.url.rsplit("/", 1)[-1] for shard in self.shards).encode())
+        names = seed_of(
+            *"\n".join(shard.url.rsplit("/", 1)[-1] for shard in self.shards).encode(errors="surrogateescape")
+        )
         kind = "drawn" if self.weights else "dealt by sample" if self.by_sample else "dealt"
-        return [kind, len(self.shards), names, self.window, *([self.steps] if self.sizes else [])]
+        fields = [] if self.fields == DEFAULT else [repr(self.fields)]  # which samples there are depends on them
+        return [kind, len(self.shards), names, self.window, *([self.steps] if self.sizes else []), *fields]
 
     def in_order(self, part: Part) -> Iterator[Item]:
         """Sample ``part.number`` and every ``part.parts``-th sample after it, once, in the order of the list."""
@@ -125,7 +145,7 @@ class ShardSource:
         total = 0
         for shard in self.shards:
             with suppress(*UNREADABLE):
-                total += count_samples(shard.url)
+                total += count_samples(shard.url, self.known)
         return total
 
     def _turn(self, epoch: int, lane: Lane, place: Place, limit: int) -> Generator[Item, None, Item]:
@@ -190,7 +210,8 @@ class ShardSource:
             piece, turn = visits[number]
             url = self.shards[piece.shard].url
             start = (place.position, place.offset) if number == place.visit else (0, 0)
-            for found in read_shard(url, *start):
+            incomplete: set[str] = set()
+            for found in read_shard(url, *start, known=self.known):
                 if piece.ends_before(found.position):
                     break
                 if not piece.holds(found.position):
@@ -201,32 +222,48 @@ class ShardSource:
                 try:
                     yield self._parse(found, piece.shard, turn), (number, found.position, found.offset)
                 except Unusable as fault:
-                    yield Fault(str(fault), f"{url}/{found.name}")
+                    why = fault.why
+                    if str(fault) in INCOMPLETE:
+                        lacks = str(fault).removeprefix("missing ")
+                        why = self._where_the_rest_is(url, found.name, lacks, incomplete) or why
+                    yield Fault(str(fault), shown(f"{url}/{found.name}"), shown(why))
 
     def _parse(self, group: Group, number: int, turn: int) -> RawSample:
-        shard, members = self.shards[number], group.members
-        image = next((members[extension] for extension in IMAGES if extension in members), None)
-        if image is None:
-            raise Unusable("missing image")
-        if "txt" not in members:
-            raise Unusable("missing text")
-        try:
-            text = members["txt"].decode()
-        except UnicodeDecodeError:
-            raise Unusable("text is not utf-8") from None
+        shard, fields, files = self.shards[number], self.fields, group.files
+        parsed: dict[str, Any] = {}
+        image = fields.image_in(files)
+        texts = fields.texts_in(files, parsed)
         name = f"{shard.url}/{group.name}"
         if self.sample_index is None:
-            return RawSample(image, text, nameless_row(name), turn, name)
+            return RawSample(image, texts[0], nameless_row(name), turn, shown(name), texts[1:])
         by_key = self.sample_index == "key"
-        row = shard.first_row + (key_in(members) if by_key else group.position)
+        row = shard.first_row + (fields.key_in(files, parsed) if by_key else group.position)
         if not shard.first_row <= row < shard.stop_row:
             raise Unusable("key out of range")
         if by_key:
             self._check_key(row, number)
-        return RawSample(image, text, row, turn, name)
+        return RawSample(image, texts[0], row, turn, shown(name), texts[1:])
+
+    def _where_the_rest_is(self, url: str, name: str, lacks: str, incomplete: set[str]) -> str:
+        """Where the shard has the files that the sample ``name`` lacks; '': nowhere, or it was not searched.
+
+        ``incomplete``: samples of this shard that lacked a part before, to which it is added. The first incomplete
+        sample and each at which their number has doubled is searched for in the headers of its shard, if that is a
+        local file.
+        """
+        if name in incomplete:
+            return APART
+        incomplete.add(name)
+        self._incomplete += 1
+        if self._incomplete & (self._incomplete - 1) or not is_local(url):
+            return ""
+        return where_the_rest_is(url, name, lacks, self.known, SEARCH)
 
     def _check_key(self, row: int, number: int) -> None:
-        shard, other = self.shards[number], self.shards[self._rows.meet(row, number)]
+        met = self._rows.meet(row, number)
+        if met == number:
+            return
+        shard, other = self.shards[number], self.shards[met]
         if other.url != shard.url:
             raise WrongRow(
                 f"--train-data: key {row - shard.first_row} is in {other.url} and in {shard.url}, so two samples "
@@ -248,11 +285,12 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
     shards = list(with_rows(sources, sizes))
     samples = config.train_num_samples
     assert samples is not None, "the parser asks for --train-num-samples"
+    fields = fields_of(config)
     by_position, exact = keeps_rows and config.sample_index == "position", config.epoch_policy == "exact"
     counts: list[int] = []
     if by_position or exact:
         flag = "--sample_index position" if by_position else "--epoch_policy exact"
-        counts = count_all([shard.url for shard in shards], world, flag)
+        counts = count_all([shard.url for shard in shards], fields.known, world, flag)
     if by_position:
         shards = at_positions(shards, counts)
     if exact and sum(counts) < samples:
@@ -270,6 +308,7 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
         shards,
         seed,
         sample_index=config.sample_index if keeps_rows else None,
+        fields=fields,
         weights=weights,
         by_sample=samples <= SPLIT_BY_SAMPLE,
         sizes=counts if exact else None,
@@ -277,7 +316,7 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
     )
 
 
-def open_val_shards(val_data: str) -> ShardSource:
-    """The shards of ``--val-data``, to be read in order; they need no json. ValueError: there are none."""
+def open_val_shards(val_data: str, config: DataConfig) -> ShardSource:
+    """The shards of ``--val-data``, to be read in order; they need no key. ValueError: there are none."""
     urls = [url for source in expand_shards(val_data, "--val-data") for url in source]
-    return ShardSource([Shard(url, 0, 0) for url in urls], 0, sample_index=None)
+    return ShardSource([Shard(url, 0, 0) for url in urls], 0, sample_index=None, fields=fields_of(config))
