@@ -10,7 +10,7 @@ import shutil
 import tarfile
 import time
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -136,6 +136,29 @@ def test_samples_mix_across_shards(tmp_path):
     shards = source(write_shards(tmp_path, [small(i) for i in range(40)], 10))
     order = turn(shards.stream(0, lane(0, 1)))
     assert len({row // 10 for row in order[:10]}) > 1
+
+
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_the_next_window_is_read_sample_by_sample(tmp_path, monkeypatch, by_sample):
+    """After the first window no step reads many samples, and an error ahead does not come before its window."""
+    pattern = write_shards(tmp_path, [small(i) for i in range(40)], per_shard=10)
+    read = []
+
+    def counting(self, group, number, turn):
+        read.append(group.position)
+        if len(read) == 25:
+            raise ZeroDivisionError
+        return parse_group(self, group, number, turn)
+
+    parse_group = ShardSource._parse
+    monkeypatch.setattr(ShardSource, "_parse", counting)
+    stream, counts, rows = source(pattern, window=10, by_sample=by_sample).stream(0, lane(0, 1)), [], []
+    with pytest.raises(ZeroDivisionError):
+        for item in stream:
+            counts.append(len(read))
+            rows.append(item.sample.row)
+    assert counts[0] <= 12 and len(rows) == 20
+    assert max(b - a for a, b in pairwise(counts)) <= 2
 
 
 def test_drawing_follows_the_weights(tmp_path):

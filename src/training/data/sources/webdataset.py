@@ -13,7 +13,8 @@ The order of an epoch (see ``order`` for lanes and turns):
 - Above that, the shards are dealt: each lane reads its own. Where lanes have unequal shares, one lane continues
   with its next turn while another does not finish; ``--epoch_policy exact`` counts the samples first and deals
   to each lane as many as it delivers.
-- Samples are shuffled, undecoded, in windows of ``WINDOW``, by (seed, epoch, turn, lane, window).
+- Samples are shuffled, undecoded, in windows of ``WINDOW``, by (seed, epoch, turn, lane, window). While a window
+  is handed out, the next one is read.
 - With ``--epoch_policy resample`` each lane draws shards with replacement instead.
 
 ``rows`` describes which row a sample has.
@@ -75,6 +76,34 @@ class Read(NamedTuple):
 
 
 _DELIVERED = Read(None, [], (0, 0, 0))  # in a window, instead of a sample that need not be kept any longer
+
+
+class _Ahead:
+    """Reads the next window sample by sample, while those of the present one are handed out.
+
+    Else all lanes of all ranks would read a whole window at the same step. An error in what is read ahead is
+    raised when the window is taken, as if it had been read then.
+    """
+
+    def __init__(self, reads: Iterator[Read]) -> None:
+        self._reads = reads
+        self._held: list[Read] = []
+        self._error: Exception | None = None
+
+    def read_one(self) -> None:
+        """Read one more sample of the next window, if there is one."""
+        try:
+            self._held.extend(islice(self._reads, 1))
+        except Exception as error:
+            self._error = error
+
+    def take(self, window: int) -> list[Read]:
+        """The next ``window`` samples, fewer where they end."""
+        if self._error is not None:
+            raise self._error
+        block, self._held = self._held, []
+        block.extend(islice(self._reads, window - len(block)))
+        return block
 
 
 class ShardSource:
@@ -152,16 +181,19 @@ class ShardSource:
         """The rest of a turn from ``place`` on. Returns the item that ends the turn."""
         key = (self.seed, epoch, place.turn) if self.by_sample else (self.seed, epoch, place.turn, lane.number)
         shared = lane if self.by_sample else None
-        reads = self._samples(self._visits(epoch, place.turn, lane), place, limit)
+        ahead = _Ahead(self._samples(self._visits(epoch, place.turn, lane), place, limit))
         while True:
-            block = list(islice(reads, self.window))
+            block = ahead.take(self.window)
             if not block or block[0].sample is None:
                 faults = block[0].faults if block and (shared is None or shared.owns(0)) else ()
                 return Item(None, Place(turn=place.turn + 1, before=place.before), faults)
             after = Place(place.turn, place.window + 1, place.before + len(block), *block[-1].next)
             for taken, i in enumerate(permutation(len(block), *key, place.window).tolist()):
                 read, block[i] = block[i], _DELIVERED
-                if taken < place.taken or (shared and not shared.owns(place.before + taken)):
+                if taken < place.taken:
+                    continue
+                ahead.read_one()
+                if shared and not shared.owns(place.before + taken):
                     continue
                 place_after = place._replace(taken=taken + 1) if taken + 1 < len(block) else after
                 yield Item(read.sample, place_after, read.faults)
