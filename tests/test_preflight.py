@@ -1,17 +1,25 @@
 """What is refused once the ranks are known."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.support import tiny_models
 from tests.support.commands import REFERENCE, config
 from tests.support.pictures import write_folders
+from tests.support.ranks import ranks
 from tests.support.shards import write_csv, write_tar
 from training import preflight
+from training.config.params import parse
+from training.data.sources.webdataset import open_shards
 from training.distributed.process_group import World
 
 SYNTHETIC = "--dataset-type synthetic --train-num-samples 8"
 FASTCLIP = f"{SYNTHETIC} --data_size 8 --fastclip"
+PUBLISHED = "--fastclip --cached_ref_features_dir @published_features --num_samples_per_shard 4"
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -114,3 +122,34 @@ def test_what_is_not_used_of_a_folder_of_pictures_is_remarked(tmp_path):
     assert check(f"--imagenet-val {folder}") == [
         f"--imagenet-val {folder}: folders without pictures are not taken as classes: empty",
     ]
+
+
+def _listings(words: list[str]) -> tuple[int, list[str], int]:
+    """How many folders of this run's data this rank lists, the sets, and the samples' shards."""
+    given, rank, listed = parse(words), dist.get_rank(), []
+
+    def counted(name: str):
+        listing = getattr(os, name)
+
+        def count(path=".", *args, **kwargs):
+            listed.append(path)
+            return listing(path, *args, **kwargs)
+
+        return count
+
+    world = World(rank, rank, 2, 2, CPU)
+    with (
+        mock.patch.object(os, "listdir", counted("listdir")),
+        mock.patch.object(os, "scandir", counted("scandir")),
+    ):
+        opened = preflight.check(given, world)
+        source = open_shards(given.data, given.run.seed, world, steps=4)
+    return len([path for path in listed if "/lab" in str(path)]), list(opened.sets), len(source.shards)
+
+
+def test_one_rank_lists_folders_for_all(lab):
+    root = lab.path("shards").rsplit("/", 1)[0]
+    line = f"--train-data {root}/*.tar --val-data {root}/*.tar --imagenet-val @pictures {PUBLISHED}"
+    first, second = ranks(2).run(_listings, lab.words(line))
+    assert first[0] > 4 and second[0] == 0
+    assert first[1:] == second[1:] == (["imagenet"], 4)

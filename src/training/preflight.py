@@ -15,6 +15,7 @@ from training.data.samples import CaptionSource, FeatureSource
 from training.data.sources.paths import look_for_shards
 from training.data.sources.tables import CsvSource, look_for_pictures
 from training.distributed import ddp
+from training.distributed.collectives import on_main
 from training.distributed.process_group import World
 from training.evaluation.evaluate import open_sets
 from training.evaluation.pairs import open_val_table
@@ -41,7 +42,7 @@ class Opened:
 
 
 def check(config: Config, world: World) -> Opened:
-    """Check the run and open what it reads. ValueError: the first thing that is wrong."""
+    """Check the run and open what it reads. Collective. ValueError: the first thing that is wrong."""
     remarks = []
     check_models(config)
     features = open_features(config)
@@ -66,19 +67,24 @@ def check(config: Config, world: World) -> Opened:
     table = val_table = None
     if (config.trains or config.cache.writes) and data.train_data is not None:
         if data.dataset_type == "webdataset":
-            remarks += look_for_shards(data.train_data, "--train-data", data.max_bad_fraction)
+            remarks += _shards(data.train_data, "--train-data", data.max_bad_fraction)
         elif data.dataset_type == "csv":
             table = open_table(config)
             remarks += look_for_pictures(table, data.train_data, "--train-data", data.max_bad_fraction)
     if val.val_data is not None:
         if val.val_dataset_type == "webdataset":
-            remarks += look_for_shards(val.val_data, "--val-data")
+            remarks += _shards(val.val_data, "--val-data")
         elif not config.cache.writes:
             val_table = open_val_table(config)
             remarks += look_for_pictures(val_table, val.val_data, "--val-data")
-    sets = {} if config.cache.writes else open_sets(config)
+    sets = {} if config.cache.writes else on_main(lambda: open_sets(config))
     remarks += [remark for found in sets.values() for remark in found.remarks]
     return Opened(features, captions, sets, table, val_table, tuple(remarks))
+
+
+def _shards(shards: str, flag: str, allowed: float = 1.0) -> list[str]:
+    """Remarks on the shards. Rank 0 looks for all: many listings at once slow a shared file system down."""
+    return on_main(lambda: look_for_shards(shards, flag, allowed))
 
 
 def check_models(config: Config) -> None:

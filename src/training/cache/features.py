@@ -35,6 +35,7 @@ from training.config.reference import ReferenceConfig
 from training.data.bad_samples import WrongRow
 from training.data.samples import FeatureSource
 from training.data.sources.paths import expand_shards
+from training.distributed.collectives import on_main
 from training.models import pretrained
 
 KIND = "reference features"
@@ -141,7 +142,8 @@ def open_features(config: Config) -> FeatureSource | None:
         store = open_store(given, KIND, FLAG)
         _check_model(store, config.reference)
         return StoredFeatures(store, cache.ref_features_offset)
-    return PublishedFeatures(published_files(given), cache.num_samples_per_shard, cache.ref_features_offset)
+    files = on_main(lambda: published_files(given))
+    return PublishedFeatures(files, cache.num_samples_per_shard, cache.ref_features_offset)
 
 
 def published_files(given: str) -> dict[int, str]:

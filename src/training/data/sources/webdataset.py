@@ -49,6 +49,7 @@ from training.data.sources.shards import (
     where_the_rest_is,
 )
 from training.data.sources.urls import is_local
+from training.distributed.collectives import on_main
 from training.distributed.process_group import World
 from training.rng import draws, permutation, seed_of
 
@@ -307,11 +308,12 @@ class ShardSource:
 def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> ShardSource:
     """The source that the flags describe, for epochs of ``steps``. ValueError: the message names the wrong flag.
 
-    With ``--sample_index position`` or ``--epoch_policy exact`` the ranks count the samples, so that all ranks
-    have to call this together.
+    Collective: rank 0 lists the shards, and with ``--sample_index position`` or ``--epoch_policy exact`` the ranks
+    count the samples together.
     """
     assert config.train_data is not None, "the parser asks for --train-data"
-    sources = expand_shards(config.train_data)
+    train_data = config.train_data
+    sources = on_main(lambda: expand_shards(train_data))
     sizes = config.data_sizes or (config.data_size,)
     keeps_rows = sizes[0] > 0
     shards = list(with_rows(sources, sizes))
