@@ -9,7 +9,14 @@ train_data=${TRAIN_DATA:?webdataset shards; the json of each sample carries its 
 samples=${SAMPLES:?how many samples an epoch sees: the size of the set}
 data_size=${DATA_SIZE:-$samples} # above the largest \`key\`: more than SAMPLES where some could not be downloaded
 restarts=${RESTARTS:-0}          # how often torchrun starts all ranks again, from the last checkpoint, where one died
-ranks=${RANKS:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c GPU || true)}
+visible_gpus() {
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    awk -v RS='[,\n]' '$1 == "-1" { exit } NF { n++ } END { print n + 0 }' <<<"$CUDA_VISIBLE_DEVICES"
+  else
+    nvidia-smi --list-gpus 2>/dev/null | grep -c GPU || true
+  fi
+}
+ranks=${RANKS:-$(visible_gpus)}
 
 . scripts/lib/recipe.sh
 recipe=$(recipe_file "${RECIPE:-drrho_clip}" "$@")

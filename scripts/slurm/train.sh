@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=train --time=2-00:00:00
-#SBATCH --nodes=2 --ntasks-per-node=4 --gres=gpu:4 --cpus-per-task=6 --mem=120G
+#SBATCH --nodes=2 --ntasks-per-node=4 --gres=gpu:4 --cpus-per-task=7 --mem=120G
 #SBATCH --output=%x_%j.log --open-mode=append --requeue --signal=USR1@120
 # Trains a recipe: a name in recipes/, or the path of a YAML file of flags.
 # From the repository's root: sbatch [OPTIONS] scripts/slurm/train.sh RECIPE [FURTHER FLAGS]
@@ -15,5 +15,5 @@ shift
 . scripts/lib/slurm.sh
 
 # --requeue_on_preempt belongs to --requeue and --signal above.
-srun --kill-on-bad-exit=1 python -u src/training/main.py \
+srun --kill-on-bad-exit=1 bash scripts/lib/task.sh python -u src/training/main.py \
     --config_file "$recipe" --requeue_on_preempt ${TRAIN_DATA:+--train-data "$TRAIN_DATA"} "$@"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from training.config.flags import ALL
 from training.config.given import frozen
@@ -192,8 +193,9 @@ class Launchers:
 
 def program(argv: list[str]) -> list[str]:
     """The flags of the program that srun starts. One rank that fails ends them all."""
-    assert argv[:4] == ["--kill-on-bad-exit=1", "python", "-u", "src/training/main.py"]
-    return argv[4:]
+    task = ["bash", "scripts/lib/task.sh"]
+    assert argv[:6] == ["--kill-on-bad-exit=1", *task, "python", "-u", "src/training/main.py"]
+    return argv[6:]
 
 
 @pytest.fixture
@@ -268,6 +270,53 @@ def test_a_slurm_job_starts_again_after_a_hang_or_a_kill(launchers, code, restar
     assert done.returncode == code
     assert ("requeue 71" in (launchers.root / "asked").read_text().splitlines()) == again
     assert ("killed" in done.stdout) == (code > 1 and state == "RUNNING")
+
+
+ROUTES = {
+    "node7": "10.1.0.7 dev eth1 src 10.1.0.8 uid 0",  # as node8 sees it
+    "node8": "local 10.1.0.8 dev lo src 10.1.0.8 uid 0",  # itself, by its address
+    "myself": "local 127.0.1.1 dev lo src 127.0.0.1 uid 0",  # itself, by the address in /etc/hosts
+}
+
+
+@pytest.mark.parametrize(
+    ("master", "given", "chosen"),
+    [
+        ("node7", {}, "eth1"),
+        ("node8", {}, "eth1"),
+        ("myself", {}, "ib0"),
+        ("unknown", {}, "ib0"),
+        ("node7", {"SLURM_NNODES": "1"}, ""),
+        ("node7", {"GLOO_SOCKET_IFNAME": "mine"}, "mine"),
+    ],
+)
+def test_each_task_names_the_interface_that_leads_to_the_master(launchers, master, given, chosen):
+    routes = "".join(f'*"{name}") echo "{route}" ;;\n' for name, route in ROUTES.items())
+    launchers._put("getent", '#!/bin/sh\n[ "$2" = unknown ] || echo "$2 STREAM"\n')
+    launchers._put(
+        "ip",
+        f"""#!/bin/sh
+case "$*" in
+{routes}
+*"route show default") echo "default via 10.9.0.1 dev ib0 proto dhcp" ;;
+*"address show") printf '1: lo inet 127.0.0.1/8 scope host lo\\n3: eth1 inet 10.1.0.8/24 brd 10.1.0.255\\n' ;;
+esac
+""",
+    )
+    env = {"MASTER_ADDR": master, "SLURM_NNODES": "2", **given}
+    done = launchers.run("scripts/lib/task.sh", "printenv", "GLOO_SOCKET_IFNAME", **env)
+    assert (done.stdout.strip(), done.stderr) == (chosen, "")
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks"),
+    [(None, 2), ("1", 1), ("0,1,3", 3), ("GPU-a,GPU-b", 2), ("", 1), ("-1", 1), ("0,-1,2", 1)],
+)
+def test_one_node_has_a_rank_for_each_visible_gpu(launchers, monkeypatch, visible, ranks):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    argv, _ = launchers.call("scripts/single_node.sh", TRAIN_DATA="x.tar", SAMPLES="8", **env)
+    assert f"--nproc_per_node={ranks}" in argv
 
 
 @pytest.mark.parametrize(
@@ -389,7 +438,7 @@ def test_evaluate_only_evaluates(launchers: Launchers) -> None:
     checkpoint = launchers.root / "logs" / "mine" / "checkpoints" / "epoch_7.pt"
     pictures = launchers.root / "val"
     checkpoint.parent.mkdir(parents=True)
-    checkpoint.touch()
+    torch.save({"state_dict": {}}, checkpoint)
     pictures.mkdir()
     argv, _ = launchers.call("scripts/evaluate.sh", str(checkpoint), "ViT-B-16", IMAGENET=str(pictures))
     assert argv[0].endswith("/src/training/main.py")
