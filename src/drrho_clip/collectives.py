@@ -1,9 +1,9 @@
 """All collectives of this package; they use the default process group.
 
 Without a process group, or with a single rank, each function returns its input, so that one process and many
-processes run the same code. No gradient flows through these functions: the losses compute their gradients in
-closed form, and the backward pass needs no exchange of embeddings (FastCLIP, arXiv:2407.01445, "gradient
-reduction").
+processes run the same code. No gradient flows through these functions but ``gather_with_grad``: the losses of this
+package compute their gradients in closed form, and the backward pass needs no exchange of embeddings (FastCLIP,
+arXiv:2407.01445, "gradient reduction").
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.14 renamed this function.
+# torch 2.14 renamed these functions.
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def world_size() -> int:
@@ -38,6 +39,30 @@ def all_gather(local: Tensor) -> Tensor:
     gathered = local.new_empty((k * local.shape[0], *local.shape[1:]))
     _gather(gathered, local.detach().contiguous())
     return gathered
+
+
+def gather_with_grad(local: Tensor) -> Tensor:
+    """As ``all_gather``, with the gradient of every rank's use of ``local``. Its backward pass is collective."""
+    gathered: Tensor = _GatherWithGrad.apply(local)
+    return gathered
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    """torch's own gather with a gradient exchanges all of it with all ranks, unless the backend is NCCL alone."""
+
+    @staticmethod
+    def forward(ctx: object, local: Tensor) -> Tensor:
+        return all_gather(local)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        (whole,) = gradients
+        k = world_size()
+        if k == 1:
+            return whole
+        own = whole.new_empty((whole.shape[0] // k, *whole.shape[1:]))
+        _reduce_scatter(own, whole.contiguous())
+        return own
 
 
 @torch.no_grad()

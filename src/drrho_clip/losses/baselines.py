@@ -7,18 +7,52 @@ cross ranks is decided by open_clip and its settings ``local_loss`` and ``gather
 from __future__ import annotations
 
 import open_clip
+import torch
 import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
-from torch import Tensor
+from torch import Tensor, nn
 
 from drrho_clip import collectives, float32
 from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
 
 
+class _OneGather:
+    """open_clip's losses with one gather of both embeddings, whose backward pass sends each rank its own part."""
+
+    local_loss: bool
+    gather_with_grad: bool
+    world_size: int
+
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """open_clip's: logits per image and per text, of this rank's rows with ``local_loss``, else of all."""
+        if self.world_size == 1 or not self.gather_with_grad:
+            return super().get_logits(image_features, text_features, logit_scale, logit_bias)  # type: ignore[misc]
+        width = image_features.shape[1]
+        gathered = collectives.gather_with_grad(torch.cat([image_features, text_features], 1))
+        all_image, all_text = gathered[:, :width], gathered[:, width:]
+        if self.local_loss:
+            per_image = logit_scale * image_features @ all_text.T
+            per_text = logit_scale * text_features @ all_image.T
+        else:
+            per_image = logit_scale * all_image @ all_text.T
+            per_text = per_image.T
+        return (per_image, per_text) if logit_bias is None else (per_image + logit_bias, per_text + logit_bias)
+
+
+class _ClipLoss(_OneGather, open_clip.ClipLoss):  # type: ignore[misc]
+    pass
+
+
+class _DistillClipLoss(_OneGather, open_clip.DistillClipLoss):  # type: ignore[misc]
+    pass
+
+
 class _ClipBased(Loss):
     """A loss that wraps one of open_clip's contrastive losses, ``self.contrastive``."""
 
-    loss_class = open_clip.ClipLoss
+    loss_class: type[nn.Module] = _ClipLoss
 
     def __init__(self, *, local_loss: bool = False, gather_with_grad: bool = False) -> None:
         super().__init__()
@@ -97,7 +131,7 @@ class Distill(_ClipBased):
     ``teacher_scale``: the teacher's 1/tau. ValueError: there are no reference embeddings.
     """
 
-    loss_class = open_clip.DistillClipLoss
+    loss_class = _DistillClipLoss
 
     def __init__(
         self,
