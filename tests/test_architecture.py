@@ -22,10 +22,11 @@ MODULES = {
 # From the ground up. A room is a folder, or a module of the hall; it imports from lower floors and from itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("drrho_clip",),
-    ("training.config", "training.files", "training.rng", "training.numerics"),
+    ("training.config", "training.files", "training.rng", "training.numerics", "training.machine"),
     ("training.distributed",),
     ("training.data", "training.checkpoint"),
-    ("training.models", "training.logger"),
+    ("training.models", "training.reports"),
+    ("training.logger",),
     ("training.loop", "training.evaluation", "training.cache"),
     ("training.preflight",),
     ("training.run", "training.dry_run"),
@@ -39,7 +40,13 @@ METHOD: tuple[tuple[str, ...], ...] = (
      "losses.fastclip", "losses.individual"),
     ("reference", "selection"),
 )  # fmt: skip
-WITHOUT_TORCH = ("training.config", "training.distributed.launcher", "drrho_clip.losses.registry")
+WITHOUT_TORCH = (
+    "training.config",
+    "training.machine",
+    "training.check_data",
+    "training.distributed.launcher",
+    "drrho_clip.losses.registry",
+)
 MAY_COMMUNICATE = {
     "drrho_clip.collectives",
     "training.distributed.collectives",

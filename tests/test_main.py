@@ -213,3 +213,19 @@ def test_what_is_wrong_is_one_sentence(folder, capfd):
     assert program.main([*given, "--ref_model_checkpoint", str(folder / "00000.tar")]) == 2
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and "00000.tar" in error[0]
+
+
+def test_a_run_without_streams_without_a_home_and_in_no_language(folder):
+    """As in a bare container: an environment of two variables, a locale of ASCII, all streams closed."""
+    line = shlex.join(
+        [sys.executable, "-m", "training.main", *flags(folder, "bäre"), "--epochs", "1", "--workers", "1"]
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"{line} --workers 1 --precision fp32 --warmup 0 <&- >&- 2>&-"],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT / "src"), "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert done.returncode == 0
+    log = (folder / "logs" / "bäre" / "out.log").read_text(encoding="utf-8")
+    assert "saved " in log and "logs/bäre/checkpoints/epoch_1.pt" in log

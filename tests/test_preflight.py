@@ -16,11 +16,19 @@ from training import preflight
 from training.config.params import parse
 from training.data.sources.webdataset import open_shards
 from training.distributed.process_group import World
+from training.machine.gpus import without_gpu
 
 SYNTHETIC = "--dataset-type synthetic --train-num-samples 8"
 FASTCLIP = f"{SYNTHETIC} --data_size 8 --fastclip"
 PUBLISHED = "--fastclip --cached_ref_features_dir @published_features --num_samples_per_shard 4"
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def many_cores(monkeypatch):
+    """Remarks on few cores would depend on the machine that runs the tests."""
+    monkeypatch.setattr(preflight, "cores", lambda: 64)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
 
 
 def check(line: str, ranks: int = 1, device: torch.device = CPU) -> list[str]:
@@ -153,3 +161,37 @@ def test_one_rank_lists_folders_for_all(lab):
     first, second = ranks(2).run(_listings, lab.words(line))
     assert first[0] > 4 and second[0] == 0
     assert first[1:] == second[1:] == (["imagenet"], 4)
+
+
+# --------------------------------------------------------------------------------------------- the machine
+
+
+def test_more_loader_processes_than_cores_are_a_remark(monkeypatch):
+    monkeypatch.setattr(preflight, "cores", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    many = "--workers 5: 10 loader processes on this machine share 8 cores; more than 4 per rank"
+    assert [line for line in check(f"{SYNTHETIC} --workers 5", ranks=2) if line.startswith(many)]
+    assert check(f"{SYNTHETIC} --workers 4", ranks=2) == []  # each rank may have cores of its own
+    assert len(check(f"{SYNTHETIC} --workers 5")) == 1
+
+
+def test_torchcompile_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match="--torchcompile needs a compiler, and"):
+        check(f"{SYNTHETIC} --torchcompile")
+
+
+def test_a_run_beside_gpus_that_it_cannot_use(monkeypatch, tmp_path):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(preflight, "without_gpu", lambda: without_gpu({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path))
+    (remark,) = check(SYNTHETIC)
+    assert "hides the 1 GPU" in remark
+
+
+def test_bfloat16_on_a_gpu_that_has_no_units_for_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    (remark,) = check(f"{SYNTHETIC} --precision amp_bfloat16", device=GPU)
+    assert remark.startswith("--precision amp_bf16: Tesla V100 has no bfloat16 units")
+    assert check(f"{SYNTHETIC} --precision amp", device=GPU) == []

@@ -11,8 +11,6 @@ not, 2: the command is wrong.
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -20,19 +18,26 @@ from typing import Any
 
 from training.config.flags import ALL
 from training.config.parser import parse_sizes
-from training.data.audit import check
-from training.data.sources.fields import sample_fields
-from training.data.sources.paths import expand_shards, look_for_shards
+from training.machine import console
+from training.machine.limits import check_open_files, cores
+from training.machine.prepare import Unfit, prepare
+from training.machine.shortage import shortage
 
 
+@console.lasting_streams()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Returns the exit code."""
     given = _parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may have characters that the terminal has not
-        sys.stdout.reconfigure(errors="backslashreplace")
     sizes = given.data_size if isinstance(given.data_size, list) else [given.data_size]
     sizes = [] if sizes == [-1] else sizes
     try:
+        prepare()
+        # Imported here: torch does not load everywhere, and ``prepare`` says why.
+        from training.data.audit import check
+        from training.data.sources.fields import sample_fields
+        from training.data.sources.paths import expand_shards, look_for_shards
+        from training.distributed.failures import lost_loader
+
         if re.search(r"\.(csv|tsv)(\.\w+)?(::|$)", given.train_data, re.IGNORECASE):
             raise ValueError(f"--train-data {given.train_data}: this checks webdataset shards, not csv files")
         fields = sample_fields(given.image_key, given.text_key, given.json_key)
@@ -44,15 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    summary = check(
-        sources,
-        sizes,
-        sample_index=given.sample_index,
-        fields=fields,
-        max_bad_fraction=given.max_bad_fraction,
-        workers=given.workers,
-    )
-    print("\n".join(summary.lines()))
+    try:
+        check_open_files(given.workers)
+        summary = check(
+            sources,
+            sizes,
+            sample_index=given.sample_index,
+            fields=fields,
+            max_bad_fraction=given.max_bad_fraction,
+            workers=given.workers,
+        )
+        console.show("\n".join(summary.lines()))
+    except Exception as error:
+        reason = error if isinstance(error, Unfit) else lost_loader(error) or shortage(error)
+        if reason is None:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
     return 1 if summary.problems else 0
 
 
@@ -78,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     for key in ("image_key", "text_key", "json_key"):
         add(key, default=ALL[key].default)
     add("max_bad_fraction", type=float, default=ALL["max_bad_fraction"].default)
-    add("workers", type=int, default=os.cpu_count(), help="processes that read")
+    add("workers", type=int, default=cores(), help="processes that read")
     return parser
 
 

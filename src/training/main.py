@@ -16,14 +16,24 @@ if __package__ in (None, ""):
 from training.config.given import Refusal
 from training.config.params import parse
 from training.distributed import launcher
+from training.machine import console
+from training.machine.prepare import Unfit, prepare
+from training.machine.shortage import shortage
 
 
+@console.lasting_streams()
 def main(argv: list[str] | None = None) -> int:
     """Run what ``argv`` (default: the command line) asks for; returns the exit code."""
     try:
         config = parse(argv)
-    except Refusal as refusal:
+        prepare()
+    except (Refusal, Unfit) as refusal:
         launcher.say_once(f"error: {refusal}")
+        return 2
+    except OSError as error:
+        if (reason := shortage(error)) is None:
+            raise
+        launcher.say_once(f"error: {reason}")
         return 2
     # Imported after the flags have been checked: --help and refusals do not wait for torch.
     from training import dry_run, run
@@ -33,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if config.run.dry_run:
             if launcher.rank() == 0:
-                print(dry_run.describe(config))
+                console.show(dry_run.describe(config))
         else:
             run.launch(config)
         code = 0
@@ -47,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             print("interrupted: nothing more is saved", file=sys.stderr)
         code = 130
     except Exception as error:
-        if not (process_group.met() or failures.lost_loader(error)):
+        if not (process_group.met() or failures.lost_loader(error) or shortage(error)):
             raise
         failures.report(error)
     finally:

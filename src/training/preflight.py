@@ -5,6 +5,7 @@ The parser has checked the flags by themselves. What is expensive to open is ope
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from training.cache.captions import open_captions
@@ -20,7 +21,11 @@ from training.distributed.process_group import World
 from training.evaluation.evaluate import open_sets
 from training.evaluation.pairs import open_val_table
 from training.evaluation.zero_shot import ClassificationSet
-from training.models import pretrained
+from training.machine import prepare
+from training.machine.compiler import check_compiler
+from training.machine.gpus import without_gpu
+from training.machine.limits import check_open_files, check_sockets, cores
+from training.models import precision, pretrained
 from training.models.build import look_for_weights
 
 
@@ -43,7 +48,7 @@ class Opened:
 
 def check(config: Config, world: World) -> Opened:
     """Check the run and open what it reads. Collective. ValueError: the first thing that is wrong."""
-    remarks = []
+    remarks = check_machine(config, world)
     check_models(config)
     features = open_features(config)
     captions = open_captions(config)
@@ -85,6 +90,29 @@ def check(config: Config, world: World) -> Opened:
 def _shards(shards: str, flag: str, allowed: float = 1.0) -> list[str]:
     """Remarks on the shards. Rank 0 looks for all: many listings at once slow a shared file system down."""
     return on_main(lambda: look_for_shards(shards, flag, allowed))
+
+
+def check_machine(config: Config, world: World) -> list[str]:
+    """Remarks on how the run fits this machine. ValueError: it cannot work here."""
+    found = prepare.remarks()
+    if world.device.type == "cpu" and (hidden := without_gpu()):
+        found.append(hidden)
+    if config.model.torchcompile:
+        check_compiler(world.device.type)
+    found += filter(None, [precision.remark(config.run.precision, world.device)])
+    workers, available = config.data.workers, cores()
+    if workers:
+        check_sockets()
+        check_open_files(workers)
+    # A launcher may have given this rank cores of its own.
+    on_node = min(os.cpu_count() or 1, available * world.local_world_size)
+    if workers * world.local_world_size > on_node:
+        found.append(
+            f"--workers {workers}: {workers * world.local_world_size} loader processes on this machine share "
+            f"{on_node} cores; more than "
+            f"{max(1, on_node // world.local_world_size)} per rank need memory and save no time"
+        )
+    return found
 
 
 def check_models(config: Config) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -193,6 +194,8 @@ def open_loader(stream: IterableDataset[T], workers: int, device: torch.device, 
 
     The processes end with this one, and leave it to this one to react to a launcher's signals.
     """
+    # The log has the same remark, with the number of cores that the job may use.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     return DataLoader(
         stream,
         batch_size=None,

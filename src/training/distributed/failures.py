@@ -18,6 +18,7 @@ from typing import NoReturn
 from training.distributed import collectives, launcher, process_group
 from training.distributed.board import FAILED, NOTICED, PATIENCE, Board, Unreachable, within
 from training.distributed.signals import end_undisturbed
+from training.machine.shortage import shortage
 
 _REFUSED = "refused"  # the refusal that rank 0 prints
 
@@ -92,18 +93,19 @@ def report(error: Exception) -> None:
     """Print why the ranks, which have met, end: ``error`` and its traceback, if this rank is the first to fail.
 
     If a rank or a loader process ended without a report, the first rank that notices it reports it. Every other
-    rank prints one line.
+    rank prints one line. What the machine has run out of is told without a traceback.
     """
     end_undisturbed()
-    rank, bystander, loader = launcher.rank(), collectives.lost_peer(error), lost_loader(error)
+    rank, bystander = launcher.rank(), collectives.lost_peer(error)
+    known = lost_loader(error) or shortage(error)
     own = f"rank {rank} failed: {type(error).__name__}: {error}"
     if bystander:
         own = (
             f"a rank has ended without a report, as rank {rank} noticed: it was killed or out of memory, or its "
             "machine is lost"
         )
-    elif loader:
-        own = f"rank {rank} failed: {loader}"
+    elif known:
+        own = f"rank {rank} failed: {known}"
     board = None
     try:
         board = Board()
@@ -118,7 +120,7 @@ def report(error: Exception) -> None:
             file=sys.stderr,
             flush=True,
         )
-    elif bystander or loader:
+    elif bystander or known:
         print(f"error: {own}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)

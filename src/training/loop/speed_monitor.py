@@ -7,8 +7,9 @@ queues them, so a wait is lost time only if the queue became empty. A loader tha
 from __future__ import annotations
 
 import logging
-import os
 import time
+
+from training.machine import limits
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class DataWait:
 
     def __init__(self, workers: int, ranks: int, cores: int | None = None) -> None:
         self.workers, self.ranks = workers, ranks
-        self.cores = cores or len(os.sched_getaffinity(0))
+        self.cores = cores or limits.cores()
         self._quiet = 0
 
     def update(self, waited: float, total: float, first: bool = False) -> None:

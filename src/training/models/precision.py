@@ -54,3 +54,13 @@ def resolve(name: str, device: torch.device) -> Precision:
     # Under autocast the first layer rounds its input to autocast's type, so the pixels can have it from the start.
     pixel_dtype = get_input_dtype(name) or autocast_dtype or torch.float32
     return Precision(name, device.type, autocast_dtype, pixel_dtype, scales_gradients=half_amp)
+
+
+def remark(name: str, device: torch.device) -> str | None:
+    """What is worth knowing of ``--precision NAME`` on ``device``; None: nothing."""
+    if "bf16" not in name or device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return None
+    return (
+        f"--precision {name}: {torch.cuda.get_device_name(device)} has no bfloat16 units, so it is slow there; "
+        "--precision amp is the fast one"
+    )

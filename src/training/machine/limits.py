@@ -1,0 +1,70 @@
+"""How many processes a run can start here, and whether they can talk to each other."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import Listener
+from pathlib import Path
+
+from training.machine.prepare import Unfit, temporary_folder
+
+
+def check_sockets() -> None:
+    """Unfit: the temporary folder takes no sockets, over which loader processes hand on their batches."""
+    try:
+        with Listener(family="AF_UNIX"):
+            pass
+    except OSError as error:
+        raise Unfit(
+            f"--workers: loader processes need sockets in the temporary folder {temporary_folder()}, and none can "
+            f"be made there ({error.strerror or error}): set TMPDIR to a folder with a short name on this "
+            "machine's own disk, such as /tmp, or give --workers 0"
+        ) from error
+
+
+def check_open_files(workers: int) -> None:
+    """Unfit: this process may not open as many files as ``workers`` loader processes need, by measurement."""
+    needed, limit = 16 + 8 * workers, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise Unfit(
+            f"--workers {workers}: as many loader processes need at least {needed} open files, and the limit is "
+            f"{limit}: raise it (ulimit -n), or give fewer --workers"
+        )
+
+
+def cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """How many cores this process can keep busy: those that it may run on, or fewer by the CPU time that it gets.
+
+    A container's limit (``docker --cpus``, Kubernetes) is one on time: the process sees all cores, and is stopped
+    for a while when it has used up its share of them. ``groups``, ``own``: where Linux shows control groups.
+    """
+    allowed = len(os.sched_getaffinity(0))
+    return max(1, min([allowed, *(math.ceil(quota) for quota in _quotas(groups, own))]))
+
+
+def _quotas(groups: Path, own: Path) -> Iterator[float]:
+    """The limits on CPU time, in cores, of this process's control group and of those around it (versions 1, 2)."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = groups / "cpu" if controllers else groups
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(top):
+                break
+            with suppress(OSError, ValueError):  # ValueError: "max", no limit
+                if controllers:
+                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                else:
+                    quota, period = (folder / "cpu.max").read_text().split()
+                if int(quota) > 0:
+                    yield int(quota) / int(period)
