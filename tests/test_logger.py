@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+import resource
 import struct
 import sys
 import time
@@ -99,6 +100,70 @@ def test_an_error_is_in_the_log_and_is_raised(tmp_path, capfd):
     assert "ERROR" in text and "ZeroDivisionError" in text and "_ = 1 / 0" in text
     assert "ZeroDivisionError" not in capfd.readouterr().err  # where Python prints the traceback itself
     assert not (tmp_path / "a" / "job.done").exists()
+
+
+# ---------------------------------------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def limited():
+    """Lets files grow no longer, as on a full disk, until it is called with None. (Those of capfd neither.)"""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+
+    yield limit
+    limit(None)
+
+
+def test_a_log_that_cannot_be_written_is_told_once(tmp_path, limited, capsys):
+    with start(tmp_path) as log:
+        log.info("at the beginning")
+        limited(2000)
+        for number in range(500):
+            log.info(f"line {number}")
+        log.eval_result({"epoch": 1, "top1": 0.25})
+        limited(None)
+        log.info("at the end")
+        log.done()
+    text, console = (tmp_path / "a" / "out.log").read_text(), capsys.readouterr().err
+    assert "at the beginning" in text and "at the end" in text
+    assert console.count("out.log cannot be written (File too large): lines are missing there") == 1
+    assert "line 499" in console and "Traceback" not in console and "Logging error" not in console
+
+
+def test_a_log_that_stays_unwritable_ends_nothing(tmp_path, limited, capsys):
+    with start(tmp_path) as log:
+        limited(10)
+        log.info("a line")
+        log.eval_result({"epoch": 1, "top1": 0.25})
+        log.done()
+    console = capsys.readouterr().err
+    assert "Traceback" not in console
+    assert 'so this result is in the log only: {"epoch": 1, "top1": 0.25}' in console
+    assert "the run is complete, but" in console and "job.done cannot be written" in console
+
+
+def test_names_that_are_not_text_are_escaped_in_the_log(tmp_path):
+    with start(tmp_path, "--wandb-notes", "of \udcff") as log:
+        log.info("shard \udce9.tar")
+    assert "shard \\udce9.tar" in (tmp_path / "a" / "out.log").read_text()
+    assert "wandb_notes: of \\udcff\n" in (tmp_path / "a" / "params.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["groups/mine/a", "ünï code", "n" * 255, "-a"])
+def test_names_that_a_folder_can_have(tmp_path, name):
+    with start(tmp_path, f"--name={name}") as log:
+        log.info("a line")
+    assert "a line" in (tmp_path / name / "out.log").read_text()
+
+
+@pytest.mark.parametrize("logs", ["file", "file/logs", "x" * 300])
+def test_a_place_where_no_run_can_be(tmp_path, logs):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--logs .*: the run's folder cannot be (used|written) \("):
+        start(tmp_path / logs)
 
 
 # ------------------------------------------------------------------------------------------------ progress

@@ -18,14 +18,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
-from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from training.checkpoint.run_folder import RunFolder, create_folder
 from training.config.params import Config
 from training.distributed.process_group import World
+from training.reports import TensorBoardWriter, WandbWriter, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -72,76 +72,6 @@ class ProgressBar:
         self.bar.close()
 
 
-class Writer:
-    """A destination of scalars; this one discards them."""
-
-    def scalars(self, step: int, values: Mapping[str, float], axis: str) -> None:
-        """``values`` at position ``step`` of ``axis``, 'step' or 'epoch'."""
-
-    def watch(self, model: nn.Module) -> None:
-        """Record parameters and gradients, if the destination can."""
-
-    def goes_on(self, step: int) -> None:
-        """The run resumes after ``step`` steps: what an earlier launch has sent about later steps is discarded."""
-
-    def close(self) -> None:
-        """Write what is buffered."""
-
-
-class TensorBoardWriter(Writer):
-    """Event files in ``tensorboard/``."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        with _named("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-        self.open = partial(SummaryWriter, folder.path / "tensorboard")
-        self.writer = self.open()
-
-    def goes_on(self, step: int) -> None:
-        self.writer.close()
-        self.writer = self.open(purge_step=step + 1)
-
-    def scalars(self, step: int, values: Mapping[str, float], axis: str) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WandbWriter(Writer):
-    """A W&B run named like the run's folder; ``WANDB_MODE=offline`` keeps it in that folder."""
-
-    def __init__(self, folder: RunFolder, config: Config) -> None:
-        with _named("wandb"):
-            import wandb
-
-        self.run = wandb.init(
-            project=config.run.wandb_project_name,
-            name=folder.name,
-            id=re.sub(r"[^\w.-]", "-", folder.name)[-128:],  # W&B: at most 128 characters, no / \ # ? % :
-            notes=config.run.wandb_notes,
-            config={name: _plain(value) for name, value in config.flags.items()},
-            dir=folder.path,
-            resume="allow" if folder.restarted or config.run.resume else None,
-        )
-        self.log_every = config.run.log_every_n_steps
-        # Not W&B's own step, which cannot go back.
-        for axis, prefix in (("step", "train"), ("epoch", "val"), ("epoch", "data")):
-            self.run.define_metric(axis)
-            self.run.define_metric(f"{prefix}/*", step_metric=axis)
-
-    def scalars(self, step: int, values: Mapping[str, float], axis: str) -> None:
-        self.run.log({**values, axis: step})
-
-    def watch(self, model: nn.Module) -> None:
-        self.run.watch(model, log="all", log_freq=self.log_every)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
 class RunLog:
     """What the loop and the evaluation report to. Made by ``open_run``; a context manager."""
 
@@ -151,6 +81,7 @@ class RunLog:
         self.folder, self.world = folder, world
         self.writers, self.handlers = writers, handlers
         self._level = logging.getLogger().level
+        self._failed: set[Writer] = set()
 
     def info(self, message: str) -> None:
         logger.info(message)
@@ -160,8 +91,7 @@ class RunLog:
 
     def scalars(self, step: int, values: Mapping[str, float], axis: str = "step") -> None:
         """Send ``values`` to every writer: 'train/…' against 'step', 'val/…' and 'data/…' against 'epoch'."""
-        for writer in self.writers:
-            writer.scalars(step, values, axis)
+        self._send(lambda writer: writer.scalars(step, values, axis))
 
     def progress(
         self, total: int, desc: str, *, initial: int = 0, unit: str = "it", every: float = 15.0
@@ -177,34 +107,55 @@ class RunLog:
         if not self.world.is_main:
             return
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
-        with open(self.folder.results, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.folder.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            logger.warning(
+                "--logs: %s cannot be written (%s), so this result is in the log only: %s",
+                *(self.folder.results, error.strerror, json.dumps(line)),
+            )
         self.scalars(result["epoch"], {f"val/{k}": v for k, v in result.items() if isinstance(v, float)}, "epoch")
 
     def watch(self, model: nn.Module) -> None:
         """``--debug``: let W&B record parameters and gradients."""
-        for writer in self.writers:
-            writer.watch(model)
+        self._send(lambda writer: writer.watch(model))
 
     def goes_on(self, step: int) -> None:
         """The run has been resumed after ``step`` steps."""
-        for writer in self.writers:
-            writer.goes_on(step)
+        self._send(lambda writer: writer.goes_on(step))
 
     def done(self) -> None:
         """The run reached its end: leave ``job.done``."""
-        if self.world.is_main:
+        if not self.world.is_main:
+            return
+        try:
             self.folder.done.write_text(time.strftime("%Y-%m-%d %H:%M:%S\n"))
+        except OSError as error:
+            logger.warning(
+                "--logs: the run is complete, but %s cannot be written (%s)", self.folder.done, error.strerror
+            )
 
     def close(self) -> None:
-        for writer in self.writers:
-            writer.close()
+        self._send(lambda writer: writer.close())
         root = logging.getLogger()
         for handler in self.handlers:
             root.removeHandler(handler)
             handler.close()
         root.setLevel(self._level)
         self.writers, self.handlers = (), []
+
+    def _send(self, send: Callable[[Writer], None]) -> None:
+        """``send`` with each writer. A report that fails does not end the run; its first failure is logged."""
+        for writer in self.writers:
+            try:
+                send(writer)
+            except Exception as error:
+                if writer not in self._failed:
+                    self._failed.add(writer)
+                    logger.warning(
+                        "--report-to %s: values are lost there (%s); the run goes on", writer.name, error
+                    )
 
     def __enter__(self) -> RunLog:
         return self
@@ -222,15 +173,17 @@ class RunLog:
 
 
 def open_run(config: Config, world: World, folder: RunFolder) -> RunLog:
-    """Create ``folder`` and start logging. ValueError: a package that ``--report-to`` needs is not installed."""
+    """Create ``folder`` and start logging.
+
+    ValueError: the folder cannot be written, or a package that ``--report-to`` needs is not installed.
+    """
     create_folder(folder, config, world)
     reports = world.is_main or (config.run.log_local and world.is_local_main)
     level = logging.DEBUG if config.run.debug else logging.INFO
     handlers: list[logging.Handler] = [_Console(level if reports else logging.WARNING)]
     if reports:
         name = f"out-{world.rank}.log" if config.run.log_local else "out.log"
-        # Names of files need not be text: what utf-8 has no bytes for is written as an escape.
-        handlers.append(logging.FileHandler(folder.path / name, encoding="utf-8", errors="backslashreplace"))
+        handlers.append(LogFile(folder.path / name, f"--logs {config.run.logs}"))
         handlers[-1].setLevel(level)
     writers: tuple[Writer, ...] = ()
     if world.is_main and "tensorboard" in config.run.report_to:
@@ -280,6 +233,38 @@ class EarlyRecords(logging.Handler):
                 print(f"{record.levelname}: {record.getMessage()}", file=sys.stderr)
 
 
+class LogFile(logging.FileHandler):
+    """Lines in a file. That it cannot be written is told on the console once; each line is a new attempt.
+
+    ValueError, with ``flag``: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, flag: str) -> None:
+        self._told = False
+        try:
+            # Names of files need not be text: what UTF-8 has no bytes for is written as an escape.
+            super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise ValueError(f"{flag}: {path} cannot be written ({error.strerror})") from error
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(
+                f"WARNING: {self.baseFilename} cannot be written ({error.strerror}): lines are missing there; the "
+                "run goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 class _Console(logging.Handler):
     """Lines on stderr; on a terminal above the progress bar."""
 
@@ -302,19 +287,3 @@ def _start_logging(handlers: list[logging.Handler], level: int, origin: str) -> 
     for handler in handlers:
         handler.setFormatter(form)
         root.addHandler(handler)
-
-
-@contextmanager
-def _named(package: str) -> Iterator[None]:
-    """Turn the failed import of an optional package into a sentence about its flag."""
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(
-            f"--report-to {package}: the package cannot be imported ({error}); pip install {package}"
-        ) from error
-
-
-def _plain(value: Any) -> Any:
-    """A flag's value as JSON can hold it."""
-    return value if isinstance(value, (str, int, float, bool, type(None), list, tuple, dict)) else str(value)

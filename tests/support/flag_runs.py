@@ -108,8 +108,10 @@ def compilations(lab: Lab, words: list[str]) -> list[str]:
 def opened(words: list[str], world: World = WORLD) -> tuple[list[str], int, dict[str, Any]]:
     """The files that a run starts with, its log level, and what W&B is told."""
     told: dict[str, Any] = {}
-    wandb = types.ModuleType("wandb")
-    wandb.init = lambda *, notes, project, **_: told.update(notes=notes, project=project) or mock.MagicMock()
+    wandb, own = types.ModuleType("wandb"), types.SimpleNamespace(mode="offline")
+    run = mock.MagicMock(settings=own, dir="wandb/offline-run/files")
+    wandb.Settings, wandb.setup = dict, lambda: types.SimpleNamespace(settings=own)
+    wandb.init = lambda *, notes, project, **_: told.update(notes=notes, project=project) or run
     config = parse(words)
     place = run_folder.choose_folder(config, WORLD)
     with mock.patch.dict(sys.modules, wandb=wandb), logger.open_run(config, world, place):
