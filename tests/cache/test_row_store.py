@@ -1,11 +1,12 @@
 """Values per sample on disk: what is written is found by row, and nothing else is."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
 
-from training.cache.row_store import StoreWriter, caption_checksum, open_store
+from training.cache.row_store import StoreWriter, caption_checksum, damaged, open_store
 from training.check_cache import main as check_cache
 from training.data.bad_samples import WrongRow
 
@@ -134,6 +135,35 @@ def test_what_is_no_store_is_said(tmp_path):
         open_store(tmp_path, "things", "--flag")
     with pytest.raises(ValueError, match="another version"):
         StoreWriter(tmp_path, "things", MADE).done()
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(ValueError, match=rf"^{folder} cannot be written \("):
+            StoreWriter(folder, "things", MADE).done()
+
+
+def test_a_disk_that_becomes_full_keeps_the_complete_parts(tmp_path):
+    write(tmp_path, {0: [1, 2]})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        with pytest.raises(ValueError, match=rf"^{tmp_path} cannot be written \(File too large\): make room"):
+            write(tmp_path, {1: list(range(1000, 3000))})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(open_store(tmp_path, "things", "--flag")) == 2
+    assert not damaged(open_store(tmp_path, "things", "--flag"))
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{}", "not json"])
+def test_check_cache_of_something_else(tmp_path, content, capsys):
+    if content is not None:
+        (tmp_path / "index.json").write_text(content)
+    assert check_cache([str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and str(tmp_path) in line
 
 
 def test_files_are_plain_npy_whose_rows_do_not_straddle_pages(tmp_path):

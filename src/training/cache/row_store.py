@@ -27,8 +27,10 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import tempfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,8 +74,13 @@ class StoreWriter:
     def done(self) -> dict[int, str]:
         """The training shards that are in the store, number -> name.
 
-        ValueError: the store is of another kind, or was made in another way.
+        ValueError: the store is of another kind, or was made in another way, or its folder cannot be written.
         """
+        with self._writing():
+            (self.folder / "parts").mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder / "parts") as probe:
+                probe.write(bytes(_PAGE))
+                probe.flush()
         self._indexed_table()
         shards: dict[int, str] = {}
         for part in _parts(self.folder, self.kind):
@@ -84,20 +91,40 @@ class StoreWriter:
     def write(
         self, shards: Sequence[tuple[int, str]], rows: np.ndarray, checksums: np.ndarray, **values: np.ndarray
     ) -> None:
-        """Write one part, of ``shards``: ``rows`` int64 [n], their captions' checksums, ``values`` [n, ...]."""
+        """Write one part, of ``shards``: ``rows`` int64 [n], their captions' checksums, ``values`` [n, ...].
+
+        ValueError: the folder cannot be written any more.
+        """
         folder, name = self.folder / "parts", f"{min(shards)[0]:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
         order = np.argsort(rows, kind="stable")
         arrays = {"rows": np.stack([rows, checksums.astype(np.int64)], 1), **values}
-        files = {key: _write_array(folder / f"{name}.{key}.npy", array[order]) for key, array in arrays.items()}
-        part = {"shards": sorted(shards), "rows": len(rows), "files": files, "identity": self.identity}
-        _write_json(folder / f"{name}.json", {"format": FORMAT, "kind": self.kind, **part})
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            files = {
+                key: _write_array(folder / f"{name}.{key}.npy", array[order]) for key, array in arrays.items()
+            }
+            part = {"shards": sorted(shards), "rows": len(rows), "files": files, "identity": self.identity}
+            _write_json(folder / f"{name}.json", {"format": FORMAT, "kind": self.kind, **part})
 
     def index(self) -> int:
         """Make all finished parts readable, those of other writers too. Returns the number of rows.
 
-        ValueError: two parts have the same row.
+        ValueError: two parts have the same row, or the folder cannot be written any more.
         """
+        with self._writing():
+            return self._index()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"{self.folder} cannot be written ({error.strerror or error}): make room there, or give a folder "
+                "that can be written; the parts that are complete are kept"
+            ) from error
+
+    def _index(self) -> int:
         while True:
             parts = _parts(self.folder, self.kind)
             before, table = self._indexed_table(), self._write_table(parts)
@@ -118,7 +145,7 @@ class StoreWriter:
         index = self.folder / "index.json"
         if not index.exists():
             return None
-        held = json.loads(index.read_text())
+        held = json.loads(index.read_text(encoding="utf-8"))
         _check_format(self.folder, held, self.kind)
         return held["table"]["name"]
 
@@ -150,7 +177,7 @@ def _parts(folder: Path, kind: str) -> list[StoredPart]:
     """The finished parts in ``folder``, by name."""
     parts = []
     for file in sorted((folder / "parts").glob("*.json")):
-        held = json.loads(file.read_text())
+        held = json.loads(file.read_text(encoding="utf-8"))
         _check_format(folder, held, kind)
         shards = [tuple(shard) for shard in held["shards"]]
         parts.append(StoredPart(file.stem, held["rows"], shards, held["files"], held["identity"]))
@@ -273,7 +300,7 @@ def open_store(folder: str | Path, kind: str, flag: str) -> RowStore:
     """The store of ``kind`` in ``folder``. ValueError, with ``flag``: there is none, or a file is incomplete."""
     folder = Path(folder)
     try:
-        index = json.loads((folder / "index.json").read_text())
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         begun = (folder / "parts").is_dir()
         cure = "; caching was begun and not finished, run the same command again to finish it" if begun else ""

@@ -75,7 +75,7 @@ class RunFolder:
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of ``eval_results.jsonl``; a line that was cut off is ignored."""
         found = []
-        for line in self.results.read_text().splitlines() if self.results.is_file() else []:
+        for line in self.results.read_text(encoding="utf-8").splitlines() if self.results.is_file() else []:
             with suppress(ValueError):
                 found.append(json.loads(line))
         return found
@@ -93,6 +93,8 @@ def choose_folder(config: Config, world: World) -> RunFolder:
             answer = _choose(config, os.environ, restarts)
         except ValueError as error:
             answer = str(error)
+        except OSError as error:
+            answer = f"--logs {config.run.logs}: the run's folder cannot be used ({error})"
     answer = broadcast_object(answer)
     if isinstance(answer, str):
         raise ValueError(answer)
@@ -204,7 +206,7 @@ def _write_launch(folder: RunFolder, identity: Mapping[str, str]) -> None:
 def _read_launch(file: Path) -> dict[str, Any]:
     """The content of ``launch.json``; empty if it is missing or damaged."""
     try:
-        held = json.loads(file.read_text())
+        held = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return held if isinstance(held, dict) else {}

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.config.flags import ALL
@@ -209,6 +210,10 @@ def check_file(given: Given, key: str) -> None:
     if not value or re.search(r"[:{*?\[]", value) or (key == "train_data" and given.dataset_type == "synthetic"):
         return
     path = with_home(value) if key in _MAY_BE_AT_HOME else str(value)
+    try:
+        Path(path or ".").exists()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise Refusal(f"{given.say(key)}: it cannot be used ({error.strerror}); check the path") from None
     if path and not os.path.exists(path):
         link = f": it is a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else ""
         raise Refusal(f"{given.say(key)}: there is no such file on this machine{link}; {advice(path)}")

@@ -10,6 +10,8 @@ from training.config.given import Given, Refusal
 from training.config.inputs.weights import check_checkpoint
 from training.config.remarks import Idle
 
+_LONGEST_NAME = 255  # bytes, on all file systems in use
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -83,12 +85,39 @@ IDLE = (
 
 def resolve_run(given: Given) -> RunConfig:
     """The ``RunConfig`` of the flags. Refusal: no name, an unknown report, a checkpoint that is not there."""
-    if given.name == "":
-        raise Refusal("--name '': the name is empty; give one or leave the flag out")
+    _check_name(given)
     if given.resume not in (None, "", "latest"):
         check_checkpoint(given, "resume")
     precision = {"amp_bfloat16": "amp_bf16"}.get(given.precision, given.precision)
     return given.group(RunConfig, report_to=_report_to(given), precision=precision)
+
+
+def _check_name(given: Given) -> None:
+    """Refusal: ``--name`` cannot be that of a folder inside ``--logs``. With slashes it names nested folders."""
+    name = given.name
+    if name is None:
+        return
+    if not name.strip():
+        raise Refusal(f"--name {name!r}: the name is empty; give one or leave the flag out")
+    # In an ASCII locale, other characters arrive as bytes.
+    text = os.fsencode(name).decode(errors="surrogateescape")
+    # Long names are shortened in messages, and what is not printable is escaped.
+    shown = f"--name {text if text.isprintable() and len(text) <= 80 else repr(text[:80])}"
+    if not text.isprintable():
+        raise Refusal(f"{shown}: it contains characters that cannot be printed; give the run a plain name")
+    parts = name.split("/")
+    if ".." in parts or name.startswith(("/", "~/")):
+        raise Refusal(
+            f"{shown}: the run's folder would be outside of --logs; give a name, and the place as --logs"
+        )
+    if set(parts) & {"", "."}:
+        raise Refusal(f"{shown}: a folder between its slashes has no name; leave out the slash or the dot")
+    longest = max(len(os.fsencode(part)) for part in parts)
+    if longest > _LONGEST_NAME:
+        raise Refusal(
+            f"{shown}: it has {longest} bytes, and names of folders may have {_LONGEST_NAME}; give a shorter one, "
+            "and notes as --wandb-notes"
+        )
 
 
 def check_batch(given: Given, usage: frozenset[str]) -> None:

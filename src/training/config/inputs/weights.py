@@ -90,6 +90,8 @@ def check_weights_file(given: Given, key: str) -> None:
             kind_of(given.values[key])
         except NotWeights as error:
             raise Refusal(f"{given.say(key)}: {error}") from None
+        except OSError as error:
+            raise Refusal(f"{given.say(key)}: it cannot be used ({error.strerror}); check the path") from None
 
 
 def check_checkpoint(given: Given, key: str, env: Mapping[str, str] = os.environ) -> None:
