@@ -28,6 +28,10 @@ from training.loop.trainer import Trainer
 from training.models import precision
 from training.models.build import BuiltModel
 
+# torch.compile splits the graph where DDP sends a bucket of gradients, so that they travel during the backward
+# pass. Splitting a checkpointed block fails in torch 2.6 and 2.8 and works in 2.14. Without, they travel after it.
+_SPLITS_CHECKPOINTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+
 
 def build_task(config: Config, world: World, target: BuiltModel, reference: BuiltModel | None) -> Task:
     """The objective: the models, the loss and the uses of the reference."""
@@ -45,6 +49,8 @@ def build_task(config: Config, world: World, target: BuiltModel, reference: Buil
         pixels = reference.preprocess
         frozen = Reference(reference.module, pixels.mean, pixels.std, run_precision.autocast_dtype)
     if config.model.torchcompile:
+        if world.distributed and config.model.grad_checkpointing and not _SPLITS_CHECKPOINTS:
+            torch._dynamo.config.optimize_ddp = False
         model = cast(nn.Module, torch.compile(model))  # declared as a function
         frozen = frozen and frozen.compile()
     return Task(
