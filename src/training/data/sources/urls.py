@@ -32,6 +32,8 @@ from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 from webdataset.gopen import Pipe, gopen_schemes, rewrite_url
 
+from training.data.sources.commands import end_with_reader
+
 WAITS = (1.0, 3.0)  # seconds before the second and the third attempt to open a URL or to run a command
 _BUFFER = 2**16
 _LONGEST = 300  # characters of a library's message
@@ -227,7 +229,7 @@ def _patiently(url: str, attempt: Callable[[], IO[bytes]]) -> IO[bytes]:
 
 def _run(url: str) -> IO[bytes]:
     """The output of a command, or of the program that reads ``url``. OSError: it failed before it wrote any."""
-    stream = wds.gopen(url)
+    stream = end_with_reader(wds.gopen(url))
     if isinstance(stream, Pipe) and not stream.stream.peek(1):
         stream.proc.wait()
         if fault := _fault_of(stream):
