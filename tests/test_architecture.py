@@ -51,6 +51,7 @@ MAY_COMMUNICATE = {
     "drrho_clip.collectives",
     "training.distributed.collectives",
     "training.distributed.process_group",
+    "training.distributed.rendezvous",
     "training.checkpoint.sample_state_io",
 }
 # Outside these modules, torch.distributed may be imported only for its types.

@@ -15,7 +15,7 @@ if __package__ in (None, ""):
 
 from training.config.given import Refusal
 from training.config.params import parse
-from training.distributed import launcher
+from training.distributed import launcher, once
 from training.machine import console
 from training.machine.prepare import Unfit, prepare
 from training.machine.shortage import shortage
@@ -28,12 +28,12 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(argv)
         prepare()
     except (Refusal, Unfit) as refusal:
-        launcher.say_once(f"error: {refusal}")
+        once.say(f"error: {refusal}")
         return 2
     except OSError as error:
         if (reason := shortage(error)) is None:
             raise
-        launcher.say_once(f"error: {reason}")
+        once.say(f"error: {reason}")
         return 2
     # Imported after the flags have been checked: --help and refusals do not wait for torch.
     from training import dry_run, run
@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             print("interrupted: nothing more is saved", file=sys.stderr)
         code = 130
     except Exception as error:
-        if not (process_group.met() or failures.lost_loader(error) or shortage(error)):
+        known = failures.lost_loader(error) or shortage(error)
+        if not (process_group.met() or known or launcher.launched()):
             raise
         failures.report(error)
     finally:

@@ -12,7 +12,7 @@ import pytest
 from tests.support import tiny_models
 from tests.support.ranks import free_port, ranks
 from training import main
-from training.distributed import collectives, failures, process_group
+from training.distributed import collectives, failures, rendezvous
 
 ROOT = Path(__file__).parents[2]
 DATA = ["--dataset-type", "synthetic", "--train-num-samples", "8", "--batch-size", "2", "--workers", "0"]
@@ -24,10 +24,14 @@ def environment(**variables: str) -> dict[str, str]:
     return plain | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")} | variables
 
 
-def torchrun(*words: object) -> tuple[int, list[str]]:
-    """Exit code, and the lines of the ranks of our program that are errors or begin a traceback."""
+def torchrun(*words: object, program: bool = False) -> tuple[int, list[str]]:
+    """Exit code, and the lines of the ranks that are errors or begin a traceback.
+
+    ``program``: the first word is a file to run in place of our program.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, "-m", "training.main", "--", *map(str, words)]
+    start = [words[0], "--", *words[1:]] if program else ["-m", "training.main", "--", *words]
+    command = [*launcher, *map(str, start)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     ours = done.stderr.partition("torch/distributed/elastic")[0]  # the launcher's own report comes last
     return done.returncode, [line for line in ours.splitlines() if line.startswith(("error", "Traceback"))]
@@ -51,8 +55,43 @@ def test_a_bad_checkpoint_under_torchrun(tmp_path, there):
     assert len(lines) == 1 and lines[0].startswith("error: ") and str(bad) in lines[0]
 
 
+ONE_RANK_REFUSES = """
+import os, sys
+from training import main, preflight
+if os.environ["RANK"] == "1":
+    def check(config, world):
+        raise ValueError("--train-data: this node does not see /data")
+    preflight.check = check
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_a_refusal_that_only_one_rank_reaches_under_torchrun(tmp_path):
+    (tmp_path / "program.py").write_text(ONE_RANK_REFUSES)
+    model = tiny_models.path("tiny-vit", tmp_path)
+    code, lines = torchrun(tmp_path / "program.py", *DATA, "--logs", tmp_path, "--model", model, program=True)
+    assert code != 0
+    assert lines == ["error (rank 1): --train-data: this node does not see /data"]
+
+
+def test_what_nobody_has_foreseen_before_the_ranks_meet_is_told_with_its_traceback(monkeypatch, capfd):
+    def launch(config) -> None:
+        raise ImportError("libcudart.so: cannot open shared object file")
+
+    monkeypatch.setattr("training.run.launch", launch)
+    with pytest.raises(ImportError):  # alone
+        main.main(DATA)
+    monkeypatch.setenv("RANK", "0")
+    assert main.main(DATA) == 1
+    told = capfd.readouterr().err
+    assert told.startswith("Traceback") and told.endswith(
+        "ImportError: libcudart.so: cannot open shared object file\n"
+    )
+
+
 def told(messages: list[str], call: int) -> str:
-    process_group._met.start = f"start {call}"  # an empty board
+    at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rendezvous._met = rendezvous._Meeting("env://", *at, f"start {call}")  # an empty board
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         failures.tell(ValueError(messages[int(os.environ["RANK"])]))
     return printed.getvalue()

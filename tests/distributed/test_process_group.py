@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 
 from tests.support.ranks import free_port, ranks
 from training.config.run import DistributedConfig
-from training.distributed import collectives, process_group
+from training.distributed import collectives, process_group, rendezvous
+from training.distributed.launcher import LaunchedRank
 from training.distributed.process_group import World
 
 DEFAULTS = DistributedConfig(
@@ -32,14 +33,18 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 def launch(monkeypatch):
     """``launch(flags, VARIABLE=value...)``: the World and the arguments with which the group would start."""
     for name in [*LAUNCHER, *(n for n in os.environ if n.startswith("SLURM_"))]:
-        monkeypatch.setenv(name, "")  # so that monkeypatch removes what start() sets
-        monkeypatch.delenv(name)
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def start(config: DistributedConfig = DEFAULTS, **variables: str) -> tuple[World, dict | None]:
-        started = []
+        started: list[dict] = []
+
+        def meet(url: str, port: str, place: LaunchedRank) -> None:
+            started.append({"url": url, "host": place.host})
+
+        monkeypatch.setattr(rendezvous, "meet", meet)
         monkeypatch.setattr(
-            dist, "init_process_group", lambda backend, **kw: started.append(kw | {"backend": backend})
+            dist, "init_process_group", lambda backend, **kw: started[0].update(kw, backend=backend)
         )
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -71,7 +76,7 @@ def test_torchruns_variables_win_over_slurms(launch):
     world, group = launch(**torchrun, SLURM_PROCID="1", SLURM_NTASKS="2", SLURM_LOCALID="0")
     assert place(world) == (5, 8, 1, 4)
     assert not world.is_main and not world.is_local_main
-    assert (group["rank"], group["world_size"], group["init_method"]) == (5, 8, "env://")
+    assert (group["rank"], group["world_size"], group["url"], group["host"]) == (5, 8, "env://", "h")
     assert group["backend"] == "gloo"  # --dist-backend nccl without GPUs
 
 
@@ -129,26 +134,18 @@ def test_several_slurm_tasks_without_a_meeting_point_are_refused(launch):
         launch(SLURM_PROCID="0", SLURM_NTASKS="4", SLURM_LOCALID="0", SLURM_STEP_ID="0")
 
 
-def test_dist_port_stands_in_for_master_port(launch):
-    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h"}
-    launch(replace(DEFAULTS, dist_port="12345"), **variables)
-    assert os.environ["MASTER_PORT"] == "12345"
-    launch(replace(DEFAULTS, dist_port="12345"), **variables, MASTER_PORT="777")
-    assert os.environ["MASTER_PORT"] == "777"
-
-
 def test_processes_started_by_hand_take_world_size_and_url_from_the_flags(launch):
     by_hand = replace(DEFAULTS, dist_url="tcp://h:999", world_size=3)
     world, group = launch(by_hand, RANK="2")
     assert place(world) == (2, 3, 2, 3)
-    assert (group["init_method"], group["rank"], group["world_size"]) == ("tcp://h:999", 2, 3)
+    assert (group["url"], group["rank"], group["world_size"]) == ("tcp://h:999", 2, 3)
 
 
 def test_slurm_can_meet_at_a_url(launch):
     world, group = launch(
         replace(DEFAULTS, dist_url="tcp://h:999"), SLURM_PROCID="1", SLURM_NTASKS="2", SLURM_LOCALID="1"
     )
-    assert place(world) == (1, 2, 1, 2) and group["init_method"] == "tcp://h:999"
+    assert place(world) == (1, 2, 1, 2) and group["url"] == "tcp://h:999"
 
 
 @pytest.mark.parametrize(

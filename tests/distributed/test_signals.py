@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tests.support.ranks import ranks
 from training.distributed import signals
-from training.distributed.signals import SIGNALS, Agreement, end_with_trainer, leave_to_trainer, listen, requeue
+from training.distributed.signals import SIGNALS, Agreement, end_with_trainer, listen, requeue
 from training.loop.checkpointer import how_to_resume
 
 
@@ -33,12 +33,35 @@ def test_a_signal_is_noted_and_the_process_lives(number):
     assert [signal.getsignal(n) for n in SIGNALS] == before
 
 
+def test_a_signal_is_answered_at_once(caplog):
+    """And not only when the step ends, which may take long."""
+    with listen(), caplog.at_level("WARNING"):
+        os.kill(os.getpid(), signal.SIGINT)
+        deadline = time.monotonic() + 20
+        word = "SIGINT: the run saves and stops as soon as the current step, save or evaluation is over; a second"
+        while not any(line.startswith(word) for line in caplog.messages):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_under_nohup_a_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with listen() as heard:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert heard.wanted is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_ctrl_c_ends_at_once_and_one_delivered_twice_does_not(monkeypatch):
-    monkeypatch.setattr(signals, "_ONE_KEYPRESS", 0.2)
+    clock = [7.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
     with listen() as heard:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.25)
+        clock[0] += 1.0
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert heard.wanted == "SIGINT"
@@ -148,9 +171,10 @@ class Slow:
     def __getitem__(self, i): time.sleep(0.02); return i
 
 with listen() as heard:
+    signals = [*SIGNALS, signal.SIGTERM]
     for n, batch in enumerate(DataLoader(Slow(), 4, num_workers=2, worker_init_fn=lambda _: leave_to_trainer())):
-        if n < len(SIGNALS):
-            os.killpg(0, SIGNALS[n])
+        if signals:
+            os.killpg(0, signals.pop(0))
     print(heard.wanted, n + 1, flush=True)
 """
 
@@ -165,17 +189,6 @@ def test_signals_to_all_processes_of_a_rank_leave_its_loader_at_work():
         timeout=60,
     )
     assert (done.returncode, done.stdout) == (0, "SIGTERM 10\n"), done.stderr
-
-
-def test_a_loader_that_is_told_twice_ends():
-    pid = os.fork()
-    if pid == 0:
-        leave_to_trainer()
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
 
 
 def wait_beside_a_loader(pipe) -> None:

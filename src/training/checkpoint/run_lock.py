@@ -36,7 +36,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from training.distributed import failures, launcher, process_group
+from training.distributed import failures, launcher, once, process_group
 from training.distributed.board import FAILED, Board, Unreachable
 from training.distributed.collectives import gather_object, on_main, rank_in
 
@@ -204,7 +204,7 @@ class RunLock:
             return False
         if any(lives is not None for lives in seen):
             return any(seen)
-        launcher.say_once(
+        once.say(
             f"{self._path}: held by {holder}; this run waits up to {PATIENCE:.0f} s to see whether it is alive"
         )
         end = time.monotonic() + PATIENCE

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from training.distributed import process_group
+from training.distributed import rendezvous
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class Board:
 
     def __init__(self) -> None:
         self._lost: Unreachable | None = None
-        self._store = self._ask(process_group.meeting_store)
+        self._store = self._ask(rendezvous.reconnect)
 
     def put(self, key: str, text: str) -> None:
         self._ask(lambda: self._store.set(key, text))

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import traceback
 from contextlib import suppress
 from typing import NoReturn
 
-from training.distributed import collectives, launcher, process_group
+from training.distributed import collectives, launcher, once, process_group, rendezvous
 from training.distributed.board import FAILED, NOTICED, PATIENCE, Board, Unreachable, within
 from training.distributed.signals import end_undisturbed
 from training.machine.shortage import shortage
@@ -25,12 +26,29 @@ _REFUSED = "refused"  # the refusal that rank 0 prints
 _A_MOMENT = 2.0  # seconds to wait for the report of a rank whose end has been noticed
 _LEAVE = 10.0  # seconds that a failed rank may take to leave the others
 
-# What torch's DataLoader raises in the main thread, wherever that is.
+# What torch's DataLoader raises in the main thread.
 _LOADER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([\w ]+)|exited)")
 _ADVICE = {
     "Killed": "by a user, or because memory ran out; fewer --workers need less",
-    "Bus error": "shared memory ran out; raise its limit (/dev/shm), or use fewer --workers",
+    "Bus error": "shared memory (/dev/shm) ran out; start the container with more (docker run --shm-size=16g), or "
+    "use fewer --workers or --workers 0",
+    "Terminated": "by a user or a launcher",
 }
+
+
+class LoaderEnded(RuntimeError):
+    """A loader process has ended before its time. The message says how, and what can be done."""
+
+    @classmethod
+    def by(cls, process: int | None, exit_code: int) -> LoaderEnded:
+        """``exit_code``: as multiprocessing has it, the negative number of a signal."""
+        if exit_code >= 0:
+            return cls(f"loader process {process} has ended by itself (code {exit_code}): see what it has printed")
+        name = signal.strsignal(-exit_code) or str(-exit_code)
+        return cls(
+            f"loader process {process} was killed (signal: {name}): "
+            f"{_ADVICE.get(name, 'by an error in a library that it uses, or by a user')}"
+        )
 
 
 def tell(error: ValueError) -> None:
@@ -42,10 +60,10 @@ def tell(error: ValueError) -> None:
     rank = launcher.rank()
     line = f"error (rank {rank}): {error}" if rank else f"error: {error}"
     if not process_group.met():
-        if isinstance(error, process_group.OwnRefusal):
+        if isinstance(error, rendezvous.OwnRefusal):
             print(line, file=sys.stderr, flush=True)
         else:
-            launcher.say_once(f"error: {error}")
+            once.say(f"error: {error}")
         return
     end_undisturbed()
     board = None
@@ -79,6 +97,8 @@ def lost_loader(error: Exception) -> str | None:
 
     The traceback of such an error shows where the main thread happened to be, which has nothing to do with it.
     """
+    if isinstance(error, LoaderEnded):
+        return str(error)
     found = _LOADER.search(str(error)) if isinstance(error, RuntimeError) else None
     if found is None:
         return None
@@ -90,7 +110,7 @@ def lost_loader(error: Exception) -> str | None:
 
 
 def report(error: Exception) -> None:
-    """Print why the ranks, which have met, end: ``error`` and its traceback, if this rank is the first to fail.
+    """Print why the run ends: ``error`` and its traceback, if this rank is the first to fail.
 
     If a rank or a loader process ended without a report, the first rank that notices it reports it. Every other
     rank prints one line. What the machine has run out of is told without a traceback.
@@ -107,6 +127,10 @@ def report(error: Exception) -> None:
     elif known:
         own = f"rank {rank} failed: {known}"
     board = None
+    if not process_group.met():
+        text = f"error: {own}\n" if known else "".join(traceback.format_exception(error))
+        once.do(text, lambda: print(text, end="", file=sys.stderr, flush=True))
+        return
     try:
         board = Board()
         if bystander:

@@ -23,21 +23,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from training.distributed import collectives, launcher
+from training.distributed import collectives, launcher, once
 
 log = logging.getLogger(__name__)
 
-# Slurm's preemption and cancelling; its warning before a time limit (--signal=USR1@120); Ctrl-C.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Slurm's preemption and cancelling; its warning before a time limit (--signal=USR1@120); a terminal or connection
+# that is gone; Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
-_LAST_STEP = 60  # seconds that a loader process continues after a signal, for the current step
 _ONE_KEYPRESS = 0.5  # seconds in which a terminal and a launcher may both deliver the same Ctrl-C
 
 
@@ -58,11 +58,21 @@ class Interrupts:
                 raise KeyboardInterrupt
         if self.wanted is None:
             self.wanted = signal.Signals(number).name
+            # In a thread: the main thread may be in the middle of a log line. RuntimeError: there can be no more.
+            with suppress(RuntimeError):
+                threading.Thread(target=self._tell, args=(self.wanted,), daemon=True).start()
+
+    @staticmethod
+    def _tell(name: str) -> None:
+        """Say at once that the signal has been heard: the step may take long, or stall."""
+        again = "; a second Ctrl-C ends it at once, without saving" if name == "SIGINT" else ""
+        line = f"{name}: the run saves and stops as soon as the current step, save or evaluation is over{again}"
+        once.do(line, lambda: log.warning(line))
 
 
 @contextmanager
 def listen() -> Iterator[Interrupts]:
-    """Record SIGTERM, SIGUSR1 and SIGINT instead of ending at once, until the body ends.
+    """Record ``SIGNALS`` instead of ending at once, until the body ends. SIGHUP stays ignored under nohup.
 
     Python lets only the main thread handle signals: in another thread nothing is changed and nothing is recorded.
     """
@@ -70,7 +80,8 @@ def listen() -> Iterator[Interrupts]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    before = {number: signal.signal(number, interrupts) for number in SIGNALS}
+    heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupts) for number in heard}
     try:
         yield interrupts
     finally:
@@ -84,24 +95,17 @@ def end_undisturbed() -> None:
     So its messages are printed completely, and its exit code is its own.
     """
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
 
 
 def leave_to_trainer() -> None:
     """In a loader process: leave the signals that a launcher sends to all processes of a rank to the trainer.
 
-    A second SIGTERM ends the process nevertheless: the trainer sends one to a loader that does not end by itself.
-    A time limit ends it too, as the first SIGTERM may be the trainer's, which then waits for the process.
+    It kills its loader processes when it needs them no longer.
     """
-
-    def wait(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(_LAST_STEP)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, wait)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_with_trainer() -> None:
