@@ -43,6 +43,25 @@ def test_a_batch_without_negatives():
     check(f"{SYNTHETIC} --batch-size 1 --siglip")
 
 
+def test_shared_memory_that_cannot_hold_the_batches(monkeypatch, tmp_path):
+    monkeypatch.setattr("training.distributed.loader_processes.shared_memory", lambda: 64 * 2**20)
+    monkeypatch.setattr(preflight, "shared_memory", lambda: 64 * 2**20)  # what Docker gives
+    own = f"{SYNTHETIC} --model {tiny_models.path('tiny-vit', tmp_path)}"
+    small, large = f"{own} --batch-size 8", f"{own} --batch-size 64 --force-image-size 256"
+    refused = (
+        r"^--workers 2: /dev/shm \(64 MB\) has too little room .* at least 72 MB: .*--shm-size=.*--workers 0$"
+    )
+    with pytest.raises(ValueError, match=refused):
+        check(f"{large} --workers 2")
+    check(f"{large} --workers 1")
+    check(f"{large} --workers 0")
+    check(f"{small} --workers 2")
+    with pytest.raises(ValueError, match="at least 144 MB"):  # two ranks on the node
+        preflight.check(config(f"{large} --workers 2"), World(0, 0, 4, 2, CPU))
+    with pytest.raises(ValueError, match=r"--workers 4: .* at least 110 MB"):  # 64 pictures of 224 x 224
+        check(f"{SYNTHETIC} --model ViT-B-32 --batch-size 64 --workers 4")
+
+
 def test_sync_bn_without_gpus():
     line = f"{FASTCLIP} --batch-size 2 --use-bn-sync"
     with pytest.raises(ValueError, match="--use-bn-sync needs GPUs"):

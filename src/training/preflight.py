@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from training.cache.captions import open_captions
 from training.cache.features import open_features
 from training.config.params import Config
+from training.data.batch_memory import BLOCKS
 from training.data.build import open_table
 from training.data.samples import CaptionSource, FeatureSource
 from training.data.sources.paths import look_for_shards
 from training.data.sources.tables import CsvSource, look_for_pictures
 from training.distributed import ddp
 from training.distributed.collectives import on_main
+from training.distributed.loader_processes import shared_memory, shared_memory_is_short
 from training.distributed.process_group import World
 from training.evaluation.evaluate import open_sets
 from training.evaluation.pairs import open_val_table
@@ -54,6 +56,7 @@ def check(config: Config, world: World) -> Opened:
     captions = open_captions(config)
     if config.trains:
         check_batch(config, world.world_size)
+        check_shared_memory(config, world)
         check_teachers(config, features)
         if features is not None:
             remarks.append(
@@ -131,6 +134,29 @@ def check_batch(config: Config, ranks: int) -> None:
             f"--batch-size {config.run.batch_size} on {ranks} rank: the loss {spec.name!r} compares a sample with "
             "the others of its global batch, which needs at least 2"
         )
+
+
+def check_shared_memory(config: Config, world: World) -> None:
+    """ValueError: /dev/shm is smaller than the images that the loader processes of this node keep in it at least.
+
+    A model whose config would have to be downloaded first is not checked; its processes say what is wrong.
+    """
+    available, size = shared_memory(), config.model.force_image_size
+    if available is None or not config.data.workers:
+        return
+    if size is None:
+        name = pretrained.open_clip_name(config.model.model, "--model")
+        if ":" in name:  # hf-hub: and the like
+            return
+        size = (
+            pretrained.architecture(name, f"--model {config.model.model}")
+            .get("vision_cfg", {})
+            .get("image_size", 224)
+        )
+    height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
+    needed = config.run.batch_size * 3 * height * width * BLOCKS * config.data.workers * world.local_world_size
+    if needed > available:
+        raise ValueError(shared_memory_is_short(config.data.workers, needed))
 
 
 def check_teachers(config: Config, features: FeatureSource | None) -> None:

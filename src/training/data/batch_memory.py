@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 PREFETCH = 2  # batches that each loader process prepares ahead
+BLOCKS = PREFETCH + 1  # of shared memory, of each loader process
 _KEPT = 4  # blocks of a receiver: one being filled, one in use, and some whose batches are still referred to
 
 
@@ -30,7 +31,7 @@ class BatchMemory:
 
     def __init__(self, shared: bool = False) -> None:
         self._shared = shared
-        self._blocks: list[Tensor | None] = [None] * (PREFETCH + 1)
+        self._blocks: list[Tensor | None] = [None] * BLOCKS
         self._turn = 0
 
     def stack(self, views: list[Tensor]) -> Tensor:

@@ -9,27 +9,24 @@ The processes run through the epochs without stopping, so that an epoch does not
 
 from __future__ import annotations
 
-import atexit
 import logging
-import os
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from drrho_clip.batch import Batch
 from training.data.bad_samples import SkipLog
-from training.data.batch_memory import PREFETCH, ReceivedMemory
+from training.data.batch_memory import BLOCKS, PREFETCH, ReceivedMemory
 from training.data.lanes import Layout
 from training.data.progress import Identity, Progress, pack, unpack
 from training.data.worker import LoadedBatch, TrainStream
 from training.distributed.collectives import gather_object
-from training.distributed.signals import end_with_trainer, leave_to_trainer
+from training.distributed.loader_processes import Batches, Loader, start_worker
 
 T = TypeVar("T")
 
@@ -53,6 +50,7 @@ class TrainData:
         self._world_size, self._workers = world_size, workers
         self._loader = open_loader(stream, workers, device, stream.seed)
         self._must_copy = workers > 0 and device.type != "cuda"  # on a GPU page-locked memory is a copy
+        self._processes: Batches[LoadedBatch] | None = None
         self._chunks: Iterator[LoadedBatch] | None = None
         self._fetched = (0, 0)  # the epoch and step that the next chunk is for
         self._progress = Progress()  # after the last batch handed out
@@ -83,12 +81,13 @@ class TrainData:
 
     def close(self) -> None:
         """End the loader processes."""
-        self._chunks = None  # the only reference to the iterator
+        if self._processes is not None:
+            self._processes.end()
+        self._processes = self._chunks = None
 
     def _start(self) -> Iterator[LoadedBatch]:
-        _loading.add(self)
-        chunks = iter(self._loader)
-        return _copies(chunks, self._workers) if self._must_copy else chunks
+        self._processes = iter(self._loader)
+        return _copies(self._processes, self._workers) if self._must_copy else self._processes
 
     def state_dict(self) -> dict[str, Any]:
         """Where the streams of all ranks stand, in plain values. Collective."""
@@ -189,44 +188,30 @@ def _hand_over(batch: Batch, copies: torch.cuda.Stream, device: torch.device) ->
     return batch
 
 
-def open_loader(stream: IterableDataset[T], workers: int, device: torch.device, seed: int = 0) -> DataLoader[T]:
+def open_loader(stream: IterableDataset[T], workers: int, device: torch.device, seed: int = 0) -> Loader[T]:
     """What ``stream`` yields in ``workers`` processes, in page-locked memory on the way to a GPU.
 
     The processes end with this one, and leave it to this one to react to a launcher's signals.
     """
     # The log has the same remark, with the number of cores that the job may use.
     warnings.filterwarnings("ignore", "This DataLoader will create")
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(seed),  # otherwise it would draw from the run's generator
+    return Loader(
+        DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=PREFETCH if workers else None,
+            worker_init_fn=start_worker,
+            generator=torch.Generator().manual_seed(seed),  # otherwise it would draw from the run's generator
+        )
     )
 
 
 def _copies(chunks: Iterator[LoadedBatch], workers: int) -> Iterator[LoadedBatch]:
     """Chunks in memory of this process. The last ones received are kept, so that their blocks stay mapped."""
-    held: deque[LoadedBatch] = deque(maxlen=workers * (PREFETCH + 1))
+    held: deque[LoadedBatch] = deque(maxlen=workers * BLOCKS)
     memory, ref_memory = ReceivedMemory(), ReceivedMemory()
     for chunk in chunks:
         held.append(chunk)
         yield chunk.copy(memory, ref_memory)
-
-
-_loading: WeakSet[TrainData] = WeakSet()
-
-
-@atexit.register
-def _end_processes() -> None:
-    """At exit, end the loader processes before multiprocessing waits for them: they ignore its signal."""
-    for data in list(_loading):
-        data.close()
-
-
-def _start_worker(_: int) -> None:
-    leave_to_trainer()
-    end_with_trainer()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core already

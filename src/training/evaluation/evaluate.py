@@ -26,6 +26,7 @@ from training.data.bad_samples import Skips
 from training.data.sources.tables import CsvSource
 from training.data.transforms import eval_transform
 from training.distributed.collectives import all_reduce_sum, gather_object
+from training.distributed.loader_processes import Loader, start_worker
 from training.distributed.process_group import World
 from training.evaluation.pairs import ValData, build_val
 from training.evaluation.retrieval import count_pairs, merge, normalized, summarize
@@ -176,16 +177,19 @@ class Evaluation:
                 progress.update(len(chunk))
         return torch.cat([rows for part in gather_object(columns) for rows in part]).T.to(world.device)
 
-    def _loader(self, pictures: ClassificationSet) -> DataLoader[PictureBatch]:
+    def _loader(self, pictures: ClassificationSet) -> Loader[PictureBatch]:
         """This rank's share: every K-th picture."""
         share = pictures.pictures[self.world.rank :: self.world.world_size]
         size = self.config.run.batch_size // self.config.run.accum_freq
-        return DataLoader(
-            PictureBatches(Pictures(share, eval_transform(self.built.preprocess)), size),
-            batch_size=None,
-            num_workers=self.config.data.workers,
-            pin_memory=self.world.device.type == "cuda",
-            generator=torch.Generator(),  # otherwise the loader would draw a seed from the generator of training
+        return Loader(
+            DataLoader(
+                PictureBatches(Pictures(share, eval_transform(self.built.preprocess)), size),
+                batch_size=None,
+                num_workers=self.config.data.workers,
+                pin_memory=self.world.device.type == "cuda",
+                worker_init_fn=start_worker,
+                generator=torch.Generator(),  # otherwise it would draw a seed from the generator of training
+            )
         )
 
     def _pixels(self, pixels: Tensor) -> Tensor:
