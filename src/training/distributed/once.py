@@ -35,8 +35,8 @@ def do(line: str, say: Callable[[], None], env: Mapping[str, str] = os.environ) 
         return
     name, since = launch
     entry = hashlib.sha256(line.encode(errors="backslashreplace")).hexdigest()
-    folder = Path(tempfile.gettempdir(), f"drrho-clip-{os.getuid()}")
     try:
+        folder = Path(tempfile.gettempdir(), f"drrho-clip-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.lstat().st_uid != os.getuid():
             raise PermissionError(f"{folder} belongs to somebody else")
