@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
-import resource
+import os
 import statistics
 import sys
 import tempfile
@@ -60,14 +60,24 @@ class Options:
 
 @dataclass
 class Times:
-    """When each step started, and how long each waited for its batch, in seconds."""
+    """Of each step, in seconds: its start, its wait for a batch, the loaders' processor time up to it."""
 
     started: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
+    loaders: list[float] = field(default_factory=list)
 
 
-def train(options: Options, data: str, folder: str, save_at: int) -> tuple[Times, float]:
-    """The steps of one run of the program, and the processor time of its loader processes."""
+def loaders_seconds() -> float:
+    """Processor time that the loader processes have used so far."""
+    ticks = 0
+    for process in multiprocessing.active_children():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # proc_pid_stat(5): utime, stime
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def train(options: Options, data: str, folder: str, save_at: int) -> Times:
+    """The steps of one run of the program."""
     words = f"""{data} --batch-size {options.batch_size} --model {options.model} --precision {options.precision}
         --ref_model {options.ref_model} --ref_model_checkpoint {options.ref_checkpoint}
         --fastclip --multiply_tau --temperature_scheme global_learnable --lr 1e-4 --warmup 0 --epochs 10000
@@ -77,6 +87,7 @@ def train(options: Options, data: str, folder: str, save_at: int) -> tuple[Times
 
     def timed(self: Stepper, *args: Any) -> Any:
         times.started.append(time.perf_counter())
+        times.loaders.append(loaders_seconds())
         return step(self, *args)
 
     def waiting(self: StepTimes) -> None:
@@ -89,10 +100,7 @@ def train(options: Options, data: str, folder: str, save_at: int) -> tuple[Times
         code = program.main([*words.split(), *(["--torchcompile"] if options.torchcompile else [])])
     if code:
         raise RuntimeError(f"the run has failed with exit code {code}")
-    for process in multiprocessing.active_children():
-        process.join(10)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return times, used.ru_utime + used.ru_stime
+    return times
 
 
 def rate(times: Times, batch: int, without: int | None) -> float:
@@ -140,18 +148,19 @@ def compare(options: Options, folder: Path, pictures: int) -> dict[str, Any]:
     random = f"--dataset-type synthetic --train-num-samples {pictures} --data_size {pictures}"
     middle = 2 * options.steps // 3
     report.say("training on the shards")
-    times, processor = measure.in_fresh_process(train, options, real, str(folder / "logs"), middle)
+    times = measure.in_fresh_process(train, options, real, str(folder / "logs"), middle)
     report.say("training on random pixels")
-    free, _ = measure.in_fresh_process(train, options, random, str(folder / "logs"), 10**9)
+    free = measure.in_fresh_process(train, options, random, str(folder / "logs"), 10**9)
     first = len(times.started) // 3
     gaps = [b - a for a, b in zip(times.started[first:], times.started[first + 1 :])]
+    processor = times.loaders[-1] - times.loaders[first]
     fed, synthetic = (rate(t, options.batch_size, middle - 1) for t in (times, free))
     return {
         "samples_per_second": fed,
         "synthetic_per_second": synthetic,
         "share": fed / synthetic,
         "data_wait": sum(times.waited[first:-1]) / sum(gaps),
-        "images_per_core": options.batch_size * len(times.started) / processor if options.workers else None,
+        "images_per_core": options.batch_size * len(gaps) / processor if processor else None,
         "save_seconds": gaps[middle - 1 - first] - statistics.median(gaps),
     }
 

@@ -90,14 +90,20 @@ def plan(report: Path, cpu: bool) -> list[Measurement]:
         "environment", (sys.executable, str(HERE / "gpu.py"), "--environment"), 60, last_line
     )
     if cpu:
-        small = ("--steps", "1", "--repeats", "1", "--batch-size", "4")
+        few = ("--batch-size", "4")
+        small = ("--steps", "1", "--repeats", "1", *few)
         flags = ("--variants", "ours,openclip", "--kernels")
         return [
             environment,
             Measurement("tests", (*pytest[:-1], str(ROOT / "tests/device/test_losses.py")), 180, tested),
-            Measurement("waits", script("waits.py", "--recipes", "drrho", "--steps", "12"), 120, last_line),
+            Measurement(
+                "waits",
+                script("waits.py", "--recipes", "drrho", "--steps", "12", *few),
+                120,
+                last_line,
+            ),
             Measurement("headline", script("train_step.py", *flags, *small), 180, last_line),
-            Measurement("fed", script("fed.py"), 180, last_line),
+            Measurement("fed", script("fed.py", "--pictures", "32", *few), 180, last_line),
         ]
     headline = script("train_step.py", "--variants", ALL, *steps, "--kernels")
     return [

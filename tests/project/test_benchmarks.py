@@ -173,6 +173,52 @@ def test_steps_without_a_reference(small_pair, tmp_path, name):
     assert ours.flops_per_sample(batch) == pytest.approx(needed)
 
 
+def test_a_rehearsal_of_the_gpu_command(tmp_path):
+    """It comes to its end here, and every part of it works."""
+    file = tmp_path / "gpu.json"
+    command = ["bash", str(BENCHMARKS / "gpu.sh"), "--cpu", "--minutes", "9", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+    assert done.returncode == 0, done.stdout + done.stderr
+    held = json.loads(file.read_text())
+    assert (
+        list(held["results"]) == ["environment", "tests", "waits", "headline", "fed"] and not held["not_measured"]
+    )
+    assert held["results"]["tests"]["failed"] == [] and held["results"]["tests"]["tests"] > 20
+    assert held["results"]["waits"]["recipes"]["drrho"]["fine"]
+    assert held["results"]["fed"]["samples_per_second"] > 0
+    assert "passed, 0 failed" in done.stdout
+
+
+def measured(tmp_path, command, limit=30, seconds=30):
+    import gpu
+
+    measurement = gpu.Measurement("it", (sys.executable, "-c", command), limit, gpu.last_line)
+    return gpu.run(measurement, seconds, tmp_path / "none.xml")
+
+
+def test_a_gpu_measurement_that_fails_or_takes_too_long_is_told_and_leaves_nothing_running(tmp_path):
+    import gpu
+
+    good = measured(tmp_path, "print('words'); print('{\"a\": 1}')")
+    assert good["a"] == 1
+    bad = measured(tmp_path, "raise SystemExit('no such card')")
+    assert bad["failed"] == "exit code 1" and "no such card" in bad["output"]
+    assert "FAILED: exit code 1: no such card" in gpu.describe({"it": bad}, ["that", "this"])
+    assert "the time was over: that, this" in gpu.describe({}, ["that", "this"])
+    late = f"""
+import subprocess, time
+child = subprocess.Popen(['sleep', '60'])
+open({str(tmp_path / "pid")!r}, 'w').write(str(child.pid))
+time.sleep(60)
+"""
+    slow = measured(tmp_path, late, limit=2)
+    assert slow["failed"] == "ended after 2 s" and slow["wall_seconds"] < 20
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+            time.sleep(0.1)
+
+
 def test_soak():
     result, text = run("soak.py", "--epochs", 12, "--samples", 40, "--workers", 1, "--limit", 1000)
     assert set(result["bytes"]) == {"main", "worker 0"}
