@@ -50,12 +50,15 @@ WITHOUT_TORCH = (
 MAY_COMMUNICATE = {
     "drrho_clip.collectives",
     "training.distributed.collectives",
+    "training.distributed.devices",
     "training.distributed.process_group",
     "training.distributed.rendezvous",
     "training.checkpoint.sample_state_io",
 }
 # Outside these modules, torch.distributed may be imported only for its types.
-MAY_USE_TYPES = {"drrho_clip.sample_state": {"torch.distributed.device_mesh", "torch.distributed.tensor"}}
+MAY_USE_TYPES = {
+    "drrho_clip.sample_state": {"torch.distributed.device_mesh", "torch.distributed.tensor"},
+}
 MOST_ENTRIES = 14
 
 

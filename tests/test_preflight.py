@@ -203,7 +203,9 @@ def test_torchcompile_without_a_compiler(monkeypatch, tmp_path):
 
 def test_a_run_beside_gpus_that_it_cannot_use(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(preflight, "without_gpu", lambda: without_gpu({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path))
+    monkeypatch.setattr(
+        preflight, "without_gpu", lambda **_: without_gpu({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path)
+    )
     (remark,) = check(SYNTHETIC)
     assert "hides the 1 GPU" in remark
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import torch
+
 from training.cache.captions import open_captions
 from training.cache.features import open_features
 from training.config.params import Config
@@ -25,7 +27,7 @@ from training.evaluation.pairs import open_val_table
 from training.evaluation.zero_shot import ClassificationSet
 from training.machine import prepare
 from training.machine.compiler import check_compiler
-from training.machine.gpus import without_gpu
+from training.machine.gpus import idle_gpus, without_gpu
 from training.machine.limits import check_open_files, check_sockets, cores
 from training.models import precision, pretrained
 from training.models.build import look_for_weights
@@ -98,8 +100,10 @@ def _shards(shards: str, flag: str, allowed: float = 1.0) -> list[str]:
 def check_machine(config: Config, world: World) -> list[str]:
     """Remarks on how the run fits this machine. ValueError: it cannot work here."""
     found = prepare.remarks()
-    if world.device.type == "cpu" and (hidden := without_gpu()):
-        found.append(hidden)
+    if world.device.type == "cpu":
+        found += filter(None, [without_gpu(built_for_gpus=torch.version.cuda is not None)])
+    elif not config.distributed.no_set_device_rank:
+        found += filter(None, [idle_gpus(world.local_world_size, torch.cuda.device_count())])
     if config.model.torchcompile:
         check_compiler(world.device.type)
     found += filter(None, [precision.remark(config.run.precision, world.device)])

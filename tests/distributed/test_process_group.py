@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 from tests.support.ranks import free_port, ranks
 from training.config.run import DistributedConfig
-from training.distributed import collectives, process_group, rendezvous
+from training.distributed import collectives, devices, process_group, rendezvous
 from training.distributed.launcher import LaunchedRank
 from training.distributed.process_group import World
 
@@ -42,7 +42,12 @@ def launch(monkeypatch):
         def meet(url: str, port: str, place: LaunchedRank) -> None:
             started.append({"url": url, "host": place.host})
 
+        def agree(store: None, place: LaunchedRank, kind: str, fault: str) -> None:
+            if fault:
+                raise ValueError(fault)
+
         monkeypatch.setattr(rendezvous, "meet", meet)
+        monkeypatch.setattr(devices, "agree", agree)
         monkeypatch.setattr(
             dist, "init_process_group", lambda backend, **kw: started[0].update(kw, backend=backend)
         )

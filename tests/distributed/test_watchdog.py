@@ -274,3 +274,16 @@ def test_who_is_named():
     many = describe(dict.fromkeys(range(100), status(5, False)) | {7: None})
     assert "rank 7 does not answer" in many and "ranks 0, 1, 2, 3 and 95 more hang" in many
     assert many.count("step 5") == 4
+
+
+def test_a_rank_that_reads_from_its_gpu_waits_for_the_others_there():
+    inner = ("/site-packages/torch/_tensor.py", 9, "__float__", "return self.item()")
+    for code, on_gpu, waits in [
+        ("taken = flag.item()", True, True),
+        ("values = torch.stack(cells).tolist()", True, True),
+        ("self._done.synchronize()", True, True),
+        ("taken = flag.item()", False, False),
+        ("batch = next(self.batches)", True, False),
+    ]:
+        stack = [(str(watchdog._SRC / "training/loop/optimizer.py"), 7, "step", code), inner]
+        assert watchdog._waits(stack, on_gpu) == waits, code

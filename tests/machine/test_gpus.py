@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from training.machine.gpus import without_gpu
+from training.machine.gpus import idle_gpus, without_gpu
 from training.machine.prepare import Unfit
 
 
@@ -36,3 +36,17 @@ def test_gpus_that_torch_cannot_use_are_a_remark(devices):
 def test_gpus_that_are_not_there_are_refused(devices, wrong):
     with pytest.raises(Unfit, match=rf"CUDA_VISIBLE_DEVICES='{wrong}' names no GPU.*from 0 to 3"):
         without_gpu({"CUDA_VISIBLE_DEVICES": wrong}, devices)
+
+
+def test_a_slurm_job_without_a_gpu_is_a_remark_where_torch_could_use_one(tmp_path):
+    env = {"SLURM_JOB_ID": "71"}
+    assert "job 71 has no GPU" in (without_gpu(env, tmp_path, built_for_gpus=True) or "")
+    assert without_gpu(env, tmp_path) is None
+    assert without_gpu({}, tmp_path, built_for_gpus=True) is None
+
+
+def test_gpus_that_no_rank_uses_are_a_remark():
+    assert idle_gpus(8, 8) is None and idle_gpus(9, 8) is None
+    remark = idle_gpus(4, 8)
+    assert remark is not None and remark.startswith("8 GPUs are visible on this node and 4 of them are used")
+    assert "--ntasks-per-node=8" in remark

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from training.config.run import DistributedConfig
-from training.distributed import launcher, rendezvous
+from training.distributed import devices, launcher, rendezvous
 from training.distributed.collectives import Group
 from training.distributed.launcher import LaunchedRank
 from training.distributed.rendezvous import TIMEOUT, OwnRefusal
@@ -62,9 +62,15 @@ def start(config: DistributedConfig) -> World:
         raise ValueError(
             f"--world_size {config.world_size}, but {place.world_size} ranks were started: leave the flag out"
         )
-    device = _choose_device(place, config)
+    device, fault = _CPU, ""
+    try:
+        device = devices.choose(place, config)
+    except devices.NoDevice as error:
+        if place.world_size == 1:
+            raise
+        fault = str(error)
     if place.world_size > 1:
-        _start_group(place, device, config)
+        _start_group(place, device, config, fault)
     return World(place.rank, place.local_rank, place.world_size, place.local_world_size, device)
 
 
@@ -101,21 +107,7 @@ def hosts_store() -> bool:
     return dist.is_initialized() and dist.get_rank() == 0 and rendezvous.ends_with_rank_0()
 
 
-def _choose_device(place: LaunchedRank, config: DistributedConfig) -> torch.device:
-    if not torch.cuda.is_available():
-        return _CPU
-    number = 0 if config.no_set_device_rank else place.local_rank
-    if number >= torch.cuda.device_count():
-        raise OwnRefusal(
-            f"local rank {place.local_rank} has no GPU: this process sees {torch.cuda.device_count()}. Start "
-            "fewer ranks per node, or give --no-set-device-rank where each rank is shown only its own GPU"
-        )
-    device = torch.device("cuda", number)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _start_group(place: LaunchedRank, device: torch.device, config: DistributedConfig) -> None:
+def _start_group(place: LaunchedRank, device: torch.device, config: DistributedConfig, fault: str) -> None:
     backend = config.dist_backend
     if backend == "nccl" and device.type == "cpu":
         backend = "gloo"
@@ -124,6 +116,7 @@ def _start_group(place: LaunchedRank, device: torch.device, config: DistributedC
     elif backend == "nccl":
         backend = "cpu:gloo,cuda:nccl"
     store = rendezvous.meet(config.dist_url, config.dist_port, place)
+    devices.agree(store, place, device.type, fault)
     try:
         dist.init_process_group(
             backend,

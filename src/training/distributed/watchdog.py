@@ -30,6 +30,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import sys
 import threading
@@ -57,6 +58,8 @@ _HUNG, _STATUS, _REPORTED = "hung", "status", "reported"
 # Where a main thread waits for other ranks: frames of these files, and the backward pass that DDP waits in.
 _WAITING = ("torch/distributed/", "training/distributed/", "drrho_clip/collectives.py")
 _BACKWARD = "_engine_run_backward"
+# Collectives of GPUs are waited for where the host next reads from the GPU.
+_READ = re.compile(r"\.(item|tolist|cpu|numpy|synchronize)\(|\b(bool|float|int)\(")
 _SHOWN = 4  # ranks named one by one
 _END = "the run ends: %s"
 
@@ -153,7 +156,7 @@ class Watchdog:
 
     def _end_hung(self, idle: float) -> None:
         """Report together with the other ranks that still can, and end."""
-        status = Status.of(self._main, self._step, idle)
+        status = Status.of(self._main, self._step, idle, on_gpu=self._world.device.type == "cuda")
         if self._world.distributed:
             try:
                 self._report(Board() if self._board is None else self._board, status)
@@ -195,11 +198,11 @@ class Status:
     frames: tuple[tuple[str, int, str, str], ...]
 
     @classmethod
-    def of(cls, thread: int, step: int, idle: float) -> Status:
+    def of(cls, thread: int, step: int, idle: float, *, on_gpu: bool) -> Status:
         """The status of this process, whose main thread has the identifier ``thread``."""
         frame = sys._current_frames().get(thread)
         stack = [(f.filename, f.lineno or 0, f.name, f.line or "") for f in traceback.extract_stack(frame)]
-        return cls(step, idle, socket.gethostname(), os.getpid(), _waits(stack), _excerpt(stack))
+        return cls(step, idle, socket.gethostname(), os.getpid(), _waits(stack, on_gpu), _excerpt(stack))
 
     def dumps(self) -> str:
         return json.dumps(astuple(self))
@@ -252,13 +255,16 @@ def _ranks(numbers: Sequence[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {shown}{more}"
 
 
-def _waits(stack: Sequence[tuple[str, int, str, str]]) -> bool:
-    """Whether the innermost frame of this code or of a collective is one that waits for other ranks."""
-    for file, _, function, _ in reversed(stack):
+def _waits(stack: Sequence[tuple[str, int, str, str]], on_gpu: bool) -> bool:
+    """Whether the innermost frame of this code or of a collective is one that waits for other ranks.
+
+    ``on_gpu``: a read from the GPU is one too.
+    """
+    for file, _, function, code in reversed(stack):
         if function == _BACKWARD or _is_of(file, _WAITING):
             return True
         if _is_own_code(file):
-            return False
+            return on_gpu and _READ.search(code) is not None
     return False
 
 
