@@ -239,7 +239,7 @@ EFFECTS: dict[str, Effect] = {
     "dist_url": Effect((None, "tcp://localhost:29123"), runs.group_of_two),
     "dist_backend": Effect(("nccl", "gloo"), runs.group_on_gpus),
     "dist_port": Effect((None, "29123"), runs.group_of_two),
-    "world_size": Effect((None, "2"), runs.group),
+    "world_size": Effect(("2", "3"), runs.group),
     "ddp_static_graph": Effect(SWITCH, parts.wrapped),
     "no_set_device_rank": Effect(SWITCH, runs.group_on_gpus),
 }

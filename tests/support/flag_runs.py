@@ -224,30 +224,34 @@ def published_rows(lab: Lab, words: list[str]) -> list[float]:
 # -------------------------------------------------------------------------------------------- ranks
 
 
-def group(lab: Lab, words: list[str], gpus: int = 0, **environment: str) -> tuple[dict[str, Any], str, str]:
-    """What the process group is told, the port, and the device of rank 1 of 2."""
+def group(lab: Lab, words: list[str], gpus: int = 0, **environment: str) -> tuple[dict[str, Any], str]:
+    """Where rank 1 of 2 looks for the others, what the process group is told, and the rank's device."""
     told: dict[str, Any] = {}
     environment = {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"} | environment
 
     def init(backend: str, **settings: Any) -> None:
         told.update(settings, backend=backend)
 
+    def meet(url: str, port: str, place: Any) -> None:
+        told.update(url=url, port=port, ranks=place.world_size)
+
     with contextlib.ExitStack() as stack:
         patch = lambda name, value: stack.enter_context(mock.patch(name, value))  # noqa: E731
         stack.enter_context(mock.patch.dict("os.environ", environment, clear=True))
         patch("torch.distributed.init_process_group", init)
+        patch("training.distributed.rendezvous.meet", meet)
+        patch("training.distributed.devices.agree", lambda *_: None)
         patch("torch.cuda.is_available", lambda: gpus > 0)
         patch("torch.cuda.device_count", lambda: gpus)
         patch("torch.cuda.set_device", lambda device: None)
         world = process_group.start(parse(words).distributed)
-        port = process_group.os.environ.get("MASTER_PORT", "")
     told.pop("timeout", None)
-    return told, port, str(world.device)
+    return told, str(world.device)
 
 
-def group_of_two(lab: Lab, words: list[str]) -> tuple[dict[str, Any], str, str]:
+def group_of_two(lab: Lab, words: list[str]) -> tuple[dict[str, Any], str]:
     return group(lab, words, WORLD_SIZE="2")
 
 
-def group_on_gpus(lab: Lab, words: list[str]) -> tuple[dict[str, Any], str, str]:
+def group_on_gpus(lab: Lab, words: list[str]) -> tuple[dict[str, Any], str]:
     return group(lab, words, gpus=2, WORLD_SIZE="2")
