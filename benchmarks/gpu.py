@@ -113,7 +113,7 @@ def plan(report: Path, cpu: bool) -> list[Measurement]:
         Measurement("headline", headline, 180, last_line),
         Measurement("fed", script("fed.py", "--torchcompile"), 120, last_line),
         Measurement("loss, batch 5120", script("loss.py", "--device", "cuda", "--batch", "5120"), 60, last_line),
-        model("RN50", 256, BOTH, 120, "--kernels"),
+        model("RN50", 256, f"{BOTH},ours+channels_last,ours+compile+channels_last", 150, "--kernels"),
         model("ViT-B-32", 1024, BOTH, 120),
         model("ViT-L-14", 128, BOTH, 150),
         Measurement("loss, batch 32768", script("loss.py", "--device", "cuda", "--batch", "32768"), 60, last_line),

@@ -1,6 +1,7 @@
 """The training steps that ``train_step.py`` compares, from a batch in host memory to new weights.
 
-A variant is one of ``VARIANTS``, or ``NAME+compile``: the same through ``torch.compile``.
+A variant is one of ``VARIANTS`` with any of these behind it: ``+compile``, the same through ``torch.compile``, and
+``+channels_last``, the target's image tower with the channels innermost.
 """
 
 from __future__ import annotations
@@ -331,10 +332,18 @@ def normalized(batch: Batch, s: Setting) -> Batch:
 
 VARIANTS = {"ours": Ours, "plain": Plain, "cached": Cached, "openclip": OpenClip}
 Variant = Ours | Plain | OpenClip
-COMPILED = "+compile"
+COMPILED, CHANNELS_LAST = "+compile", "+channels_last"
 
 
 def build(name: str, options: Options) -> Variant:
     """The variant ``name`` with models and batches of its own."""
-    kind = name.removesuffix(COMPILED)
-    return VARIANTS[kind](prepare(replace(options, torchcompile=options.torchcompile or name != kind)))
+    kind, *more = name.split("+")
+    setting = prepare(replace(options, torchcompile=options.torchcompile or COMPILED[1:] in more))
+    if CHANNELS_LAST[1:] in more:
+        setting.target.module.visual.to(memory_format=torch.channels_last)  # convolutions follow their weights
+    return VARIANTS[kind](setting)
+
+
+def is_known(name: str) -> bool:
+    kind, *more = name.split("+")
+    return kind in VARIANTS and set(more) <= {COMPILED[1:], CHANNELS_LAST[1:]}

@@ -12,7 +12,8 @@ plain     float32 pixels; reference outside autocast, in the type of its weights
           the host in every step, as ``step_thresh`` does there; AdamW as torch chooses
 openclip  OpenCLIP's own loop and loss (``open_clip_train``): no reference, no sample state
 
-``NAME+compile`` is the same through ``torch.compile``; ``--torchcompile`` compiles all of them.
+``NAME+compile`` is the same through ``torch.compile`` (``--torchcompile``: all of them), ``NAME+channels_last``
+has the channels of the target's image tower innermost, which convolutions on GPUs prefer.
 
 DRRho-CLIP with a learnable temperature, one process, random data and weights. All train a model of their own from
 the same start and take turns; the best block counts. Before that, one step of ours and plain in float32 must give
@@ -41,7 +42,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 import measure
 import report
-from steps import COMPILED, VARIANTS, Options, Ours, Plain, Variant, build, prepare
+from steps import CHANNELS_LAST, COMPILED, VARIANTS, Options, Ours, Plain, Variant, build, is_known, prepare
 from training.loop.breakdown import Breakdown, breakdown
 from training.loop.flops import peak_flops
 from training.models import pretrained
@@ -233,10 +234,11 @@ def parse(folder: Path) -> tuple[Options, bool, bool]:
 
 def variants(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    unknown = [name for name in names if name.removesuffix(COMPILED) not in VARIANTS]
+    unknown = [name for name in names if not is_known(name)]
     if unknown:
+        known = ", ".join(VARIANTS)
         raise argparse.ArgumentTypeError(
-            f"{unknown[0]} is unknown; there are {', '.join(VARIANTS)}, and …{COMPILED}"
+            f"{unknown[0]} is unknown; there are {known}, each also with {COMPILED} and {CHANNELS_LAST}"
         )
     return names
 

@@ -151,6 +151,23 @@ def test_train_step(small_pair):
     assert "samples/s" in text
 
 
+def test_channels_last_changes_the_layout_alone(small_pair, tmp_path):
+    import steps
+    import train_step
+
+    weights = train_step.write_random_weights(tmp_path / "reference.pt", small_pair[1])
+    options = steps.Options(("ours",), *small_pair, 4, "fp32", False, 1, 1, 50, weights)
+    other, ours = (steps.build(name, options) for name in ("ours+channels_last", "ours"))
+    seen = []
+    other.task.bare.visual.conv1.register_forward_hook(lambda module, given, output: seen.append(output))
+    for run in (other, ours):
+        run.steps(1)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() for x in seen)
+    assert len(seen) == 1
+    for a, b in zip(other.task.bare.parameters(), ours.task.bare.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["cached", "openclip"])
 def test_steps_without_a_reference(small_pair, tmp_path, name):
     """They train, and need less than ours by exactly the reference's forward pass."""
