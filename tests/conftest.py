@@ -11,6 +11,20 @@ import torch
 from tests.support.lab import Lab
 from training.distributed.signals import SIGNALS
 
+# Files whose tests wait for processes, for a minute or more in all: they begin first, so that none is the last.
+LONGEST = (
+    "tests/checkpoint/test_kill.py",
+    "tests/slurm/test_slurm.py",
+    "tests/project/test_benchmarks.py",
+    "tests/test_main.py",
+    "tests/project/test_examples.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
