@@ -10,5 +10,7 @@ export OMP_WAIT_POLICY=PASSIVE
 ruff check .
 ruff format --check .
 mypy
-# Two to four files of tests at a time: most tests wait more than they compute.
-python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+# One file of tests more than there are cores at a time, at most four: many tests wait more than they compute.
+cores=$(nproc)
+processes=$((cores < 3 ? cores + 1 : 4))
+python -m pytest -q --numprocesses "$processes" --dist loadfile "$@"
