@@ -280,7 +280,7 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--ranks", type=int, default=2, help="two or more; 8 samples are shared out among them")
+    parser.add_argument("--ranks", type=int, default=2, help="1, 2, 4 or 8, which share 8 samples among them")
     parser.add_argument("--seed", type=int, default=0, help="of the random instants")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     given = vars(parser.parse_args(argv))

@@ -75,7 +75,8 @@ def check_agreement(options: Options) -> float | None:
         setting = prepare(few)
         torch.set_float32_matmul_precision("highest")
         run = variant(setting)
-        run.step()
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            run.step()
         gradients = [p.grad.flatten() for p in setting.target.module.parameters() if p.grad is not None]
         results.append((torch.cat(gradients), run.log_u(setting.batches[0].index).flatten()))
     differences = [((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
@@ -116,8 +117,9 @@ def time_variants(options: Options, runs: dict[str, Variant], device: torch.devi
     def block(run: Variant) -> Callable[[], None]:
         return lambda: run.steps(options.steps)
 
-    seconds = measure.interleaved({name: block(run) for name, run in runs.items()}, options.repeats, device)
-    return {name: [s / options.steps for s in blocks] for name, blocks in seconds.items()}
+    blocks = {name: block(run) for name, run in runs.items()}
+    seconds = measure.interleaved(blocks, options.repeats, device, warm_up=0)  # each has taken two steps
+    return {name: [s / options.steps for s in times] for name, times in seconds.items()}
 
 
 def kernels(run: Variant, device: torch.device) -> Breakdown:
@@ -128,7 +130,9 @@ def kernels(run: Variant, device: torch.device) -> Breakdown:
     plan = schedule(wait=0, warmup=2, active=3, repeat=1)
     ready = lambda traced: found.append(breakdown(traced, on_cuda=on_cuda, largest=5))  # noqa: E731
     with profile(activities=activities, schedule=plan, on_trace_ready=ready) as traced:
-        for _ in range(5):
+        for number in range(5):
+            if on_cuda and number == 2:
+                torch.cuda.synchronize()  # else work of the steps before would count as that of the traced ones
             run.steps(1)
             traced.step()
     return found[0]

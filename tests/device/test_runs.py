@@ -6,23 +6,29 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
+from drrho_clip import collectives
 from tests.support.lab import Lab
-from tests.support.ranks import run_program
+from tests.support.ranks import free_port, ranks, run_program
 from tests.support.recording import tensors
 from training.checkpoint.pt_file import read
+from training.distributed import collectives as host
 from training.main import main
 
 DRRHO = "--fastclip --multiply_tau --gamma 0.5 --ref_model @reference --ref_model_pretrained @reference_weights"
 NUMBERS = itertools.count()
+# After nine steps of Adam. TF32 rounds to 10 bits, and other shapes choose other kernels.
+NEAR = 1e-3 if torch.cuda.is_available() else 1e-4
 
 
-def run(lab: Lab, line: str, ranks: int = 0) -> str:
-    """Train three epochs of twelve samples, in this process or on ``ranks`` of a group; the run's checkpoints."""
+def run(lab: Lab, line: str, size: int = 0) -> str:
+    """Train three epochs of twelve samples, in this process or on ``size`` ranks; the run's checkpoints."""
     name = f"device{next(NUMBERS)}"
     base = f"--train-num-samples 12 --epochs 3 --log-every-n-steps 1 --name {name}"
     words = lab.words(f"{base} {line}")
-    codes = [code for code, _ in run_program(ranks, words)] if ranks else [main(words)]
+    codes = [code for code, _ in run_program(size, words)] if size else [main(words)]
     assert set(codes) == {0}
     return str(lab.root / "logs" / name / "checkpoints")
 
@@ -48,17 +54,39 @@ def test_a_resumed_run_has_the_same_bits(lab, precision):
 
 def test_two_ranks_on_one_device_are_one_rank_on_the_whole_batch(lab):
     line = f"--lanes 2,1 {DRRHO} --dist-backend gloo --no-set-device-rank"
-    two, one = (weights(run(lab, f"{line} --batch-size {4 // ranks}", ranks)) for ranks in (2, 1))
-    assert distance(two, one) < 1e-4
+    two, one = (weights(run(lab, f"{line} --batch-size {4 // size}", size)) for size in (2, 1))
+    assert distance(two, one) < NEAR
 
 
-def test_a_group_of_one_rank(lab):
-    """On a GPU through NCCL."""
-    line = f"--batch-size 4 --dist-url env:// {DRRHO}"
-    assert distance(weights(run(lab, line, 1)), weights(run(lab, line))) < 1e-4
+def _alone_in_a_group(port: int) -> list[bool]:
+    """What the program does with its group, in a group of one rank: on a GPU through NCCL."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    backend, bound = ("cpu:gloo,cuda:nccl", {"device_id": device}) if on_gpu else ("gloo", {})
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1, **bound)
+    try:
+        x = torch.randn(4, 3, device=device)
+        gathered, own, total = torch.empty_like(x), torch.empty_like(x), x.clone()
+        collectives._gather(gathered, x)
+        collectives._reduce_scatter(own, x)
+        dist.all_reduce(total)
+        model = nn.parallel.DistributedDataParallel(
+            nn.Linear(3, 3).to(device), device_ids=[device] if on_gpu else None, gradient_as_bucket_view=True
+        )
+        model(x).sum().backward()
+        host.barrier()
+        told = host.gather_object({"a": 1}) == [{"a": 1}]
+        gradients = all(p.grad is not None for p in model.parameters())
+        return [torch.equal(gathered, x), torch.equal(own, x), torch.equal(total, x), told, gradients]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_group_of_one_rank():
+    assert ranks(1, joined=False).run(_alone_in_a_group, free_port()) == [[True] * 5]
 
 
 def test_two_ranks_compiled_by_inductor(lab):
     line = f"--lanes 2,1 --batch-size 2 {DRRHO} --dist-backend gloo --no-set-device-rank"
     compiled = weights(run(lab, f"{line} --torchcompile --grad-checkpointing", 2))
-    assert distance(compiled, weights(run(lab, line, 2))) < 1e-4
+    assert distance(compiled, weights(run(lab, line, 2))) < NEAR

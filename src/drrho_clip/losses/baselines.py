@@ -105,8 +105,8 @@ class CoCa(_ClipBased):
 def caption_loss(outputs: dict[str, Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
     """The cross-entropy of a captioner's ``outputs``, summed over all tokens but padding, and their number."""
     labels = outputs["labels"]
-    logits = outputs["logits"].float().transpose(1, 2)
-    total = F.cross_entropy(logits, labels, ignore_index=pad_id, reduction="sum")
+    logits = outputs["logits"].float().flatten(0, 1)
+    total = F.cross_entropy(logits, labels.flatten(), ignore_index=pad_id, reduction="sum")
     return total, (labels != pad_id).sum()
 
 

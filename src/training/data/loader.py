@@ -14,6 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -165,7 +166,7 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
-    copies = torch.cuda.Stream(device)
+    copies = _copy_stream(device)
     ahead: Batch | None = None
     for batch in batches:
         with torch.cuda.stream(copies):
@@ -175,6 +176,12 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         ahead = _hand_over(arriving, copies, device)
     if ahead is not None:
         yield ahead
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: the allocator keeps the memory that a stream has used for that stream."""
+    return torch.cuda.Stream(device)
 
 
 def _hand_over(batch: Batch, copies: torch.cuda.Stream, device: torch.device) -> Batch:

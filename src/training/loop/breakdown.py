@@ -82,7 +82,7 @@ def of_spans(steps: Sequence[Span], work: Sequence[Span], largest: int) -> Break
     own: defaultdict[str, float] = defaultdict(float)
     for span in work:
         own[span.name] += span.end - span.start
-    return _shares(own, end - begin, len(steps), 1 - _covered(work) / (end - begin), largest)
+    return _shares(own, end - begin, len(steps), max(0.0, 1 - _covered(work) / (end - begin)), largest)
 
 
 def kind_of(name: str) -> str:

@@ -110,7 +110,7 @@ def step_where(optimizer: Optimizer, taken: Tensor) -> None:
             optimizer.step()
         finally:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-    elif taken:
+    elif bool(taken):
         optimizer.step()
 
 

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from training.distributed.process_group import World
@@ -39,6 +40,7 @@ class StepProfiler(Profiler):
 
     def __init__(self, folder: Path, world: World) -> None:
         self.folder, self.rank, self.written = folder / "profile", world.rank, False
+        self._done = 0
         self.on_cuda = world.device.type == "cuda"
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_cuda
         self.profile = profile(
@@ -49,6 +51,9 @@ class StepProfiler(Profiler):
         )
 
     def step(self) -> None:
+        self._done += 1
+        if self.on_cuda and self._done == SKIPPED + WARMUP:
+            torch.cuda.synchronize()  # else work of the steps before would count as that of the traced ones
         self.profile.step()
 
     def __enter__(self) -> Profiler:
