@@ -159,7 +159,8 @@ def _as_saved(
     quick, custom = (bool(saved.model_cfg.get(key)) for key in ("quick_gelu", "custom_text"))
     size = c.force_image_size
     if "vision_cfg.image_size" in differing:
-        size = saved.preprocess_cfg["size"]
+        size = differing["vision_cfg.image_size"][1]
+        size = tuple(size) if isinstance(size, list) else size
     changed = replace(c, force_quick_gelu=quick, force_custom_text=custom, force_image_size=size)
     return replace(weights, declared=saved.declared), changed
 
