@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training.loop", "training.evaluation", "training.cache"),
     ("training.preflight",),
     ("training.run", "training.dry_run"),
-    ("training.main", "training.check_data", "training.check_cache"),
+    ("training.main", "training.check_data", "training.check_cache", "training.evaluate"),
 )
 # The same inside the method: modules of one row do not import each other, except the losses.
 METHOD: tuple[tuple[str, ...], ...] = (
