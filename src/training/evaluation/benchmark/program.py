@@ -6,7 +6,8 @@ import argparse
 import ast
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,6 @@ from pathlib import Path
 import open_clip
 
 from training.config.flags import ALL
-from training.config.given import Refusal
 from training.config.model import brings_weights
 from training.config.params import Config, parse
 from training.distributed import process_group
@@ -60,7 +60,8 @@ def evaluate(given: argparse.Namespace) -> int:
     world = process_group.start(config.distributed)
     _log_to_console(world)
     catalog = on_main(lambda: find_sets(given.data_dir, given.tasks, "--data_dir", "--tasks"))
-    built = build_target(config, world)
+    with _in_our_words():
+        built = build_target(config, world)
     digest = on_main(lambda: digest_of(built.module, given.precision, built.preprocess))
     results, remark = on_main(lambda: open_results(path, digest))
     todo = [one for one in catalog.found if one.key not in results.lines]
@@ -130,11 +131,8 @@ def configuration(chosen: Chosen, given: argparse.Namespace) -> Config:
     words += ["--workers", str(given.workers)]
     if chosen.weights:
         words += ["--pretrained", chosen.weights]
-    try:
+    with _in_our_words():
         return parse(words)
-    except Refusal as refusal:
-        told = str(refusal).replace("--pretrained", "--checkpoint").replace("--eval_data_dir", "--data_dir")
-        raise ValueError(told) from None
 
 
 def summary(results: Results, catalog: Catalog, outcome: Outcome) -> str:
@@ -209,6 +207,16 @@ def _forcing(held: Mapping[str, str], model: str) -> tuple[str, ...]:
         if part in tag and ALL[key].name not in words:
             words += [ALL[key].name, *map(str, tag[part])]
     return tuple(words)
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    """Refusals name the flags of this program instead of the trainer's."""
+    try:
+        yield
+    except ValueError as error:
+        told = str(error).replace("--pretrained", "--checkpoint").replace("--eval_data_dir", "--data_dir")
+        raise ValueError(told) from error
 
 
 def _log_to_console(world: World) -> None:

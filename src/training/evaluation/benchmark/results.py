@@ -72,10 +72,8 @@ def open_results(path: Path, digest: str) -> tuple[Results, str]:
             aside = path.with_name(f"{path.stem}.others{path.suffix}")
             with aside.open("ab") as file:
                 file.writelines(text + b"\n" for text in others)
-            remark = (
-                f"{path.name}: {len(others)} lines are of other weights or of another program; they are in "
-                f"{aside.name} now"
-            )
+            lines = "1 line is" if len(others) == 1 else f"{len(others)} lines are"
+            remark = f"{path.name}: {lines} of other weights or of another program, and in {aside.name} now"
         kept = b"".join(text + b"\n" for text, _ in own.values())
         if not path.exists() or path.read_bytes() != kept:
             with replacing(path) as file:
