@@ -32,6 +32,7 @@ from training.evaluation.benchmark.benchmark import evaluate_sets
 from training.evaluation.benchmark.encoder import Encoder
 from training.evaluation.benchmark.results import averages, digest_of, headline, open_results
 from training.evaluation.benchmark.sets import FoundSet, find_sets
+from training.evaluation.captions import count_ranks, merge_ranks, rank_metrics
 from training.evaluation.pairs import ValData, build_val
 from training.evaluation.retrieval import count_pairs, merge, normalized, summarize
 from training.evaluation.zero_shot import (
@@ -98,11 +99,16 @@ class Evaluation:
         assert isinstance(scale, Tensor), "open_clip's models have a logit scale"
         images: list[Tensor] = []
         texts: list[Tensor] = []
+        further: list[Tensor] = []
+        owners: list[int] = []
         tokens = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         with self.log.progress(len(val), "validation", unit="batch") as progress, torch.no_grad():
-            for pixels, captions in val:
-                captions = captions.to(self.world.device, non_blocking=True)
-                pixels = self._pixels(pixels)
+            for batch in val:
+                captions = batch.text.to(self.world.device, non_blocking=True)
+                pixels = self._pixels(batch.image)
+                if len(batch.more):
+                    owners += [sum(map(len, images)) + i for i in batch.owner.tolist()]
+                    further.append(self._texts(model, batch.more))
                 with run.autocast():
                     outputs = with_labels(model(pixels, captions), captions)
                 images.append(normalized(outputs["image_features"]))
@@ -113,6 +119,7 @@ class Evaluation:
                 progress.update()
             logit_scale = scale.exp().item()
         image, text = gather_rows(images, self.world), gather_rows(texts, self.world)
+        owner = gather_owners(owners, sum(map(len, images)))
         caption_loss_sum, caption_tokens = all_reduce_sum(tokens).tolist()
         if not len(image):
             problem = f"--val-data {self.config.evaluation.val_data}: it contains no usable sample"
@@ -126,9 +133,25 @@ class Evaluation:
             counted = count_pairs(image, text, logit_scale, share=share, update=progress.update)
             counts = merge(gather_object(counted))
         metrics = summarize(counts, image, text, logit_scale)
+        if len(owner):
+            own = torch.arange(len(image), dtype=torch.int64)
+            every = torch.cat([text, gather_rows(further, self.world)])
+            owner = torch.cat([own, owner]).to(self.world.device)
+            of_images, of_texts = (
+                range(share[0] * n // share[1], (share[0] + 1) * n // share[1]) for n in (len(image), len(every))
+            )
+            counts_of_all = merge_ranks(gather_object(count_ranks(image, every, owner, of_images, of_texts)))
+            metrics |= rank_metrics(counts_of_all)
+            metrics["num_captions"] = len(every)
         if caption_tokens:
             metrics["val_generative_loss"] = caption_loss_sum / caption_tokens
         return {**metrics, "num_samples": len(image)}
+
+    def _texts(self, model: nn.Module, captions: Tensor) -> Tensor:
+        encode_text = model.encode_text
+        assert callable(encode_text), "open_clip's models have a text encoder"
+        with self._precision.autocast():
+            return normalized(encode_text(captions.to(self.world.device, non_blocking=True)))
 
     def _zero_shot(self, model: nn.Module, name: str, pictures: ClassificationSet) -> dict[str, float]:
         run, world = self._precision, self.world
@@ -277,6 +300,15 @@ def gather_rows(parts: list[Tensor], world: World) -> Tensor:
     padded = F.pad(mine, (0, 0, 0, most - len(mine)))
     gathered = collectives.all_gather(padded).view(len(sizes), most, width)
     return torch.cat([rows[:n] for rows, (n, _) in zip(gathered, sizes, strict=True)])
+
+
+def gather_owners(owners: list[int], samples: int) -> Tensor:
+    """int64: the samples of all ranks, in rank order, that ``owners`` of each rank's ``samples`` are."""
+    found, before = [], 0
+    for own, n in gather_object((owners, samples)):
+        found += [before + i for i in own]
+        before += n
+    return torch.tensor(found, dtype=torch.int64)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from training.data.bad_samples import Skips
 from training.evaluation.benchmark import measures
-from training.evaluation.benchmark.captions import embed_texts
 from training.evaluation.benchmark.encoder import Encoder, TaskFailed, embed_pictures
 from training.evaluation.benchmark.measures import Booleans, Metrics
+from training.evaluation.benchmark.retrieval_sets import embed_texts
 from training.evaluation.benchmark.sources import PictureSource
 
 

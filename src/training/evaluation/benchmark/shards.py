@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from training.data.bad_samples import Skips
-from training.evaluation.benchmark.captions import CaptionedSet
 from training.evaluation.benchmark.classification import (
     FACES,
     Classes,
@@ -21,6 +20,7 @@ from training.evaluation.benchmark.classification import (
     MultilabelSet,
 )
 from training.evaluation.benchmark.measures import Integers
+from training.evaluation.benchmark.retrieval_sets import CaptionedSet
 from training.evaluation.benchmark.sources import FilePictures, FileSpan, PictureSource, decoded
 from training.evaluation.benchmark.tasks import BenchmarkTask
 from training.evaluation.shard_index import SHARD_PICTURES, ShardSample, index_shard

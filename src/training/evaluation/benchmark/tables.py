@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from training.evaluation.benchmark.associations import AssociationSet, Instance
-from training.evaluation.benchmark.captions import CaptionedSet
 from training.evaluation.benchmark.classification import EvaluationSet
+from training.evaluation.benchmark.retrieval_sets import CaptionedSet
 from training.evaluation.benchmark.shards import probe
 from training.evaluation.benchmark.tasks import BenchmarkTask
 
