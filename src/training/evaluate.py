@@ -25,7 +25,7 @@ from training.machine.shortage import shortage
 @console.lasting_streams()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Returns the exit code."""
-    given = _parser().parse_args(argv)
+    given = parser().parse_args(argv)
     try:
         prepare()
     except Unfit as error:
@@ -57,15 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line of the program."""
+    found = argparse.ArgumentParser(
         prog="training.evaluate",
         description="Evaluate a checkpoint on the DataComp benchmark's sets, and on further ones.",
     )
 
     def add(name: str, **options: object) -> None:
         hyphens = f"--{name.replace('_', '-')}"
-        parser.add_argument(*dict.fromkeys([f"--{name}", hyphens]), dest=name, **options)  # type: ignore[arg-type]
+        found.add_argument(*dict.fromkeys([f"--{name}", hyphens]), dest=name, **options)  # type: ignore[arg-type]
 
     add("checkpoint", required=True, help="a run's folder, a checkpoint file, or open_clip's NAME:TAG")
     add("data_dir", required=True, help="the folder that holds the sets, such as wds_imagenet1k_test/")
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("batch_size", type=int, default=64, help="pictures that each rank embeds at once")
     add("workers", type=int, default=min(4, cores()), help="processes of each rank that decode pictures")
     add("out", default=None, help="the file of results (default: in eval_results/ of the run's folder)")
-    return parser
+    return found
 
 
 if __name__ == "__main__":
