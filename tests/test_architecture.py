@@ -30,7 +30,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training.loop", "training.evaluation", "training.cache"),
     ("training.preflight",),
     ("training.run", "training.dry_run"),
-    ("training.main", "training.check_data", "training.check_cache", "training.evaluate"),
+    (
+        "training.main",
+        "training.check_data",
+        "training.check_cache",
+        "training.evaluate",
+        "training.download_evalsets",
+    ),
 )
 # The same inside the method: modules of one row do not import each other, except the losses.
 METHOD: tuple[tuple[str, ...], ...] = (

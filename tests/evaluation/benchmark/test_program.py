@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from open_clip.transform import image_transform_v2
 from PIL import Image
 
+import training.main
 from tests.support import evalsets, shards, tiny_models
 from tests.support.ranks import run_program
 from training.evaluate import main
@@ -293,3 +294,47 @@ def test_refusals(place, given, says, capsys):
     code = main(words(root, *(str(root / word[1:]) if word.startswith("@") else word for word in given)))
     assert code == 2
     assert re.search(f"error: {says}", capsys.readouterr().err)
+
+
+def test_pictures_that_cannot_be_decoded_are_left_out_and_told(place, tmp_path, capsys):
+    root = place[0]
+    labels = place[2]["labels"][:8]
+    for data, broken in (("sound", ()), ("spoiled", (3, 5))):
+        samples = [
+            {
+                "__key__": f"s{i}",
+                "jpg": b"broken" if i in broken else evalsets.encoded(i, "jpg"),
+                "cls": f"{label}",
+            }
+            for i, label in enumerate(labels)
+            if data == "spoiled" or i not in (3, 5)
+        ]
+        evalsets.write_wds(tmp_path / data / "wds_mnist_test", samples, NAMES)
+        out = tmp_path / f"{data}.jsonl"
+        assert main(words(tmp_path, "--out", str(out), run=root / "run", data=data)) == 0
+    sound, spoiled = (lines_of(tmp_path / f"{data}.jsonl")["mnist"]["metrics"] for data in ("sound", "spoiled"))
+    assert spoiled == {**sound, "left_out": 2}
+    assert "MNIST: 2 pictures are left out: 2 undecodable image" in capsys.readouterr().err
+
+
+def test_a_run_evaluates_the_same_sets(place, results, tmp_path):
+    """With ``--eval_data_dir``: the same lines, and the main metrics among the run's own results."""
+    root = place[0]
+    line = ["--model", str(root / "tiny-vit.json"), "--pretrained", str(root / "run/checkpoints/epoch_3.pt")]
+    line += [
+        "--eval_data_dir",
+        str(root / "data"),
+        "--eval_tasks",
+        f"cifar10,wilds/fmow,{FLICKR}",
+        "--epochs",
+        "0",
+    ]
+    line += ["--precision", "fp32", "--workers", "0", "--batch-size", "4", "--logs", str(tmp_path), "--name", "in"]
+    assert training.main.main(line) == 0
+    lines = lines_of(tmp_path / "in/eval_results/epoch_0_eval_results.jsonl")
+    assert lines == {key: results[key] for key in ("cifar10", "wilds/fmow", FLICKR)}
+    (own,) = map(json.loads, lines_in(tmp_path / "in/eval_results.jsonl"))
+    assert own["cifar10-acc1"] == results["cifar10"]["metrics"]["acc1"]
+    assert own["wilds/fmow-acc_worst_region"] == results["wilds/fmow"]["metrics"]["main_metric"]
+    mean = np.mean([line["metrics"]["main_metric"] for line in lines.values()])
+    assert (own["datacomp-average"], own["datacomp-num_sets"]) == (pytest.approx(mean), 3)

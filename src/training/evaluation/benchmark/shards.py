@@ -107,7 +107,7 @@ def captioned(shards: Sequence[Path], said: str) -> CaptionedSet:
             f"{said}: it contains no pictures with captions ({', '.join(SHARD_PICTURES)}; .txt, a caption per "
             "line, or .json with a list under captions)"
         )
-    remarks = (f"{said}: {bare} samples without a picture or without a caption are not used",) if bare else ()
+    remarks = (f"{said}: samples without a picture or without a caption are not used: {bare}",) if bare else ()
     source = _pictures([sample for sample, _ in found], said)
     return CaptionedSet(source, [captions for _, captions in found], remarks)
 
