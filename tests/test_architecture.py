@@ -27,10 +27,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training.data", "training.checkpoint"),
     ("training.models", "training.reports"),
     ("training.logger",),
-    ("training.loop", "training.evaluation", "training.cache"),
+    ("training.loop", "training.evaluation", "training.cache", "training.exporting"),
     ("training.preflight",),
     ("training.run", "training.dry_run"),
-    ("training.main", "training.check_data", "training.check_cache"),
+    ("training.main", "training.check_data", "training.check_cache", "training.export"),
 )
 # The same inside the method: modules of one row do not import each other, except the losses.
 METHOD: tuple[tuple[str, ...], ...] = (

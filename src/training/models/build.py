@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -259,12 +260,18 @@ def _captioner_of(config: Config) -> _Frozen:
 
 
 def build_saved(checkpoint: str, model: str, world: World, precision: str = "fp32") -> BuiltModel:
-    """The model in the file ``checkpoint``, frozen and in eval mode, as it was when the file was saved.
+    """The model of ``checkpoint``, frozen and in eval mode, as it was when the file was saved.
 
-    ``checkpoint``, ``model``: the values of ``--checkpoint`` and ``--model``. '' for ``model`` is enough for a
-    checkpoint of this program; beside one that says what it is, another ``model`` is told in the log, or refused
-    where the weights are not for it. ValueError as for ``build_target``.
+    ``checkpoint``: a file, or open_clip's ``NAME:TAG``. ``model``: the value of ``--model``, which may be empty if
+    the checkpoint says what it is; then another ``model`` is told in the log, or refused where the weights are not
+    for it. ValueError as for ``build_target``.
     """
+    name, _, tag = checkpoint.partition(":")
+    if tag and not os.path.exists(checkpoint):
+        if model:
+            raise ValueError(f"--model {model} and --checkpoint {checkpoint} both name a model: leave --model out")
+        named = _Frozen("model", name, tag, model_flag="--checkpoint", weights_flag="--checkpoint")
+        return _build_frozen(named, world, precision, seed=0)
     flags = {"model_flag": "--model", "weights_flag": "--checkpoint", "checkpoint_flag": "--checkpoint"}
     return _build_frozen(_Frozen("model", model, "", checkpoint, **flags), world, precision, seed=0)
 
