@@ -85,10 +85,30 @@ def test_transformers_opens_the_folder_to_the_same_model(quick_run, tmp_path):
     ids = tokenizer(CAPTIONS, padding="max_length", max_length=16, truncation=True, return_tensors="pt")[
         "input_ids"
     ]
-    # transformers pads with the end of text; what follows the first one is not looked at.
-    assert ids.where(ids.cumsum(1) - ids < text.sum(1, keepdim=True), 0).tolist() == text.tolist()
+    ends = text.argmax(1) + 1  # transformers pads with the end of text, and looks at the first one
+    assert [row[:end].tolist() for row, end in zip(ids, ends)] == [
+        row[:end].tolist() for row, end in zip(text, ends)
+    ]
     images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = model(input_ids=ids, pixel_values=images)
     expected = embed(trained(quick_run, quick_config()), 48, text)
     torch.testing.assert_close((found.image_embeds, found.text_embeds), expected, rtol=0, atol=1e-5)
+
+
+def test_onnxruntime_computes_the_same_for_any_number_of_samples(quick_run, tmp_path):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason=f"needs {package}")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    folder = exported(quick_run, tmp_path / "out", "--format", "onnx")
+    model = trained(quick_run, quick_config())
+    for n in (1, 3):
+        images = torch.rand(n, 3, 48, 48, generator=torch.Generator().manual_seed(n))
+        text = open_clip.SimpleTokenizer(context_length=16)(["a photo of a cat", "Two dogs", "three, four"][:n])
+        with torch.no_grad():
+            expected = model.encode_image(images, normalize=True), model.encode_text(text, normalize=True)
+        graphs = {"image": {"pixel_values": images.numpy()}, "text": {"input_ids": text.numpy()}}
+        for (name, given), wanted in zip(graphs.items(), expected):
+            session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+            (found,) = session.run(None, given)
+            torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-5)
