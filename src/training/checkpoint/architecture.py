@@ -133,6 +133,8 @@ def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         config = {**config, "custom_text": True}  # open_clip builds these so, whatever the config says
     for key, value in json.loads(json.dumps(dict(config))).items():
         if isinstance(value, dict) and key.endswith("_cfg"):
-            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+            for name, inner in value.items():
+                square = name == "image_size" and isinstance(inner, list) and len(set(inner)) == 1
+                yield f"{key}.{name}", inner[0] if square else inner
         else:
             yield key, value

@@ -119,10 +119,7 @@ def _as_saved(
     flags ask for another model.
     """
     path = said.removeprefix("checkpoint ")
-    cure = (
-        f"give that; --pretrained {path} takes weights of other kinds and image sizes, without their run, for "
-        f"--model {c.model}"
-    )
+    cure = f"--pretrained {path} takes weights of other kinds and image sizes, without their run"
     asked = _as_built(
         architecture,
         quick_gelu=c.force_quick_gelu,
@@ -130,38 +127,41 @@ def _as_saved(
         image_size=c.force_image_size,
     )
     differing = model_differences(asked, saved.model_cfg)
-    flags = {
-        "quick_gelu": ("--force-quick-gelu", c.force_quick_gelu),
-        "custom_text": ("--force-custom-text", c.force_custom_text),
-        "vision_cfg.image_size": ("--force-image-size", c.force_image_size is not None),
+    described.check_same_model(differing, f"--model {c.model}", saved, said, cure)
+    forced = {
+        "quick_gelu": "--force-quick-gelu" if c.force_quick_gelu else "",
+        "custom_text": "--force-custom-text" if c.force_custom_text else "",
+        "vision_cfg.image_size": "--force-image-size" if c.force_image_size is not None else "",
     }
     for field, (wanted, has) in differing.items():
-        if field in ("quick_gelu", "custom_text") and has:
-            continue
-        flag, given = flags.get(field, ("", False))
-        if field in flags:
+        if flag := forced.get(
+            field, f"--model {c.model}" if field in ("quick_gelu", "custom_text") and not has else ""
+        ):
             raise ValueError(
-                f"{flag if given else f'--model {c.model}'}: {said} was saved with another model: {field} {has}, "
-                f"not {wanted}: {cure}"
+                f"{flag}: {said} was saved with {field} {has}, not {wanted}: give what it was saved with, or "
+                f"start anew, as {cure}"
             )
-    described.check_same_model(differing, f"--model {c.model}", saved, said, cure)
     pixels = {**asdict(PreprocessCfg()), **weights.declared}
     own = {key: value for key, value in saved.preprocess_cfg.items() if pixels.get(key, value) != value}
-    forced = {"mean": c.image_mean, "std": c.image_std}
-    own = {key: value for key, value in own.items() if key != "size" and forced.get(key) is None}
+    given = {"mean": c.image_mean, "std": c.image_std}
+    own = {key: value for key, value in own.items() if key != "size" and given.get(key) is None}
     if differing.get("quick_gelu") and weights.declared.get("quick_gelu"):
         del differing["quick_gelu"]  # the tag of --pretrained says the same
     told = [*described.shown(differing), *(f"{key} {value}, not {pixels[key]}" for key, value in own.items())]
     if told:
         _log.warning("--model %s: built as %s says: %s", c.model, said, ", ".join(told))
-    for key, value in forced.items():
+    for key, value in given.items():
         if value is not None and value != saved.preprocess_cfg.get(key, value):
             _log.warning(
                 "--image-%s %s: %s was saved with %s: the run goes on with other pixels",
                 *(key, " ".join(map(str, value)), said, saved.preprocess_cfg[key]),
             )
     quick, custom = (bool(saved.model_cfg.get(key)) for key in ("quick_gelu", "custom_text"))
-    return replace(weights, declared=saved.declared), replace(c, force_quick_gelu=quick, force_custom_text=custom)
+    size = c.force_image_size
+    if "vision_cfg.image_size" in differing:
+        size = saved.preprocess_cfg["size"]
+    changed = replace(c, force_quick_gelu=quick, force_custom_text=custom, force_image_size=size)
+    return replace(weights, declared=saved.declared), changed
 
 
 def build_reference(config: Config, world: World) -> BuiltModel | None:
