@@ -19,7 +19,7 @@ from training.machine import console
 from training.machine.prepare import prepare
 from training.machine.shortage import shortage
 
-FORMATS = ("hf", "safetensors", "onnx", "transformers")
+FORMATS = ("hf", "safetensors", "onnx", "timm", "transformers")
 
 
 @console.lasting_streams()

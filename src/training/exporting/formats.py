@@ -8,13 +8,14 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from training.exporting import onnx_files, open_clip_folder, transformers_folder
+from training.exporting import onnx_files, open_clip_folder, timm_folder, transformers_folder
 from training.exporting.subject import CannotExport, Subject
 
 WRITERS: dict[str, Callable[[Subject, Path], None]] = {
     "hf": open_clip_folder.write_folder,
     "safetensors": open_clip_folder.write_weights,
     "onnx": onnx_files.write_graphs,
+    "timm": timm_folder.write_folder,
     "transformers": transformers_folder.write_folder,
 }
 

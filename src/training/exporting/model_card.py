@@ -79,14 +79,21 @@ def _progress(subject: Subject) -> Iterator[tuple[str, str]]:
 
 def _flags(subject: Subject) -> Iterator[tuple[str, str]]:
     for key, value in sorted(dict(subject.held.get("flags", {})).items()):
-        if key in ALL and key not in _OF_THE_MACHINE and str(value) != str(ALL[key].default):
-            yield ALL[key].name, _public(str(value))
+        if key not in ALL or key in _OF_THE_MACHINE:
+            continue
+        default = ALL[key].default
+        if str(value) != str(tuple(default) if isinstance(default, list) else default):
+            yield ALL[key].name, _public(str(value), is_model=key.endswith("model"))
 
 
-def _public(value: str) -> str:
-    """``value`` without folders, hosts, queries and commands."""
+def _public(value: str, *, is_model: bool) -> str:
+    """``value`` without folders, hosts, queries and commands; lists as they are typed."""
     if "pipe:" in value:
         return "pipe: (a command)"
+    if value.startswith("(") and value.endswith(")"):
+        return value.strip("(),").replace(",", "")
+    if is_model and not re.search(r"\.json$|^local-dir:", value):
+        return value  # ViT-B/32
     return "::".join(re.sub(r"[?#].*", "", part).rstrip("/").rpartition("/")[2] for part in value.split("::"))
 
 

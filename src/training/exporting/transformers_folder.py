@@ -8,28 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
 from torch import Tensor
 
+from training.exporting.plain_towers import check_tower, check_vit, with_defaults
 from training.exporting.subject import CannotExport, Subject
 from training.exporting.tokenizer_files import is_clip_tokenizer, write_tokenizer
 from training.models.transformers_clip import CONFIG, PREPROCESSING, as_transformers
 
-_SIZES = {"layers", "width", "heads", "head_width", "mlp_ratio", "patch_size", "image_size"}
-# What decides how towers are initialized, trained or called, and not what they compute.
-_WITHOUT_MEANING = {
-    "patch_dropout",
-    "output_tokens",
-    "tokenizer_kwargs",
-    "hf_model_pretrained",
-    "hf_tokenizer_name",
-}
-_WITHOUT_MEANING |= {"timm_model_pretrained", "attn_pooler_queries", "attn_pooler_heads"}
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
@@ -51,15 +40,9 @@ def _check(config: Mapping[str, Any], subject: Subject) -> None:
         raise CannotExport(
             "CLIPModel has no logit_bias, which a model of the sigmoid loss has; --format hf is for it"
         )
-    for tower, known in (("vision_cfg", fields(CLIPVisionCfg)), ("text_cfg", fields(CLIPTextCfg))):
-        defaults = {field.name: field.default for field in known}
-        for key, value in config[tower].items():
-            free = key in _SIZES or key in _WITHOUT_MEANING or key in ("context_length", "vocab_size")
-            if not free and (value or None) != (defaults.get(key) or None):
-                raise CannotExport(f"CLIPModel has no {tower}.{key} {value}; --format hf is for it")
     vision = config["vision_cfg"]
-    if isinstance(vision.get("layers"), list):
-        raise CannotExport("its image tower is a ResNet, and that of CLIPModel is a ViT; --format hf is for it")
+    check_vit(vision, "CLIPModel")
+    check_tower(config["text_cfg"], "text_cfg", "CLIPModel")
     if isinstance(vision.get("image_size"), list) and len(set(vision["image_size"])) > 1:
         raise CannotExport("CLIPModel takes square images; --format hf is for it")
     if not is_clip_tokenizer(subject.built.tokenizer):
@@ -77,8 +60,8 @@ def _plain(subject: Subject) -> dict[str, Tensor]:
 
 
 def _model_config(config: Mapping[str, Any], subject: Subject) -> dict[str, Any]:
-    vision = {field.name: field.default for field in fields(CLIPVisionCfg)} | dict(config["vision_cfg"])
-    text = {field.name: field.default for field in fields(CLIPTextCfg)} | dict(config["text_cfg"])
+    vision = with_defaults(config["vision_cfg"], "vision_cfg")
+    text = with_defaults(config["text_cfg"], "text_cfg")
     size = vision["image_size"]
     shared = {
         "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",

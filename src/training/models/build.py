@@ -270,6 +270,10 @@ def build_saved(checkpoint: str, model: str, world: World, precision: str = "fp3
     if tag and not os.path.exists(checkpoint):
         if model:
             raise ValueError(f"--model {model} and --checkpoint {checkpoint} both name a model: leave --model out")
+        known = pretrained.open_clip_name(name, "--checkpoint")
+        if not open_clip.is_pretrained_cfg(known, tag):
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(known)) or "none"
+            raise ValueError(f"--checkpoint {checkpoint}: there is no such file, and {known} has the tags {tags}")
         named = _Frozen("model", name, tag, model_flag="--checkpoint", weights_flag="--checkpoint")
         return _build_frozen(named, world, precision, seed=0)
     flags = {"model_flag": "--model", "weights_flag": "--checkpoint", "checkpoint_flag": "--checkpoint"}
