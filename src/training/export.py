@@ -4,7 +4,7 @@
     python -m training.export --checkpoint logs/my_run/checkpoints/epoch_37.pt --out my_model --format transformers
 
 The model is built as the checkpoint says; ``--model`` is needed only for files that do not say it. Exit code 0:
-the folder is there, 2: it is not, for the reason that is printed.
+all is done, 2: it is not, for the reason that is printed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prepare()
         # Imported here: torch does not load everywhere, and ``prepare`` says why.
+        from training.exporting import hub
         from training.exporting.formats import check_folder, export
         from training.exporting.subject import open_subject
         from training.models.saved import find_checkpoint
@@ -38,8 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.license and not re.fullmatch(r"[A-Za-z0-9.+-]+", given.license):
             raise ValueError(f"--license {given.license}: give an identifier, such as mit or cc-by-4.0")
         checkpoint = find_checkpoint(given.checkpoint, given.epoch)
+        if given.push:
+            hub.check_login(given.push)
         subject = open_subject(checkpoint, given.model, given.precision, given.license)
         names = export(subject, given.format, given.out)
+        console.show(f"{checkpoint}: {subject.built.name} is in {given.out} ({', '.join(names)})")
+        if given.push:
+            console.show(f"sent to {hub.push(given.out, given.push)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    console.show(f"{checkpoint}: {subject.built.name} is in {given.out} ({', '.join(names)})")
     return 0
 
 
@@ -73,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=FORMATS, default="hf", help="default: hf, which open_clip opens")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights")
     parser.add_argument("--license", default="", metavar="ID", help="licence of the weights, for the model card")
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="also send the folder to this repository of the Hugging Face hub"
+    )
     return parser
 
 

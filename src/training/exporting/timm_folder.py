@@ -74,13 +74,13 @@ def _outputs(visual: Any, vision: Mapping[str, Any], embedding: int) -> int:
 def _arguments(visual: Any, vision: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     pool = with_defaults(vision, "vision_cfg")["timm_pool"]
     arguments: dict[str, Any] = {"global_pool": pool} if pool else {}
-    default = timm.get_pretrained_cfg(vision["timm_model_name"])
-    if getattr(default, "fixed_input_size", False) and tuple(default.input_size[1:]) != size:
+    default: Any = timm.get_pretrained_cfg(vision["timm_model_name"])
+    if default is not None and default.fixed_input_size and tuple(default.input_size[1:]) != size:
         arguments["img_size"] = list(size)
     return arguments
 
 
-def _weights(subject: Subject, tower: nn.Module, vision: Mapping[str, Any]) -> dict[str, Tensor]:
+def _weights(subject: Subject, tower: Any, vision: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of the image tower under timm's names, in float32."""
     state: dict[str, Tensor] = subject.built.module.state_dict()
     if "timm_model_name" not in vision:
