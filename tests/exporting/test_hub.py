@@ -36,9 +36,8 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        self._answer(
-            {"url": f"{constants.ENDPOINT}/me/model", "commitUrl": f"{constants.ENDPOINT}/c", "commitOid": "1"}
-        )
+        address = f"{constants.ENDPOINT}/me/model"
+        self._answer({"url": address, "commitUrl": f"{address}/commit/1", "commitOid": "1"})
 
     def _answer(self, content: dict, code: int = 200) -> None:
         body = json.dumps(content).encode()
