@@ -140,6 +140,17 @@ def test_a_file_that_does_not_say_what_it_is_needs_a_name(tmp_path, vit):
     assert close(embed(found.module)[0], embed(built.module)[0])
 
 
+def test_a_description_that_this_open_clip_cannot_build_is_told(tmp_path, vit):
+    built = target("--model", vit)
+    path = save(built, tmp_path / "epoch_1.pt")
+    held = pt_file.read(path)
+    held["architecture"]["model_cfg"]["vision_cfg"]["of_a_later_version"] = 3
+    pt_file.write(tmp_path / "later.pt", held)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"--ref_model_checkpoint .*later.pt: open_clip cannot build a model"):
+            reference(tmp_path, "--ref_model_checkpoint", tmp_path / "later.pt")
+
+
 # Resuming
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import open_clip
@@ -16,8 +17,11 @@ from training.models import pretrained
 _CHANGED_BY_FLAGS = frozenset({"quick_gelu", "custom_text", "vision_cfg.image_size", "text_cfg.tokenizer_kwargs"})
 
 
-def open_clip_name(description: ModelDescription) -> str:
-    """A name under which open_clip builds the model of ``description``: a built-in one where that is the same."""
+def open_clip_name(description: ModelDescription, said: str) -> str:
+    """A name under which open_clip builds the model of ``description``: a built-in one where that is the same.
+
+    ValueError: this version of open_clip cannot build it. ``said``: where the description is from.
+    """
     name = description.name.replace("/", "-")
     config = dict(description.model_cfg)
     if name in open_clip.list_models():
@@ -26,7 +30,14 @@ def open_clip_name(description: ModelDescription) -> str:
         if same_scalars and not model_differences(builtin, config):
             return name
     stem = re.sub(r"[^\w.-]+", "-", description.name.removeprefix("local-dir:")).strip("-.") or "model"
-    return pretrained.register(stem, config)
+    name = pretrained.register(stem, config)
+    _try_to_build(name, said)
+    return name
+
+
+@lru_cache(maxsize=32)
+def _try_to_build(name: str, said: str) -> None:
+    pretrained.try_to_build(name, said)
 
 
 def name_of(model: str, model_flag: str, checkpoint: str, checkpoint_flag: str) -> str:
@@ -42,14 +53,14 @@ def name_of(model: str, model_flag: str, checkpoint: str, checkpoint_flag: str) 
                 f"{checkpoint_flag} {checkpoint}: the file does not say of which model it is, as checkpoints of "
                 f"this program do: give {model_flag} NAME too"
             )
-        return open_clip_name(saved)
+        return open_clip_name(saved, f"{checkpoint_flag} {checkpoint}")
     name, said = pretrained.open_clip_name(model, model_flag), f"{model_flag} {model}"
     differing = {} if saved is None else model_differences(pretrained.architecture(name, said), saved.model_cfg)
     if saved is None or not differing:
         return name
     cure = f"give the file's own, or leave {model_flag} out"
     check_same_model(differing, said, saved, f"checkpoint {checkpoint}", cure)
-    return open_clip_name(saved)
+    return open_clip_name(saved, f"{checkpoint_flag} {checkpoint}")
 
 
 def reference_name(reference: ReferenceConfig) -> tuple[str, str]:
