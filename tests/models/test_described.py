@@ -11,6 +11,7 @@ import torch
 
 from tests.support import tiny_models
 from tests.support.building import ALONE, close, config, embed, reference, target
+from training.cache.features import model_identity
 from training.checkpoint import pt_file
 from training.checkpoint.architecture import architecture_of, model_differences
 from training.checkpoint.run_state import RunState
@@ -87,8 +88,8 @@ def test_every_form_of_model_is_built_again(tmp_path, name, flags):
 def test_published_loaders_read_the_file_as_before(tmp_path, vit):
     built = target("--model", vit)
     path = save(built, tmp_path / "epoch_1.pt")
-    open_clip.add_model_config(vit)
-    model = open_clip.create_model("tiny-vit", pretrained=path)
+    open_clip.add_model_config(Path(vit).rename(tmp_path / "tiny-vit-of-this-test.json"))
+    model = open_clip.create_model("tiny-vit-of-this-test", pretrained=path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), built.module.parameters()))
 
 
@@ -149,6 +150,16 @@ def test_a_description_that_this_open_clip_cannot_build_is_told(tmp_path, vit):
     for _ in range(2):
         with pytest.raises(ValueError, match=r"--ref_model_checkpoint .*later.pt: open_clip cannot build a model"):
             reference(tmp_path, "--ref_model_checkpoint", tmp_path / "later.pt")
+
+
+def test_stored_features_are_of_the_same_reference_with_and_without_its_name(tmp_path, vit):
+    path = save(target("--model", vit), tmp_path / "epoch_1.pt")
+    given = ["--fastclip", "--ref_model_checkpoint", path]
+    alone, named = config(*given), config(*given, "--ref_model", vit)
+    assert model_identity(alone.reference) == model_identity(named.reference)
+    other = save(target("--model", vit, "--force-quick-gelu"), tmp_path / "quick.pt")
+    quick = config("--fastclip", "--ref_model_checkpoint", other, "--ref_model", vit).reference
+    assert model_identity(quick)["model"] != model_identity(named.reference)["model"]
 
 
 # Resuming
