@@ -30,7 +30,7 @@ def open_clip_name(description: ModelDescription, said: str) -> str:
         if same_scalars and not model_differences(builtin, config):
             return name
     stem = re.sub(r"[^\w.-]+", "-", description.name.removeprefix("local-dir:")).strip("-.") or "model"
-    # The weights bring the temperature; without it the name is that of the config file where flags changed nothing.
+    # The weights bring the temperature; without it the name is that of the config file if flags changed nothing.
     config.pop("init_logit_scale", None)
     name = pretrained.register(stem, config)
     _try_to_build(name, said)
