@@ -239,3 +239,31 @@ def test_bare_weights_begin_a_run_with_the_temperature_that_was_asked_for(flags,
     trained = load_weights(tmp_path / "logs/a/checkpoints/epoch_1.pt")
     assert trained["logit_scale"].exp().item() == pytest.approx(20)
     assert all(torch.equal(trained[name], value) for name, value in weights.items() if name != "logit_scale")
+
+
+def test_a_run_that_resumes_without_the_flags_of_its_model_trains_that_model_on(flags, tmp_path):
+    model = ("--force-quick-gelu", "--image-std", "0.5", "--force-image-size", "48")
+    assert program.main(flags("--name", "whole", "--epochs", "2", *model)) == 0
+    assert program.main(flags("--name", "parts", "--epochs", "2", "--stop_iters", "3", *model)) == 0
+    assert program.main(flags("--name", "parts", "--epochs", "2", "--resume", "latest")) == 0
+    log = (tmp_path / "logs" / "parts" / "out.log").read_text()
+    assert "quick_gelu True, not False, vision_cfg.image_size 48, not 32, std (0.5, 0.5, 0.5), not" in log
+    whole, parts = (read(tmp_path / "logs" / name / "checkpoints" / "epoch_2.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(parts["state_dict"][key], value) for key, value in whole["state_dict"].items())
+    assert parts["architecture"] == whole["architecture"]
+
+
+def test_a_checkpoint_of_a_run_is_a_reference_without_its_name(flags, tmp_path, capfd):
+    assert program.main(flags("--name", "a", "--epochs", "1", "--force-quick-gelu")) == 0
+    file = str(tmp_path / "logs" / "a" / "checkpoints" / "epoch_1.pt")
+    assert program.main(flags("--name", "b", "--epochs", "1", *FASTCLIP, "--ref_model_checkpoint", file)) == 0
+    assert "reference tiny-vit: " in (tmp_path / "logs" / "b" / "out.log").read_text()
+    capfd.readouterr()
+    assert program.main(flags(*FASTCLIP, "--ref_model_checkpoint", file, "--dry_run")) == 0
+    assert file in capfd.readouterr().out
+    weights = tmp_path / "weights.pt"
+    torch.save(read(file)["state_dict"], weights)
+    assert (
+        program.main(flags("--name", "c", "--epochs", "1", *FASTCLIP, "--ref_model_checkpoint", str(weights))) == 2
+    )
+    assert "the file does not say of which model it is" in capfd.readouterr().err

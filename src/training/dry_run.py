@@ -24,6 +24,7 @@ from training.data.build import samples_per_epoch, steps_of
 from training.data.samples import FeatureSource
 from training.distributed.process_group import World
 from training.loop.learning_rates import horizon
+from training.models.described import reference_name
 from training.models.pretrained import count_parameters
 
 
@@ -95,9 +96,10 @@ def _models(config: Config, features: FeatureSource | None) -> Iterator[tuple[st
         yield "target", _model(c.model, count_parameters(c.model, "--model", **forced), c.pretrained)
     if features is not None:
         yield "reference", f"not built, its features are on disk: {features.describe()}"
-    elif r.ref_model:
+    elif r.named:
         weights = r.ref_model_checkpoint or r.ref_model_pretrained
-        yield "reference", _model(r.ref_model, count_parameters(r.ref_model, "--ref_model"), weights)
+        name, flag = reference_name(r)[0], "--ref_model"
+        yield "reference", _model(r.ref_model or name, count_parameters(name, flag), weights)
 
 
 def _model(name: str, parameters: int | None, weights: str) -> str:

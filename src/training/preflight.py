@@ -31,7 +31,7 @@ from training.machine import prepare
 from training.machine.compiler import check_compiler
 from training.machine.gpus import idle_gpus, without_gpu
 from training.machine.limits import check_open_files, check_sockets, cores
-from training.models import precision, pretrained
+from training.models import described, precision, pretrained
 from training.models.build import look_for_weights
 
 
@@ -178,8 +178,7 @@ def check_teachers(config: Config, features: FeatureSource | None) -> None:
     if features is not None:
         width, source = features.width, "--cached_ref_features_dir"
     else:
-        source = f"--ref_model {reference.ref_model}"
-        name = pretrained.open_clip_name(reference.ref_model, "--ref_model")
+        name, source = described.reference_name(reference)
         if ":" in name:  # hf-hub: and the like
             return
         width = pretrained.architecture(name, source)["embed_dim"]

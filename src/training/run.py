@@ -110,7 +110,7 @@ def write_cache(start: Start, log: RunLog) -> None:
 def evaluate(start: Start, log: RunLog) -> Ended:
     """Evaluate the model without training, as it is built or as ``--resume`` loads it."""
     config, world, opened = start.config, start.world, start.opened
-    target = build_target(config, world)
+    target = build_target(config, world, start.checkpoint)
     evaluation = open_evaluation(target, config, world, log, opened.sets, opened.val_table, opened.benchmark)
     state = RunState(name=start.folder.name, model=target.module)
     if start.checkpoint is not None:
@@ -122,7 +122,7 @@ def evaluate(start: Start, log: RunLog) -> Ended:
 def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
     """Train epoch by epoch, from the beginning or from a checkpoint."""
     config, world, folder, opened = start.config, start.world, start.folder, start.opened
-    target = build_target(config, world)
+    target = build_target(config, world, start.checkpoint)
     reference = build_reference(config, world)
     evaluation = open_evaluation(target, config, world, log, opened.sets, opened.val_table, opened.benchmark)
     train_data = build_train(config, world, target, reference, opened.features, opened.captions, opened.table)
@@ -136,6 +136,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
         sample_state=task.loss.state,
         flags={name: str(value) for name, value in config.flags.items()},
         data_sizes=config.data.data_sizes,
+        description=target.description,
     )
     log.info(describe(config, world))
     if start.checkpoint is not None:

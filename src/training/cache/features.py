@@ -36,7 +36,7 @@ from training.data.bad_samples import WrongRow
 from training.data.samples import FeatureSource
 from training.data.sources.paths import expand_shards
 from training.distributed.collectives import on_main
-from training.models import pretrained
+from training.models import described, pretrained
 
 KIND = "reference features"
 FLAG = "--cached_ref_features_dir"
@@ -171,12 +171,12 @@ def published_files(given: str) -> dict[int, str]:
 def model_identity(reference: ReferenceConfig) -> dict[str, str]:
     """The reference that the flags name: architecture and weights; a file is identified by its contents."""
     weights = reference.ref_model_checkpoint, reference.ref_model_pretrained
-    return pretrained.identity(reference.ref_model, "--ref_model", *weights)
+    return pretrained.identity(described.reference_name(reference)[0], *weights)
 
 
 def _check_model(store: RowStore, reference: ReferenceConfig) -> None:
     """ValueError: the flags name another model than the features came from. What they leave open may differ."""
-    if not reference.ref_model:
+    if not reference.named:
         return
     wanted_of = model_identity(reference)
     if wanted_of["weights"] == pretrained.OWN_WEIGHTS and not brings_weights(reference.ref_model):

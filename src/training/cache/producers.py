@@ -53,7 +53,9 @@ def job(config: Config, world: World) -> Job:
     if cache.writes == "captions":
         count = cache.num_syn_texts
         assert count is not None, "the parser has a default for runs that write"
-        made |= pretrained.identity(cache.cap_model, "--cap_model", cache.cap_model_pretrained)
+        made |= pretrained.identity(
+            pretrained.open_clip_name(cache.cap_model, "--cap_model"), cache.cap_model_pretrained
+        )
         made |= {"captions per sample": count, "seed": config.run.seed}
         return Job(captions.KIND, cache.cached_syn_texts_dir, made, lambda: CaptionWork(config, world, count))
     dtype = _feature_type(config, world)

@@ -20,7 +20,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from drrho_clip.sample_state import SampleState
-from training.checkpoint import optimizer_state, pt_file
+from training.checkpoint import architecture, optimizer_state, pt_file
+from training.checkpoint.architecture import ModelDescription
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class RunState:
                       out.
     ``best``          metric -> [best value, after which epoch].
     ``flags``         the value of every flag, as text. ``data_sizes``: rows per source.
+    ``description``   how ``model`` was built; None where that is not known.
     """
 
     name: str
@@ -60,6 +62,7 @@ class RunState:
     best: Mapping[str, Sequence[float]] = field(default_factory=dict)
     flags: Mapping[str, str] = field(default_factory=dict)
     data_sizes: tuple[int, ...] = ()
+    description: ModelDescription | None = None
 
     @property
     def stem(self) -> str:
@@ -82,6 +85,8 @@ class RunState:
             "data_sizes": list(self.data_sizes),
             "state_dict": pt_file.plain_names(self.model.state_dict()),
         }
+        if self.description is not None:
+            held[architecture.KEY] = self.description.held()
         if self.optimizer is not None:
             held["optimizer"] = self.optimizer.state_dict()
             held["optimizer_class"] = type(self.optimizer).__name__

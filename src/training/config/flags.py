@@ -267,7 +267,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "--ref_model", "str", "", "frozen reference model: open_clip name, or path of a model config JSON file"
         ),
         Flag("--ref_model_pretrained", "str", "", "weights of --ref_model: open_clip tag or file"),
-        Flag("--ref_model_checkpoint", "str", "", "weights of --ref_model: a training checkpoint"),
+        Flag(
+            "--ref_model_checkpoint",
+            "str",
+            "",
+            "weights of --ref_model: a training checkpoint; one that says of which model it is may stand alone",
+        ),
         Flag(
             "--ref_features_usage",
             "str",

@@ -16,6 +16,8 @@ from training.config.remarks import Idle
 class ReferenceConfig:
     """The frozen reference. ``usage`` is a subset of {'ref', 'distill', 'select'}; empty without a reference.
 
+    ``ref_model`` may be empty beside ``ref_model_checkpoint``, which then says what it is.
+
     ``--distill-model`` is the reference of OpenCLIP's distillation baseline and fills ``ref_model`` with
     ``usage = {'distill'}``.
     """
@@ -27,6 +29,11 @@ class ReferenceConfig:
     ref_filter_ratio: float
     ref_filter_n_chunks: int
     ref_filter_topk: bool
+
+    @property
+    def named(self) -> bool:
+        """Whether the flags say which model it is, by its name or by a checkpoint that does."""
+        return bool(self.ref_model or self.ref_model_checkpoint)
 
 
 IDLE = (
@@ -55,10 +62,12 @@ def _choice(given: Given, loss: LossSpec, *, reads: bool, writes: str) -> dict[s
     nothing = {"ref_model": "", "ref_model_pretrained": "", "ref_model_checkpoint": "", "usage": frozenset()}
     if writes and writes != "features":
         return nothing
+    key = "ref_model" if given.ref_model else "ref_model_checkpoint"  # the flag that says which model it is
+    named = bool(given.values[key])
     if given.distill_model:
-        if given.ref_model:
+        if named:
             raise Refusal(
-                f"{given.say('distill_model')} and {given.say('ref_model')} are two references: give one; "
+                f"{given.say('distill_model')} and {given.say(key)} are two references: give one; "
                 "with --ref_features_usage distill, --ref_model is the teacher"
             )
         check_model(given, "distill_model")
@@ -68,13 +77,12 @@ def _choice(given: Given, loss: LossSpec, *, reads: bool, writes: str) -> dict[s
             "ref_model_checkpoint": "",
             "usage": frozenset({"distill"}),
         }
-    if writes and not given.ref_model:
+    if writes and not named:
         raise Refusal("--cache_ref_model_features needs --ref_model: give the model whose features are written")
-    if not given.ref_model:
-        for key in ("ref_model_pretrained", "ref_model_checkpoint"):
-            if given.values[key]:
-                raise Refusal(f"{given.say(key)} has no effect without --ref_model: give the reference")
-    if not given.ref_model and not reads:
+    if given.ref_model_pretrained and not given.ref_model:
+        say = given.say("ref_model_pretrained")
+        raise Refusal(f"{say} has no effect without --ref_model: give the reference")
+    if not named and not reads:
         if given.chose("ref_features_usage"):
             raise Refusal(f"{given.say('ref_features_usage')} has no effect without --ref_model: give a reference")
         if loss.distills:
@@ -91,7 +99,7 @@ def _choice(given: Given, loss: LossSpec, *, reads: bool, writes: str) -> dict[s
     if loss.distills:
         usage = usage - {"ref"} | {"distill"}
     elif loss.reference == "none" and "ref" in usage and not writes:
-        flag = given.say("cached_ref_features_dir" if reads else "ref_model")
+        flag = given.say("cached_ref_features_dir" if reads else key)
         raise Refusal(
             f"{flag}: the loss {loss.name!r} does not use a reference's margins; add --fastclip, or use the "
             "reference with --ref_features_usage distill or select"

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -25,12 +27,13 @@ from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from training.checkpoint.architecture import ModelDescription, description_at, model_differences
 from training.config.model import ModelConfig, brings_weights
 from training.config.objective import LossConfig
 from training.config.params import Config
 from training.distributed.collectives import node_main_first
 from training.distributed.process_group import World
-from training.models import pretrained
+from training.models import described, pretrained
 from training.models.open_clip_model import OpenClipModel
 from training.models.pretrained import Weights, one_line
 from training.models.weights import load
@@ -56,6 +59,7 @@ class BuiltModel:
     ``preprocess``  size, mean, std, interpolation and resize mode of its images.
     ``tokenizer``   list of n captions -> int64 [n, context_length].
     ``name``        the name as given, or the stem of a config file.
+    ``description`` what a checkpoint of the model says of it.
     """
 
     module: OpenClipModel
@@ -63,12 +67,14 @@ class BuiltModel:
     tokenizer: Callable[[list[str]], Tensor]
     name: str
     context_length: int
+    description: ModelDescription
 
 
-def build_target(config: Config, world: World) -> BuiltModel:
+def build_target(config: Config, world: World, resumed: Path | None = None) -> BuiltModel:
     """The model to train, with its weights, temperature, locked towers and gradient checkpointing.
 
-    ValueError: a name, file or flag is wrong; the message names it.
+    ``resumed``: the checkpoint that will be loaded into it. Where that says how its model was built, the target is
+    built so. ValueError: a name, file or flag is wrong; the message names it.
     """
     c, loss = config.model, config.loss
     name = pretrained.open_clip_name(c.model, "--model")
@@ -77,7 +83,10 @@ def build_target(config: Config, world: World) -> BuiltModel:
         _check_tower(architecture["vision_cfg"], c)
         weights = pretrained.find(name, c.pretrained, "--pretrained", "--model")
         tokenizer = _tokenizer(name, f"--model {c.model}")
-    module = _create(
+    saved = description_at(resumed) if resumed is not None else None
+    if saved is not None:
+        weights, c = _as_saved(architecture, weights, c, saved, f"checkpoint {resumed}")
+    module, built = _create(
         name,
         architecture,
         weights,
@@ -98,7 +107,61 @@ def build_target(config: Config, world: World) -> BuiltModel:
     _choose_scalars(module, loss)
     if c.grad_checkpointing:
         module.set_grad_checkpointing()
-    return _finish(module, tokenizer, c.model, weights, world, role="target")
+    return _finish(module, built, tokenizer, c.model, weights, world, role="target")
+
+
+def _as_saved(
+    architecture: Mapping[str, Any], weights: Weights, c: ModelConfig, saved: ModelDescription, said: str
+) -> tuple[Weights, ModelConfig]:
+    """``weights`` and ``c`` with which the target becomes the model that the checkpoint ``said`` was saved of.
+
+    What the flags leave open is as in the checkpoint, with a warning where that changes something. ValueError: the
+    flags ask for another model.
+    """
+    path = said.removeprefix("checkpoint ")
+    cure = f"--pretrained {path} takes weights of other kinds and image sizes, without their run"
+    asked = _as_built(
+        architecture,
+        quick_gelu=c.force_quick_gelu,
+        custom_text=c.force_custom_text,
+        image_size=c.force_image_size,
+    )
+    differing = model_differences(asked, saved.model_cfg)
+    described.check_same_model(differing, f"--model {c.model}", saved, said, cure)
+    forced = {
+        "quick_gelu": "--force-quick-gelu" if c.force_quick_gelu else "",
+        "custom_text": "--force-custom-text" if c.force_custom_text else "",
+        "vision_cfg.image_size": "--force-image-size" if c.force_image_size is not None else "",
+    }
+    for field, (wanted, has) in differing.items():
+        if flag := forced.get(
+            field, f"--model {c.model}" if field in ("quick_gelu", "custom_text") and not has else ""
+        ):
+            raise ValueError(
+                f"{flag}: {said} was saved with {field} {has}, not {wanted}: give what it was saved with, or "
+                f"start anew, as {cure}"
+            )
+    pixels = {**asdict(PreprocessCfg()), **weights.declared}
+    own = {key: value for key, value in saved.preprocess_cfg.items() if pixels.get(key, value) != value}
+    given = {"mean": c.image_mean, "std": c.image_std}
+    own = {key: value for key, value in own.items() if key != "size" and given.get(key) is None}
+    if differing.get("quick_gelu") and weights.declared.get("quick_gelu"):
+        del differing["quick_gelu"]  # the tag of --pretrained says the same
+    told = [*described.shown(differing), *(f"{key} {value}, not {pixels[key]}" for key, value in own.items())]
+    if told:
+        _log.warning("--model %s: built as %s says: %s", c.model, said, ", ".join(told))
+    for key, value in given.items():
+        if value is not None and value != saved.preprocess_cfg.get(key, value):
+            _log.warning(
+                "--image-%s %s: %s was saved with %s: the run goes on with other pixels",
+                *(key, " ".join(map(str, value)), said, saved.preprocess_cfg[key]),
+            )
+    quick, custom = (bool(saved.model_cfg.get(key)) for key in ("quick_gelu", "custom_text"))
+    size = c.force_image_size
+    if "vision_cfg.image_size" in differing:
+        size = saved.preprocess_cfg["size"]
+    changed = replace(c, force_quick_gelu=quick, force_custom_text=custom, force_image_size=size)
+    return replace(weights, declared=saved.declared), changed
 
 
 def build_reference(config: Config, world: World) -> BuiltModel | None:
@@ -108,12 +171,14 @@ def build_reference(config: Config, world: World) -> BuiltModel | None:
     a tag, the tag only decides how the model is built. ValueError as for ``build_target``.
     """
     reference = _reference_of(config)
-    return None if reference is None else _build_frozen(config, world, reference)
+    if reference is None:
+        return None
+    return _build_frozen(reference, world, config.run.precision, config.run.seed)
 
 
 def build_captioner(config: Config, world: World) -> BuiltModel:
     """The captioning model of ``--cap_model``, frozen and in eval mode. ValueError as for ``build_target``."""
-    return _build_frozen(config, world, _captioner_of(config))
+    return _build_frozen(_captioner_of(config), world, config.run.precision, config.run.seed)
 
 
 def look_for_weights(config: Config) -> None:
@@ -130,7 +195,10 @@ def look_for_weights(config: Config) -> None:
 
 @dataclass(frozen=True)
 class _Frozen:
-    """A frozen model: the values of its flags, and the names of two of these. ``role``: for the log."""
+    """A frozen model: the values of its flags, and the names of these. ``role``: for the log.
+
+    ``model`` may be empty if ``checkpoint`` says which one it is.
+    """
 
     role: str
     model: str
@@ -138,21 +206,47 @@ class _Frozen:
     checkpoint: str = ""
     model_flag: str = "--ref_model"
     weights_flag: str = "--ref_model_pretrained"
+    checkpoint_flag: str = "--ref_model_checkpoint"
+
+    @property
+    def said(self) -> str:
+        """The flag that decides which model it is, with its value."""
+        return f"{self.model_flag} {self.model}" if self.model else f"{self.checkpoint_flag} {self.checkpoint}"
+
+    @property
+    def saved(self) -> ModelDescription | None:
+        """What the checkpoint says of its model."""
+        return description_at(self.checkpoint) if self.checkpoint else None
 
     @property
     def name(self) -> str:
-        return pretrained.open_clip_name(self.model, self.model_flag)
+        """open_clip's name for it. ValueError: the flags and the checkpoint name none, or two."""
+        return described.name_of(self.model, self.model_flag, self.checkpoint, self.checkpoint_flag)
+
+    def warn(self) -> None:
+        """Log where the model that the flags name is not the one of the checkpoint, which is taken."""
+        if not self.model or self.saved is None:
+            return
+        name = pretrained.open_clip_name(self.model, self.model_flag)
+        found = model_differences(pretrained.architecture(name, self.said), self.saved.model_cfg)
+        tag = open_clip.get_pretrained_cfg(name, self.tag) if self.tag else {}
+        if "quick_gelu" in found and tag.get("quick_gelu") == self.saved.model_cfg.get("quick_gelu"):
+            del found["quick_gelu"]
+        if found:
+            told = ", ".join(described.shown(found))
+            _log.warning("%s: built as checkpoint %s says: %s", self.said, self.checkpoint, told)
 
     def look(self) -> Weights:
         """The weights, which are not downloaded."""
-        if self.checkpoint:
-            return pretrained.from_checkpoint(self.name, self.checkpoint, self.tag)
-        return pretrained.look(self.name, self.tag, self.weights_flag, self.model_flag)
+        if not self.checkpoint:
+            return pretrained.look(self.name, self.tag, self.weights_flag, self.model_flag)
+        weights = pretrained.from_checkpoint(self.name, self.checkpoint, self.tag, self.checkpoint_flag)
+        return weights if self.saved is None else replace(weights, declared=self.saved.declared)
 
 
 def _reference_of(config: Config) -> _Frozen | None:
     c = config.reference
-    if not c.ref_model or (config.cache.cached_ref_features_dir and not config.cache.writes):
+    if not c.named or (config.cache.cached_ref_features_dir and not config.cache.writes):
         return None
     if config.flags.get("distill_model"):
         flags = {"model_flag": "--distill-model", "weights_flag": "--distill-pretrained"}
@@ -165,27 +259,43 @@ def _captioner_of(config: Config) -> _Frozen:
     return _Frozen("captioning model", c.cap_model, c.cap_model_pretrained, **flags)
 
 
-def _build_frozen(config: Config, world: World, frozen: _Frozen) -> BuiltModel:
-    said, weights_flag = f"{frozen.model_flag} {frozen.model}", frozen.weights_flag
-    name = frozen.name
+def build_saved(checkpoint: str, model: str, world: World, precision: str = "fp32") -> BuiltModel:
+    """The model of ``checkpoint``, frozen and in eval mode, as it was when the file was saved.
+
+    ``checkpoint``: a file, or open_clip's ``NAME:TAG``. ``model``: the value of ``--model``, which may be empty if
+    the checkpoint says what it is; then another ``model`` is told in the log, or refused where the weights are not
+    for it. ValueError as for ``build_target``.
+    """
+    name, _, tag = checkpoint.partition(":")
+    if tag and not os.path.exists(checkpoint):
+        if model:
+            raise ValueError(f"--model {model} and --checkpoint {checkpoint} both name a model: leave --model out")
+        known = pretrained.open_clip_name(name, "--checkpoint")
+        if not open_clip.is_pretrained_cfg(known, tag):
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(known)) or "none"
+            raise ValueError(f"--checkpoint {checkpoint}: there is no such file, and {known} has the tags {tags}")
+        named = _Frozen("model", name, tag, model_flag="--checkpoint", weights_flag="--checkpoint")
+        return _build_frozen(named, world, precision, seed=0)
+    flags = {"model_flag": "--model", "weights_flag": "--checkpoint", "checkpoint_flag": "--checkpoint"}
+    return _build_frozen(_Frozen("model", model, "", checkpoint, **flags), world, precision, seed=0)
+
+
+def _build_frozen(frozen: _Frozen, world: World, precision: str, seed: int) -> BuiltModel:
+    said, weights_flag, name = frozen.said, frozen.weights_flag, frozen.name
+    frozen.warn()
     with node_main_first():
         architecture = pretrained.architecture(name, said)
         if frozen.checkpoint:
-            weights, weights_flag = frozen.look(), "--ref_model_checkpoint"
+            weights, weights_flag = frozen.look(), frozen.checkpoint_flag
         else:
             weights = pretrained.find(name, frozen.tag, weights_flag, frozen.model_flag)
         tokenizer = _tokenizer(name, said)
-    module = _create(
-        name,
-        architecture,
-        weights,
-        flag=said,
-        weights_flag=weights_flag,
-        precision=config.run.precision,
-        seed=config.run.seed,
+    module, built = _create(
+        name, architecture, weights, flag=said, weights_flag=weights_flag, precision=precision, seed=seed
     )
     module.eval().requires_grad_(False)
-    return _finish(module, tokenizer, frozen.model, weights, world, role=frozen.role)
+    model = frozen.saved.name if frozen.saved is not None else frozen.model
+    return _finish(module, built, tokenizer, model, weights, world, role=frozen.role)
 
 
 def _create(
@@ -201,15 +311,28 @@ def _create(
     force_quick_gelu: bool = False,
     force_image_size: int | tuple[int, int] | None = None,
     force_preprocess_cfg: Mapping[str, Any] | None = None,
+    force_patch_dropout: float | None = None,
+    force_custom_text: bool = False,
     pretrained_image: bool = False,
-    **settings: Any,
-) -> OpenClipModel:
-    """An open_clip model on the CPU with ``weights``. Its temperature is float32 in every precision."""
+) -> tuple[OpenClipModel, dict[str, Any]]:
+    """An open_clip model on the CPU with ``weights``, and the config with which it was built.
+
+    Its temperature is float32 in every precision.
+    """
     scalars = {
         "init_logit_scale": architecture.get("init_logit_scale", _OPENAI_LOGIT_SCALE),
         "init_logit_bias": architecture.get("init_logit_bias"),
         **(initial or {}),
     }
+    quick_gelu = force_quick_gelu or weights.declared.get("quick_gelu", False)
+    built = _as_built(
+        architecture,
+        quick_gelu=quick_gelu,
+        custom_text=force_custom_text,
+        patch_dropout=force_patch_dropout,
+        image_size=force_image_size,
+        scalars=scalars,
+    )
     own_weights = weights.file is None and brings_weights(name)
     is_timm = "timm_model_name" in architecture["vision_cfg"]
     # timm resizes the position embeddings that it has, so the weights are loaded before the size is set.
@@ -225,13 +348,14 @@ def _create(
                     require_pretrained=own_weights,
                     precision=precision,
                     output_dict=True,
-                    force_quick_gelu=force_quick_gelu or weights.declared.get("quick_gelu", False),
+                    force_quick_gelu=quick_gelu,
+                    force_patch_dropout=force_patch_dropout,
+                    force_custom_text=force_custom_text,
                     force_image_size=None if resize_later else force_image_size,
                     force_preprocess_cfg=preprocess,
                     pretrained_image=pretrained_image and weights.file is None,
                     pretrained_text=weights.file is None,
                     **scalars,
-                    **settings,
                 )
         except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
             raise ValueError(f"{flag}: open_clip cannot build this model ({one_line(error)})") from error
@@ -246,7 +370,30 @@ def _create(
         module.visual.set_input_size(force_image_size)
         resized = {**open_clip.get_model_preprocess_cfg(module), "size": module.visual.image_size}
         open_clip.set_model_preprocess_cfg(module, resized)
-    return module
+    return module, built
+
+
+def _as_built(
+    architecture: Mapping[str, Any],
+    *,
+    quick_gelu: bool = False,
+    custom_text: bool = False,
+    patch_dropout: float | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    scalars: Mapping[str, float | None] | None = None,
+) -> dict[str, Any]:
+    """open_clip's config ``architecture`` with what its ``create_model`` changes in it for these arguments."""
+    config = deepcopy(dict(architecture))
+    vision = config["vision_cfg"]
+    if quick_gelu:
+        config["quick_gelu"] = True
+    if custom_text or "hf_model_name" in config["text_cfg"]:
+        config["custom_text"] = True
+    if patch_dropout is not None:
+        vision["patch_dropout"] = patch_dropout
+    if image_size is not None:
+        vision["image_size"] = image_size
+    return config | {name: value for name, value in (scalars or {}).items() if value is not None}
 
 
 def _initialize_caption_projection(module: nn.Module) -> None:
@@ -331,7 +478,14 @@ def _lock(module: OpenClipModel, c: ModelConfig, *, is_hugging_face: bool) -> No
 
 
 def _finish(
-    module: OpenClipModel, tokenizer: _ModelTokenizer, model: str, weights: Weights, world: World, *, role: str
+    module: OpenClipModel,
+    built: Mapping[str, Any],
+    tokenizer: _ModelTokenizer,
+    model: str,
+    weights: Weights,
+    world: World,
+    *,
+    role: str,
 ) -> BuiltModel:
     name = Path(model).stem if pretrained.is_config_file(model) else model
     source = "its own weights" if weights.file is None and brings_weights(model) else weights.source
@@ -342,7 +496,12 @@ def _finish(
         "%s %s: %.1fM parameters, %.1fM trained, %s%s", role, name, parameters / 1e6, trained / 1e6, source, gelu
     )
     preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(module))
-    return BuiltModel(module.to(world.device), preprocess, tokenizer, name, tokenizer.context_length)
+    length = tokenizer.context_length
+    repository = built["text_cfg"].get("hf_tokenizer_name", "")
+    description = ModelDescription(
+        name, built, asdict(preprocess), f"{type(tokenizer).__name__} {repository}".rstrip(), length
+    )
+    return BuiltModel(module.to(world.device), preprocess, tokenizer, name, length, description)
 
 
 def _check_tower(tower: Mapping[str, Any], c: ModelConfig) -> None:

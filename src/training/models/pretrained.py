@@ -119,8 +119,13 @@ def _register(path: Path, where: str) -> str:
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config if isinstance(config, dict) else ())
     if missing:
         raise ValueError(f"{where}: this is not an open_clip model config, it has no {', '.join(sorted(missing))}")
-    canonical = json.dumps(config, sort_keys=True)
-    name = f"{path.stem}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+    return register(path.stem, config)
+
+
+def register(stem: str, config: Mapping[str, Any]) -> str:
+    """open_clip's name for the model config ``config``: ``stem`` and a digest of the config."""
+    canonical = json.dumps(dict(config), sort_keys=True)
+    name = f"{stem}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
     if name not in open_clip.list_models():
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder, f"{name}.json")
@@ -179,17 +184,17 @@ def _declared(source: str, said: str) -> Mapping[str, Any]:
         raise ValueError(f"{said}: {error}") from None
 
 
-def identity(model: str, flag: str, *weights: str | None) -> dict[str, str]:
-    """A text for a model and one for its weights, by which both are recognized; files by their contents.
+def identity(name: str, *weights: str | None) -> dict[str, str]:
+    """A text for open_clip's model ``name`` and one for its weights, by which both are recognized.
 
-    ``model``: the value of ``flag``. ``weights``: flag values, which may be files.
+    ``weights``: flag values, which may be files; these are recognized by their contents.
     """
     texts = []
     for given in filter(None, weights):
         files = files_of(given) if os.path.exists(given) else ()
         digests = "+".join(_digest(str(file), file.stat().st_mtime) for file in files)
         texts.append(f"file {digests}" if digests else given)
-    return {"model": open_clip_name(model, flag), "weights": " as ".join(texts) or OWN_WEIGHTS}
+    return {"model": name, "weights": " as ".join(texts) or OWN_WEIGHTS}
 
 
 @lru_cache(maxsize=8)
@@ -198,10 +203,10 @@ def _digest(path: str, changed: float) -> str:
     return digest(Path(path), size=8)
 
 
-def from_checkpoint(name: str, checkpoint: str, tag: str) -> Weights:
-    """The weights in ``checkpoint`` for a model that is built as ``tag`` declares; '': there is no tag.
+def from_checkpoint(name: str, checkpoint: str, tag: str, flag: str = "--ref_model_checkpoint") -> Weights:
+    """The weights in ``checkpoint``, the value of ``flag``, for a model that is built as ``tag`` declares.
 
-    ValueError: ``tag`` is a file, so that weights are given twice, or no tag of the model.
+    '' is no tag. ValueError: ``tag`` is a file, so that weights are given twice, or no tag of the model.
     """
     declared = open_clip.get_pretrained_cfg(name, tag) if tag else {}
     if tag and not declared and not os.path.exists(tag):
@@ -212,10 +217,10 @@ def from_checkpoint(name: str, checkpoint: str, tag: str) -> Weights:
         )
     if tag and not declared:
         raise ValueError(
-            f"--ref_model_checkpoint {checkpoint} and --ref_model_pretrained {tag} both give weights: give one; "
+            f"{flag} {checkpoint} and --ref_model_pretrained {tag} both give weights: give one; "
             f"beside a checkpoint only a tag of {name} is useful, which decides how the model is built"
         )
-    own = _declared(checkpoint, f"--ref_model_checkpoint {checkpoint}")
+    own = _declared(checkpoint, f"{flag} {checkpoint}")
     return Weights(checkpoint, declared or own, checkpoint)
 
 

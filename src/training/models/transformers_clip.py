@@ -1,4 +1,4 @@
-"""Weights of Hugging Face transformers' ``CLIPModel`` under open_clip's names.
+"""Weights of Hugging Face transformers' ``CLIPModel`` under open_clip's names, and the other way round.
 
 Both libraries compute the same: transformers keeps queries, keys and values apart, open_clip in one matrix, and
 the projections are transposed. Its other models, such as ``SiglipModel``, are not converted.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ _NAMES = {
     },
 }
 _LAYER = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.([\w.]+)[._](weight|bias)")
 _IN_LAYER = {
     "self_attn.out_proj": "attn.out_proj",
     "layer_norm1": "ln_1",
@@ -72,6 +74,27 @@ def as_open_clip(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
             elif name == three[0] and state.keys() >= set(three):
                 found[f"{block}.attn.in_proj_{kind}"] = torch.cat([state[each] for each in three])
     return found, True
+
+
+def as_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of open_clip's ``CLIP``, a ViT and a text tower, as a ``CLIPModel`` names them."""
+    names = {ours: theirs for theirs, ours in _NAMES.items()}
+    projections = {ours: theirs for theirs, ours in _PROJECTIONS.items()}
+    in_layer = {ours: theirs for theirs, ours in _IN_LAYER.items()}
+    found = {}
+    for name, value in state.items():
+        layer = _BLOCK.fullmatch(name)
+        if layer is None:
+            found[projections.get(name) or names[name]] = value.T if name in projections else value
+            continue
+        of_image, number, part, kind = layer.groups()
+        block = f"{'vision' if of_image else 'text'}_model.encoder.layers.{number}"
+        if part == "attn.in_proj":
+            for which, each in zip("qkv", value.chunk(3), strict=True):
+                found[f"{block}.self_attn.{which}_proj.{kind}"] = each
+        else:
+            found[f"{block}.{in_layer[part]}.{kind}"] = value
+    return found
 
 
 def declared_in(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
 from training.checkpoint import pt_file, torchscript
-from training.config.inputs.weights import FOLDER, INDEX, NPZ, TORCHSCRIPT, NotWeights, kind_of
+from training.checkpoint.architecture import description_at
+from training.config.inputs.weights import FOLDER, INDEX, NPZ, TORCH, TORCHSCRIPT, NotWeights, kind_of
 from training.models import transformers_clip
 
 _log = logging.getLogger(__name__)
@@ -72,10 +73,14 @@ def files_of(source: str | os.PathLike[str]) -> list[Path]:
 def declared_at(source: str | os.PathLike[str]) -> dict[str, Any]:
     """What is known of how the weights at ``source`` were trained: quick_gelu, mean, std, ...
 
-    The configs of open_clip or transformers in a folder say it; of a TorchScript archive of OpenAI's it is known.
+    The configs of open_clip or transformers in a folder say it, and checkpoints of this program; of a TorchScript
+    archive of OpenAI's it is known.
     """
     path = Path(source)
     kind = kind_of(path)
+    if kind == TORCH:
+        saved = description_at(path)
+        return saved.declared if saved is not None else {}
     if kind == FOLDER:
         return _declared_in(path)[1]
     try:

@@ -338,3 +338,29 @@ def test_a_run_evaluates_the_same_sets(place, results, tmp_path):
     assert own["wilds/fmow-acc_worst_region"] == results["wilds/fmow"]["metrics"]["main_metric"]
     mean = np.mean([line["metrics"]["main_metric"] for line in lines.values()])
     assert (own["datacomp-average"], own["datacomp-num_sets"]) == (pytest.approx(mean), 3)
+
+
+def test_a_checkpoint_that_says_what_it_is_needs_no_name(place, results, tmp_path):
+    """Whatever the run's flags or ``--model`` are called; the architecture of a trainer's checkpoint counts."""
+    root = place[0]
+    line = ["--model", tiny_models.path("tiny-vit", tmp_path), "--dataset-type", "synthetic", "--batch-size", "2"]
+    line += ["--train-num-samples", "2", "--epochs", "1", "--warmup", "0", "--workers", "0", "--precision", "fp32"]
+    line += [
+        "--force-quick-gelu",
+        "--image-mean",
+        "0.1",
+        "0.2",
+        "0.3",
+        "--logs",
+        str(tmp_path),
+        "--name",
+        "trained",
+    ]
+    assert training.main.main(line) == 0
+    alone = tmp_path / "alone.pt"
+    shutil.copy(tmp_path / "trained/checkpoints/epoch_1.pt", alone)
+    outs = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for file, out in zip((tmp_path / "trained", alone), outs):
+        assert main(words(root, "--checkpoint", str(file), "--out", str(out), "--tasks", "cifar10")) == 0
+    digests = [lines_of(out)["cifar10"]["digest"] for out in outs]
+    assert digests[0] == digests[1] != results["cifar10"]["digest"]

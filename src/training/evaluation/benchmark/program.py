@@ -14,6 +14,7 @@ from pathlib import Path
 
 import open_clip
 
+from training.checkpoint.architecture import description_at
 from training.config.flags import ALL
 from training.config.model import brings_weights
 from training.config.params import Config, parse
@@ -28,7 +29,7 @@ from training.evaluation.benchmark.tasks import TASKS
 from training.logger import ProgressBar
 from training.machine import console
 from training.models import precision
-from training.models.build import build_target
+from training.models.build import BuiltModel, build_saved, build_target
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class Chosen:
     """What is evaluated. ``model`` and ``weights``: as ``--model`` and ``--pretrained`` take them.
 
     ``run``: the folder of the run that it belongs to, None: it belongs to none. ``stem``: what its results are
-    called by. ``flags``: those of the run that make its model another one than its name says.
+    called by. ``flags``: those of the run that make its model another one than its name says. ``describes``: the
+    checkpoint says of which model it is, and ``model`` may be ''.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Chosen:
     stem: str
     run: Path | None = None
     flags: tuple[str, ...] = ()
+    describes: bool = False
 
 
 def evaluate(given: argparse.Namespace) -> int:
@@ -60,8 +63,7 @@ def evaluate(given: argparse.Namespace) -> int:
     world = process_group.start(config.distributed)
     _log_to_console(world)
     catalog = on_main(lambda: find_sets(given.data_dir, given.tasks, "--data_dir", "--tasks"))
-    with _in_our_words():
-        built = build_target(config, world)
+    built = build(chosen, config, world)
     digest = on_main(lambda: digest_of(built.module, given.precision, built.preprocess))
     results, remark = on_main(lambda: open_results(path, digest))
     todo = [one for one in catalog.found if one.key not in results.lines]
@@ -99,7 +101,9 @@ def choose(checkpoint: str, model: str, epoch: int | None) -> Chosen:
         raise ValueError(f"--epoch {epoch}: {said} is not the folder of a run; give that folder, or leave it out")
     if not path.is_file():
         return _named(checkpoint, model, said)
-    run = path.absolute().parent.parent if path.absolute().parent.name == "checkpoints" else None
+    if description_at(path) is not None:  # then it says more than a name does
+        return Chosen(model, str(path), path.stem, _folder_of_run(path), describes=True)
+    run = _folder_of_run(path)
     held = _params(run / "params.txt") if run is not None else {}
     name = model or held.get("model", "")
     if not name:
@@ -107,6 +111,14 @@ def choose(checkpoint: str, model: str, epoch: int | None) -> Chosen:
             f"{said}: it does not say of which model it is; give --model, a name or a model config JSON"
         )
     return Chosen(name, str(path), path.stem, run, _forcing(held, name) if name == held.get("model") else ())
+
+
+def build(chosen: Chosen, config: Config, world: World) -> BuiltModel:
+    """The model as its checkpoint says, or else as the flags of its run do. ValueError: it cannot be built."""
+    if chosen.describes:
+        return build_saved(chosen.weights, chosen.model, world, config.run.precision)
+    with _in_our_words():
+        return build_target(config, world)
 
 
 def results_path(chosen: Chosen, out: str | None, checkpoint: str) -> Path:
@@ -126,10 +138,11 @@ def results_path(chosen: Chosen, out: str | None, checkpoint: str) -> Path:
 
 def configuration(chosen: Chosen, given: argparse.Namespace) -> Config:
     """The trainer's configuration for building the model. Refusal: there is no such model, or no such weights."""
-    words = ["--model", chosen.model, "--precision", given.precision, "--epochs", "0", *chosen.flags]
+    named = [] if chosen.describes else ["--model", chosen.model]
+    words = [*named, "--precision", given.precision, "--epochs", "0", *chosen.flags]
     words += ["--eval_data_dir", given.data_dir, "--batch-size", str(given.batch_size)]
     words += ["--workers", str(given.workers)]
-    if chosen.weights:
+    if chosen.weights and not chosen.describes:
         words += ["--pretrained", chosen.weights]
     with _in_our_words():
         return parse(words)
@@ -178,6 +191,12 @@ def _of_run(folder: Path, epoch: int | None, said: str) -> Path:
     if latest.is_file():
         return latest
     raise ValueError(f"{said}: it has no checkpoint, checkpoints/epoch_N.pt; give the folder of a run, or a file")
+
+
+def _folder_of_run(file: Path) -> Path | None:
+    """The folder of the run whose checkpoint ``file`` is; None: it is none's."""
+    folder = file.absolute().parent
+    return folder.parent if folder.name == "checkpoints" else None
 
 
 def _params(file: Path) -> dict[str, str]:
