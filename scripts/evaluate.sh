@@ -1,32 +1,29 @@
 #!/usr/bin/env bash
-# Evaluate a checkpoint without training: zero-shot accuracy on ImageNet, retrieval, or both.
-#   IMAGENET=./datasets/imagenet/val bash scripts/evaluate.sh logs/drrho_clip/checkpoints/epoch_7.pt ViT-B-16 [FLAGS]
-#   bash scripts/evaluate.sh logs/mine/checkpoints/epoch_3.pt my-model.json --val-data 'shards/{00000..00003}.tar'
-# IMAGENET: an image folder, or a set of the DataComp benchmark in its webdataset layout, wds_TASK_test/ (default:
-# ./datasets/imagenet/val, where it is there). LOGS, WORKERS: where results go, loader processes. Paths are relative
-# to where you are.
+# Evaluate a checkpoint on the DataComp benchmark's sets, and on further ones in the same folder:
+#   bash scripts/evaluate.sh logs/drrho_clip [MODEL] [FLAGS of training.evaluate]
+#   DATA_DIR=/data/evalsets bash scripts/evaluate.sh logs/mine/checkpoints/epoch_3.pt my-model.json --tasks imagenet1k
+# The first word: a run's folder, a checkpoint, or open_clip's NAME:TAG. MODEL: where the checkpoint does not say it.
+# DATA_DIR: the folder that holds the sets (default: ./datasets/datacomp). WORKERS: loader processes of each rank.
+# GPUS: how many ranks (default: one). Paths are relative to where you are.
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-checkpoint=${1:?a checkpoint, LOGS/NAME/checkpoints/epoch_N.pt}
-model=${2:?its model: a name of open_clip, or the path of a model config}
-shift 2
-imagenet=${IMAGENET-}
-if [ -z "$imagenet" ] && [ -e ./datasets/imagenet/val ]; then imagenet=./datasets/imagenet/val; fi
-sets=()
-if [ -n "$imagenet" ]; then sets=(--imagenet-val "$imagenet" --zeroshot-frequency 1); fi
-name=eval_$(basename "$(dirname "$(dirname "$checkpoint")")")_$(basename "$checkpoint" .pt)
+checkpoint=${1:?a folder of a run, a checkpoint, or NAME:TAG}
+shift
+model=()
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+  model=(--model "$1")
+  shift
+fi
 cores=$(nproc)
+launch=(python)
+if [ "${GPUS:-1}" -gt 1 ]; then launch=(torchrun --standalone --nproc_per_node="$GPUS"); fi
 
 if [ -f "$repository/.venv/bin/activate" ]; then . "$repository/.venv/bin/activate"; fi
 
-python "$repository/src/training/main.py" \
-    --resume "$checkpoint" \
-    "${sets[@]}" \
-    --batch-size 512 \
-    --epochs 0 \
+PYTHONPATH="$repository/src${PYTHONPATH:+:$PYTHONPATH}" "${launch[@]}" -m training.evaluate \
+    --checkpoint "$checkpoint" \
+    --data_dir "${DATA_DIR:-./datasets/datacomp}" \
     --workers "${WORKERS:-$((cores < 6 ? cores : 6))}" \
-    --model "$model" \
-    --name "$name" \
-    --logs "${LOGS:-./logs}" \
+    "${model[@]}" \
     "$@"

@@ -30,7 +30,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training.loop", "training.evaluation", "training.cache", "training.exporting"),
     ("training.preflight",),
     ("training.run", "training.dry_run"),
-    ("training.main", "training.check_data", "training.check_cache", "training.export"),
+    (
+        "training.main",
+        "training.check_data",
+        "training.check_cache",
+        "training.export",
+        "training.evaluate",
+        "training.download_evalsets",
+    ),
 )
 # The same inside the method: modules of one row do not import each other, except the losses.
 METHOD: tuple[tuple[str, ...], ...] = (

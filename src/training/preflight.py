@@ -6,6 +6,7 @@ The parser has checked the flags by themselves. What is expensive to open is ope
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,8 @@ from training.distributed import ddp
 from training.distributed.collectives import on_main
 from training.distributed.loader_processes import shared_memory, shared_memory_is_short
 from training.distributed.process_group import World
-from training.evaluation.evaluate import open_sets
+from training.evaluation.benchmark.sets import FoundSet
+from training.evaluation.evaluate import find_benchmark, open_sets
 from training.evaluation.pairs import open_val_table
 from training.evaluation.zero_shot import ClassificationSet
 from training.machine import prepare
@@ -39,7 +41,7 @@ class Opened:
 
     ``features``: the reference's embeddings, ``captions``: synthetic ones; None where the run reads none.
     ``sets``: prefix of a result's name -> data set for zero-shot accuracy. ``table``, ``val_table``: the csv files
-    of ``--train-data`` and ``--val-data``.
+    of ``--train-data`` and ``--val-data``. ``benchmark``: the sets of ``--eval_data_dir``.
     """
 
     features: FeatureSource | None
@@ -48,6 +50,7 @@ class Opened:
     table: CsvSource | None = None
     val_table: CsvSource | None = None
     remarks: tuple[str, ...] = ()
+    benchmark: Sequence[FoundSet] = ()
 
 
 def check(config: Config, world: World) -> Opened:
@@ -89,7 +92,8 @@ def check(config: Config, world: World) -> Opened:
             remarks += look_for_pictures(val_table, val.val_data, "--val-data")
     sets = {} if config.cache.writes else on_main(lambda: open_sets(config))
     remarks += [remark for found in sets.values() for remark in found.remarks]
-    return Opened(features, captions, sets, table, val_table, tuple(remarks))
+    benchmark = () if config.cache.writes else on_main(lambda: find_benchmark(config))
+    return Opened(features, captions, sets, table, val_table, tuple(remarks), benchmark)
 
 
 def _shards(shards: str, flag: str, allowed: float = 1.0) -> list[str]:

@@ -111,7 +111,7 @@ def evaluate(start: Start, log: RunLog) -> Ended:
     """Evaluate the model without training, as it is built or as ``--resume`` loads it."""
     config, world, opened = start.config, start.world, start.opened
     target = build_target(config, world, start.checkpoint)
-    evaluation = open_evaluation(target, config, world, log, opened.sets, opened.val_table)
+    evaluation = open_evaluation(target, config, world, log, opened.sets, opened.val_table, opened.benchmark)
     state = RunState(name=start.folder.name, model=target.module)
     if start.checkpoint is not None:
         resume.resume(start.checkpoint, state, steps_per_epoch=0, global_batch=0)
@@ -124,7 +124,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
     config, world, folder, opened = start.config, start.world, start.folder, start.opened
     target = build_target(config, world, start.checkpoint)
     reference = build_reference(config, world)
-    evaluation = open_evaluation(target, config, world, log, opened.sets, opened.val_table)
+    evaluation = open_evaluation(target, config, world, log, opened.sets, opened.val_table, opened.benchmark)
     train_data = build_train(config, world, target, reference, opened.features, opened.captions, opened.table)
     task = build_task(config, world, target, reference)
     trainer = build_trainer(config, world, folder, log, task, train_data)

@@ -82,6 +82,10 @@ EFFECTS: dict[str, Effect] = {
     "val_frequency": Effect(("1", "2"), observe_run(runs.epochs_evaluated), "--val-data @other_shards"),
     "imagenet_val": Effect((None, "@pictures"), observe_run(runs.evaluations), VALIDATE),
     "imagenet_v2": Effect((None, "@pictures"), observe_run(runs.evaluations), VALIDATE),
+    "eval_data_dir": Effect((None, "@benchmark"), observe_run(runs.evaluations), VALIDATE),
+    "eval_tasks": Effect(
+        ("all", "cifar10"), observe_run(runs.evaluations), "--epochs 0 --eval_data_dir @benchmark"
+    ),
     "zeroshot_frequency": Effect(("1", "2"), observe_run(runs.epochs_evaluated), "--imagenet-val @pictures"),
     # model
     "model": Effect(("@vit", "@resnet"), parts.parameters),

@@ -22,6 +22,8 @@ NEW = {
     "--deterministic",
     "--dry_run",
     "--epoch_policy",
+    "--eval_data_dir",
+    "--eval_tasks",
     "--global_batch_size",
     "--image_key",
     "--json_key",

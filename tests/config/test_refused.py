@@ -11,7 +11,7 @@ ONE_OF_TWO = "keep one of them"
 REFUSALS = {
     # nothing to do, data
     "": "--train-data is missing: give data to train on",
-    f"{DATA} --epochs 0": "--epochs 0 only evaluates: give --val-data, --imagenet-val or --imagenet-v2",
+    f"{DATA} --epochs 0": "only evaluates: give --val-data, --imagenet-val, --imagenet-v2 or --eval_data_dir",
     "--train-data shards/{0..3}.tar": "--train-num-samples is missing: webdataset data has no known length",
     "--dataset-type synthetic": "--train-num-samples is missing: synthetic data",
     "--train-data shards/{0..3} --train-num-samples 5": "--train-data shards/{0..3}: it is neither .tar nor .csv",

@@ -301,3 +301,42 @@ def test_interruptions_surface(data, trained, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_evaluation(config_of(data, tmp_path / "b", zero_shot=False), trained)
     hook.remove()
+
+
+def test_lines_of_a_text_file_are_captions(data, trained, tmp_path):
+    """As are the entries of a list in a json; the loss is that of the first ones. On two ranks, too."""
+    samples, captions = [], []
+    for i in range(PAIRS):
+        some = [shards.caption(i), *(f"{shards.caption(i)} again {j}" for j in range(i % 3))]
+        captions.append(some)
+        sample = {"__key__": f"{i}", "jpg": shards.sample(i)["jpg"]}
+        samples.append(sample | {"txt": "\n".join(some) + "\n\n"})
+    val = shards.write_shards(tmp_path / "val", samples, per_shard=8)
+    listed = [s | {"json": {"caption": c} if i % 2 else c} for i, (s, c) in enumerate(zip(samples, captions))]
+    for sample in listed:
+        del sample["txt"]
+    in_json = shards.write_shards(tmp_path / "json", listed, per_shard=8)
+
+    found = run_evaluation(config_of((data[0], val, data[2]), tmp_path / "a", zero_shot=False), trained)
+    model, (image, _) = trained.module.eval(), pairs(trained)
+    texts = [text for some in captions for text in some]
+    owner = [i for i, some in enumerate(captions) for _ in some]
+    with torch.no_grad():
+        x = F.normalize(model.encode_image(image).double(), dim=1)
+        y = F.normalize(model.encode_text(trained.tokenizer(texts)).double(), dim=1)
+    s = x @ y.T
+    for k in (1, 5, 10):
+        hits = [any(owner[j] == i for j in row.argsort(descending=True)[:k]) for i, row in enumerate(s)]
+        assert found[f"image_to_text_R@{k}"] == pytest.approx(np.mean(hits))
+        hits = [owner[j] in row.argsort(descending=True)[:k] for j, row in enumerate(s.T)]
+        assert found[f"text_to_image_R@{k}"] == pytest.approx(np.mean(hits))
+    assert (found["num_samples"], found["num_captions"]) == (PAIRS, len(texts))
+    alone = run_evaluation(config_of(data, tmp_path / "b", zero_shot=False), trained)
+    assert found["clip_val_loss"] == pytest.approx(alone["clip_val_loss"])
+
+    config = config_of((data[0], in_json, data[2]), tmp_path / "c", zero_shot=False)
+    assert run_evaluation(config, trained) == pytest.approx(found)
+    torch.save(trained.module.state_dict(), tmp_path / "weights.bin")
+    config = config_of((data[0], val, data[2]), tmp_path / "d", zero_shot=False)
+    both = ranks(2).run(on_rank, config, tmp_path / "weights.bin")
+    assert both[0] == both[1] == pytest.approx(found, rel=1e-5, abs=1e-6)

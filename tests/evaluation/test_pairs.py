@@ -30,10 +30,10 @@ def test_validation_sees_each_sample_once(tmp_path, kind, ranks, workers):
         pairs = build_val(c, world(rank, ranks), target)
         batches = list(pairs)
         assert len(batches) <= len(pairs) <= len(batches) + 1
-        for image, text in batches:
+        for image, text, *_ in batches:
             assert image.shape == (len(text), 3, 16, 16) and image.is_floating_point() and len(text) <= 3
             captions += [text_of(t) for t in text]
-        assert [len(image) for image, _ in pairs] == [len(image) for image, _ in batches]  # once more
+        assert [len(batch.image) for batch in pairs] == [len(batch.image) for batch in batches]  # once more
     assert sorted(captions) == sorted(caption(i) for i in range(11) if i != 7)
 
 
@@ -41,7 +41,7 @@ def test_validation_image_is_open_clips(tmp_path):
     val = write_csv(tmp_path, 2)
     target = model(16, mean=(0.1, 0.2, 0.3))
     flags = ("--epochs", 0, "--val-data", val, "--val-num-samples", 1)
-    ((image, _),) = build_val(config(None, *flags, rows=-1), world(), target)
+    ((image, *_),) = build_val(config(None, *flags, rows=-1), world(), target)
     from PIL import Image
 
     expected = image_transform_v2(target.preprocess, is_train=False)(Image.open(tmp_path / "000000.jpg"))

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+from training import evaluate
 from training.config.flags import ALL
 from training.config.given import frozen
 from training.config.params import Config, parse
@@ -434,18 +434,12 @@ def test_single_node_says_what_it_needs(launchers: Launchers, settings: dict[str
     assert done.returncode != 0 and said in done.stderr and not launchers.record.exists()
 
 
-def test_evaluate_only_evaluates(launchers: Launchers) -> None:
-    checkpoint = launchers.root / "logs" / "mine" / "checkpoints" / "epoch_7.pt"
-    pictures = launchers.root / "val"
-    checkpoint.parent.mkdir(parents=True)
-    torch.save({"state_dict": {}}, checkpoint)
-    pictures.mkdir()
-    argv, _ = launchers.call("scripts/evaluate.sh", str(checkpoint), "ViT-B-16", IMAGENET=str(pictures))
-    assert argv[0].endswith("/src/training/main.py")
-    config = parse(argv[1:])
-    assert not config.trains
-    assert config.run.resume == str(checkpoint)
-    assert (config.evaluation.imagenet_val, config.evaluation.zeroshot_frequency) == (str(pictures), 1)
-    assert config.run.name == "eval_mine_epoch_7"
-    argv, _ = launchers.call("scripts/evaluate.sh", str(checkpoint), "ViT-B-16", "--val-data", "pairs.csv")
-    assert "--imagenet-val" not in argv and argv[-2:] == ["--val-data", "pairs.csv"]
+def test_evaluate_is_a_call_of_the_program(launchers: Launchers) -> None:
+    argv, env = launchers.call("scripts/evaluate.sh", "logs/mine", DATA_DIR="sets", WORKERS="3")
+    given = ["--checkpoint", "logs/mine", "--data_dir", "sets", "--workers", "3"]
+    assert argv == ["-m", "training.evaluate", *given]
+    assert env["PYTHONPATH"].split(os.pathsep)[0] == str(launchers.root / "src")
+    argv, _ = launchers.call("scripts/evaluate.sh", "a.pt", "ViT-B-16", "--out", "o.jsonl", GPUS="2")
+    assert argv[:4] == ["--standalone", "--nproc_per_node=2", "-m", "training.evaluate"]
+    assert argv[-4:] == ["--model", "ViT-B-16", "--out", "o.jsonl"]
+    assert evaluate.parser().parse_args(argv[4:]).model == "ViT-B-16"

@@ -118,7 +118,7 @@ def refusal_or(observe: Callable[[Lab, list[str]], Any]) -> Callable[[Lab, list[
 def validation(lab: Lab, words: list[str]) -> list[tuple[float, int]]:
     """Pixels and tokens of the validation batches."""
     batches = build_val(parse(words), WORLD, PIXELS)
-    return [(image.double().sum().item(), text.sum().item()) for image, text in batches]
+    return [(image.double().sum().item(), text.sum().item()) for image, text, *_ in batches]
 
 
 # -------------------------------------------------------------------------------------------- models

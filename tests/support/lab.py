@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drrho_clip.batch import Batch
-from tests.support import shards, tiny_models
+from tests.support import evalsets, shards, tiny_models
 from training.distributed.process_group import World
 from training.loop.task import Task
 from training.main import main
@@ -143,6 +143,13 @@ class Lab:
             shards.picture(i).save(file)
         (self.root / "pictures/zeroshot_classification_templates.txt").write_text("a {c}\n")
         return str(self.root / "pictures")
+
+    @cached_property
+    def benchmark(self) -> str:
+        """Two sets of the DataComp benchmark, of two pictures each."""
+        for name in ("wds_cifar10_test", "wds_mnist_test"):
+            evalsets.write_classification(self.root / "benchmark" / name, [0, 1], ["waves", "rings"])
+        return str(self.root / "benchmark")
 
     @cached_property
     def features(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import os
 import socket
 import traceback
@@ -90,17 +91,17 @@ def ranks(size: int, joined: bool = True) -> Ranks:
     return pool
 
 
-def run_program(size: int, words: list[str], before=None) -> list[tuple[int, object]]:
-    """The program with ``words`` on ``size`` ranks that meet anew: the ranks' exit codes.
+def run_program(
+    size: int, words: list[str], before=None, program: str = "training.main"
+) -> list[tuple[int, object]]:
+    """The ``program`` with ``words`` on ``size`` ranks that meet anew: the ranks' exit codes.
 
     ``before()`` is called on each rank before, e.g. to record what happens; its answer comes with the code.
     """
-    return ranks(size, joined=False).run(_run_program, words, free_port(), before)
+    return ranks(size, joined=False).run(_run_program, words, free_port(), before, program)
 
 
-def _run_program(words: list[str], port: int, before) -> tuple[int, object]:
-    from training import main
-
+def _run_program(words: list[str], port: int, before, program: str) -> tuple[int, object]:
     os.environ["MASTER_PORT"] = str(port)
     seen = before() if before else None
-    return main.main(words), seen
+    return importlib.import_module(program).main(words), seen

@@ -219,7 +219,7 @@ def check_file(given: Given, key: str) -> None:
         raise Refusal(f"{given.say(key)}: there is no such file on this machine{link}; {advice(path)}")
 
 
-_MAY_BE_AT_HOME = ("train_data", "val_data", "imagenet_val", "imagenet_v2")
+_MAY_BE_AT_HOME = ("train_data", "val_data", "imagenet_val", "imagenet_v2", "eval_data_dir")
 
 
 def shards_in(folder: str) -> list[str]:

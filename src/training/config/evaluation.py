@@ -12,7 +12,7 @@ from training.config.remarks import Idle
 
 # The data sets for zero-shot accuracy: name in the results -> flag with the folder.
 ZERO_SHOT = {"imagenet": "imagenet_val", "imagenetv2": "imagenet_v2"}
-DATA = ("val_data", *ZERO_SHOT.values())
+DATA = ("val_data", *ZERO_SHOT.values(), "eval_data_dir")
 
 
 def any_of(keys: Iterable[str]) -> str:
@@ -34,6 +34,8 @@ class EvalConfig:
     imagenet_val: str | None
     imagenet_v2: str | None
     zeroshot_frequency: int
+    eval_data_dir: str | None = None
+    eval_tasks: str = "all"
     val_dataset_type: str = "none"
 
     @property
@@ -47,9 +49,10 @@ IDLE = (
     Idle(("val_num_samples", "val_frequency"), lambda s: not s.given.val_data, "without --val-data"),
     Idle(
         ("zeroshot_frequency",),
-        lambda s: not any(s.given.values[key] for key in ZERO_SHOT.values()),
-        f"without {any_of(ZERO_SHOT.values())}",
+        lambda s: not any(s.given.values[key] for key in DATA[1:]),
+        f"without {any_of(DATA[1:])}",
     ),
+    Idle(("eval_tasks",), lambda s: not s.given.eval_data_dir, "without --eval_data_dir"),
 )
 
 

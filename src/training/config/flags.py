@@ -182,6 +182,14 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "epochs between zero-shot evaluations; 0: never",
             within=AT_LEAST_0,
         ),
+        Flag(
+            "--eval_data_dir",
+            "str",
+            None,
+            "folder of the DataComp benchmark's sets, evaluated as training.evaluate does, every "
+            "--zeroshot-frequency epochs",
+        ),
+        Flag("--eval_tasks", "str", "all", "tasks or folders in --eval_data_dir, joined with commas"),
     ),
     "model": (
         Flag("--model", "str", "RN50", "open_clip model name, or path of a model config JSON file"),

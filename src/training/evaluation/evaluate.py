@@ -1,5 +1,5 @@
 """In-run evaluation, on all ranks at once: retrieval on ``--val-data``, zero-shot accuracy on ``--imagenet-val``
-and ``--imagenet-v2``.
+and ``--imagenet-v2``, and the benchmark's sets in ``--eval_data_dir``.
 
 Every rank embeds its share of the samples, each sample once. For retrieval the features are then gathered, and
 the ranks share the M x M comparisons; for zero-shot they share the class prompts, and the counts are summed. So
@@ -8,7 +8,7 @@ K ranks report the same values as one. Errors are raised.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,9 +25,14 @@ from training.config.params import Config
 from training.data.bad_samples import Skips
 from training.data.sources.tables import CsvSource
 from training.data.transforms import eval_transform
-from training.distributed.collectives import all_reduce_sum, gather_object
+from training.distributed.collectives import all_reduce_sum, gather_object, on_main
 from training.distributed.loader_processes import Loader, start_worker
 from training.distributed.process_group import World
+from training.evaluation.benchmark.benchmark import evaluate_sets
+from training.evaluation.benchmark.encoder import Encoder
+from training.evaluation.benchmark.results import averages, digest_of, headline, open_results
+from training.evaluation.benchmark.sets import FoundSet, find_sets
+from training.evaluation.captions import count_ranks, merge_ranks, rank_metrics
 from training.evaluation.pairs import ValData, build_val
 from training.evaluation.retrieval import count_pairs, merge, normalized, summarize
 from training.evaluation.zero_shot import (
@@ -51,7 +56,8 @@ CLASSES_AT_ONCE = 10
 class Evaluation:
     """What a run evaluates on, opened and checked once.
 
-    ``sets``: result prefix -> labelled pictures. ``val``: pairs for retrieval.
+    ``sets``: result prefix -> labelled pictures. ``val``: pairs for retrieval. ``benchmark``: sets of
+    ``--eval_data_dir``, which are opened one after another.
     """
 
     built: BuiltModel
@@ -60,6 +66,7 @@ class Evaluation:
     log: RunLog
     val: ValData | None
     sets: dict[str, ClassificationSet]
+    benchmark: Sequence[FoundSet] = ()
 
     def __call__(self, model: nn.Module, epoch: int, step: int = 0, *, final: bool = False) -> dict[str, float]:
         """Evaluate ``model`` (not wrapped) after ``epoch`` complete epochs and ``step`` steps, on all that is due.
@@ -73,6 +80,8 @@ class Evaluation:
                 for name, pictures in self.sets.items():
                     found = self._zero_shot(model, name, pictures)
                     metrics |= {f"{name}-zeroshot-val-{key}": value for key, value in found.items()}
+            if self.benchmark and self._due(self.config.evaluation.zeroshot_frequency, epoch, final):
+                metrics |= self._benchmark(model, epoch)
             if self.val is not None and self._due(self.config.evaluation.val_frequency, epoch, final):
                 metrics |= self._retrieval(model, self.val)
         if metrics:
@@ -90,11 +99,16 @@ class Evaluation:
         assert isinstance(scale, Tensor), "open_clip's models have a logit scale"
         images: list[Tensor] = []
         texts: list[Tensor] = []
+        further: list[Tensor] = []
+        owners: list[int] = []
         tokens = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         with self.log.progress(len(val), "validation", unit="batch") as progress, torch.no_grad():
-            for pixels, captions in val:
-                captions = captions.to(self.world.device, non_blocking=True)
-                pixels = self._pixels(pixels)
+            for batch in val:
+                captions = batch.text.to(self.world.device, non_blocking=True)
+                pixels = self._pixels(batch.image)
+                if len(batch.more):
+                    owners += [sum(map(len, images)) + i for i in batch.owner.tolist()]
+                    further.append(self._texts(model, batch.more))
                 with run.autocast():
                     outputs = with_labels(model(pixels, captions), captions)
                 images.append(normalized(outputs["image_features"]))
@@ -105,6 +119,7 @@ class Evaluation:
                 progress.update()
             logit_scale = scale.exp().item()
         image, text = gather_rows(images, self.world), gather_rows(texts, self.world)
+        owner = gather_owners(owners, sum(map(len, images)))
         caption_loss_sum, caption_tokens = all_reduce_sum(tokens).tolist()
         if not len(image):
             problem = f"--val-data {self.config.evaluation.val_data}: it contains no usable sample"
@@ -118,9 +133,25 @@ class Evaluation:
             counted = count_pairs(image, text, logit_scale, share=share, update=progress.update)
             counts = merge(gather_object(counted))
         metrics = summarize(counts, image, text, logit_scale)
+        if len(owner):
+            own = torch.arange(len(image), dtype=torch.int64)
+            every = torch.cat([text, gather_rows(further, self.world)])
+            owner = torch.cat([own, owner]).to(self.world.device)
+            of_images, of_texts = (
+                range(share[0] * n // share[1], (share[0] + 1) * n // share[1]) for n in (len(image), len(every))
+            )
+            counts_of_all = merge_ranks(gather_object(count_ranks(image, every, owner, of_images, of_texts)))
+            metrics |= rank_metrics(counts_of_all)
+            metrics["num_captions"] = len(every)
         if caption_tokens:
             metrics["val_generative_loss"] = caption_loss_sum / caption_tokens
         return {**metrics, "num_samples": len(image)}
+
+    def _texts(self, model: nn.Module, captions: Tensor) -> Tensor:
+        encode_text = model.encode_text
+        assert callable(encode_text), "open_clip's models have a text encoder"
+        with self._precision.autocast():
+            return normalized(encode_text(captions.to(self.world.device, non_blocking=True)))
 
     def _zero_shot(self, model: nn.Module, name: str, pictures: ClassificationSet) -> dict[str, float]:
         run, world = self._precision, self.world
@@ -147,6 +178,35 @@ class Evaluation:
                 raise ValueError(f"{flag} {folder}: it contains no usable picture; left out: {skips}")
             return {}
         return {**accuracies(all_reduce_sum(counts)), **({"left_out": left_out} if left_out else {})}
+
+    def _benchmark(self, model: nn.Module, epoch: int) -> dict[str, float]:
+        """The main metrics of ``self.benchmark``; all metrics are written as ``training.evaluate`` writes them."""
+        name, run = f"epoch_{epoch}_eval_results.jsonl", self._precision
+        path = self.log.folder.path / "eval_results" / name
+        digest = on_main(lambda: digest_of(model, run.name, self.built.preprocess))
+        results, remark = on_main(lambda: open_results(path, digest))
+        if remark and self.world.is_main:
+            self.log.warning(remark)
+        size = self.config.run.batch_size // self.config.run.accum_freq
+        encoder = Encoder(
+            model,
+            self.built,
+            self.world,
+            run,
+            self.log.progress,
+            batch_size=size,
+            workers=self.config.data.workers,
+        )
+        evaluate_sets(encoder, [one for one in self.benchmark if one.key not in results.lines], results.keep)
+        lines = on_main(lambda: {one.key: results.lines.get(one.key) for one in self.benchmark})
+        found = {}
+        for key, line in lines.items():
+            if line is not None:
+                metric, value = headline(key, line["metrics"])
+                found[f"{key}-{metric}"] = float("nan") if value is None else value
+        if average := averages({key: line for key, line in lines.items() if line is not None}).get("Average"):
+            found["datacomp-average"], found["datacomp-num_sets"] = average[0], float(average[1])
+        return found
 
     def _report_skips(self, own: Skips, name: str, pictures: int) -> Skips:
         """What all ranks have left out of the ``pictures`` of a set, which is logged."""
@@ -207,6 +267,14 @@ def open_sets(config: Config) -> dict[str, ClassificationSet]:
     return {name: open_set(folder, flag) for name, (flag, folder) in config.evaluation.zero_shot.items()}
 
 
+def find_benchmark(config: Config) -> Sequence[FoundSet]:
+    """The sets in ``--eval_data_dir``. ValueError: it has none, or not those of ``--eval_tasks``."""
+    given = config.evaluation
+    if given.eval_data_dir is None:
+        return ()
+    return find_sets(given.eval_data_dir, given.eval_tasks, "--eval_data_dir", "--eval_tasks").found
+
+
 def open_evaluation(
     built: BuiltModel,
     config: Config,
@@ -214,12 +282,14 @@ def open_evaluation(
     log: RunLog,
     sets: dict[str, ClassificationSet],
     val_table: CsvSource | None = None,
+    benchmark: Sequence[FoundSet] = (),
 ) -> Evaluation:
     """The evaluation on ``sets`` (from ``open_sets``) and ``--val-data``. ValueError: the latter is not valid.
 
-    ``val_table``: the csv files of ``--val-data``, where they have been read already.
+    ``val_table``: the csv files of ``--val-data``, where they have been read already. ``benchmark``: from
+    ``find_benchmark``.
     """
-    return Evaluation(built, config, world, log, build_val(config, world, built, val_table), sets)
+    return Evaluation(built, config, world, log, build_val(config, world, built, val_table), sets, benchmark)
 
 
 def gather_rows(parts: list[Tensor], world: World) -> Tensor:
@@ -230,6 +300,15 @@ def gather_rows(parts: list[Tensor], world: World) -> Tensor:
     padded = F.pad(mine, (0, 0, 0, most - len(mine)))
     gathered = collectives.all_gather(padded).view(len(sizes), most, width)
     return torch.cat([rows[:n] for rows, (n, _) in zip(gathered, sizes, strict=True)])
+
+
+def gather_owners(owners: list[int], samples: int) -> Tensor:
+    """int64: the samples of all ranks, in rank order, that ``owners`` of each rank's ``samples`` are."""
+    found, before = [], 0
+    for own, n in gather_object((owners, samples)):
+        found += [before + i for i in own]
+        before += n
+    return torch.tensor(found, dtype=torch.int64)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from training.data.build import Model
 from training.data.decode import decode
 from training.data.lanes import Part
 from training.data.loader import open_loader
+from training.data.samples import RawSample
 from training.data.sources.tables import CsvSource, open_csv
 from training.data.sources.webdataset import ShardSource, open_val_shards
 from training.data.tokenizer import Tokenizer
@@ -55,11 +57,22 @@ def open_val_table(config: Config) -> CsvSource:
     return open_csv(config.evaluation.val_data, config.data, config.run.seed, "--val-data")
 
 
-class ValData:
-    """Pairs for evaluation: every sample of the set on exactly one rank, in batches (image, text).
+class ValBatch(NamedTuple):
+    """``image`` float [n, 3, H, W], normalized, and ``text`` int64 [n, L], the first caption of each.
 
-    image: float [n, 3, H, W], normalized; text: int64 [n, L]; n ≤ batch size. Ranks may have different numbers of
-    samples, or none. It can be iterated any number of times.
+    ``more`` int64 [m, L]: further captions, where samples have several; ``owner`` int64 [m]: whose they are.
+    """
+
+    image: Tensor
+    text: Tensor
+    more: Tensor
+    owner: Tensor
+
+
+class ValData:
+    """Pairs for evaluation: every sample of the set on exactly one rank, in batches of at most the batch size.
+
+    Ranks may have different numbers of samples, or none. It can be iterated any number of times.
     """
 
     def __init__(self, stream: ValStream, *, workers: int, device: torch.device) -> None:
@@ -71,14 +84,14 @@ class ValData:
         """The number of this rank's batches; skipped samples may reduce it. Reads the headers of the shards."""
         return sum(self._stream.batches(worker, self._workers) for worker in range(self._workers))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for image, text, skips in self._loader:
+    def __iter__(self) -> Iterator[ValBatch]:
+        for batch, skips in self._loader:
             self.skips.update(skips)
-            if len(image):
-                yield image, text
+            if len(batch.image):
+                yield batch
 
 
-class ValStream(IterableDataset[tuple[Tensor, Tensor, Skips]]):
+class ValStream(IterableDataset[tuple[ValBatch, Skips]]):
     """One loader process's share of the validation samples."""
 
     def __init__(
@@ -105,7 +118,7 @@ class ValStream(IterableDataset[tuple[Tensor, Tensor, Skips]]):
     def _part(self, worker: int, workers: int) -> Part:
         return Part(worker * self.ranks + self.rank, workers * self.ranks)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Skips]]:
+    def __iter__(self) -> Iterator[tuple[ValBatch, Skips]]:
         part = self._part(*this_worker())
         skips = Skips()
         samples = usable(self.source.in_order(part), skips)
@@ -115,13 +128,17 @@ class ValStream(IterableDataset[tuple[Tensor, Tensor, Skips]]):
         while more:
             raws = list(islice(samples, self.batch_size))
             more = len(raws) == self.batch_size
-            pairs = [
-                (image, raw.text[:LONGEST_TEXT])
-                for raw in raws
-                if (image := decode_or_skip(raw, skips, decode)) is not None
-            ]
-            if not pairs:
-                yield torch.empty(0), torch.empty(0), skips.take()
-                continue
-            images, texts = zip(*pairs)
-            yield torch.stack([self.transform(i) for i in images]), self.tokenizer(list(texts)), skips.take()
+            pairs = [(image, raw) for raw in raws if (image := decode_or_skip(raw, skips, decode)) is not None]
+            yield self._batch([image for image, _ in pairs], [raw for _, raw in pairs]), skips.take()
+
+    def _batch(self, images: list[Image.Image], raws: list[RawSample]) -> ValBatch:
+        further = [(i, text) for i, raw in enumerate(raws) for text in raw.more]
+        return ValBatch(
+            torch.stack([self.transform(image) for image in images]) if images else torch.empty(0),
+            self._tokens([raw.text for raw in raws]),
+            self._tokens([text for _, text in further]),
+            torch.tensor([i for i, _ in further], dtype=torch.int64),
+        )
+
+    def _tokens(self, texts: list[str]) -> Tensor:
+        return self.tokenizer([text[:LONGEST_TEXT] for text in texts]) if texts else torch.empty(0)

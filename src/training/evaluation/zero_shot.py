@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,8 +36,8 @@ from training.data.sources.text_file import GIT_LFS, open_text
 from training.data.worker import decode_or_skip
 from training.evaluation.class_folders import PICTURES, find_classes, readable
 from training.evaluation.retrieval import TIE, count, expected_hits
+from training.evaluation.shard_index import SHARD_PICTURES, ShardSample, index_shard
 
-SHARD_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 PROBES = 8  # pictures that are decoded before a run
 
@@ -205,22 +204,25 @@ def _probe(pictures: list[Labelled], said: str) -> None:
 
 
 def _open_folders(path: Path, said: str) -> ClassificationSet:
-    found = find_classes(path, said, _classnames(path, said))
+    found = find_classes(path, said, read_classnames(path, said))
     pictures = [Labelled(file, label) for label, files in enumerate(found.pictures) for file in files]
-    return ClassificationSet(pictures, found.names, _templates(path, said), found.remarks)
+    return ClassificationSet(pictures, found.names, read_templates(path, said), found.remarks)
 
 
 def _open_shards(path: Path, said: str) -> ClassificationSet:
-    names = _classnames(path, said)
+    names = read_classnames(path, said)
     if names is None or not (path / TEMPLATES).is_file():
         raise ValueError(f"{said}: {CLASSNAMES if names is None else TEMPLATES} is missing next to test/")
     pictures: list[Labelled] = []
-    for number in range(_count_shards(path / "test", said)):
-        pictures += _index_shard(path / "test" / f"{number}.tar", len(names), said)
-    return ClassificationSet(pictures, names, _templates(path, said))
+    for number in range(count_shards(path / "test", said)):
+        for sample in index_labelled(path / "test" / f"{number}.tar", said):
+            assert sample.picture is not None
+            label = class_number(sample, len(names), said)
+            pictures.append(Labelled(sample.shard, label, *sample.picture))
+    return ClassificationSet(pictures, names, read_templates(path, said))
 
 
-def _count_shards(folder: Path, said: str) -> int:
+def count_shards(folder: Path, said: str) -> int:
     """The number in ``nshards.txt``. ValueError: there are more shards, or no number."""
     file = folder / "nshards.txt"
     if not file.is_file():
@@ -235,42 +237,35 @@ def _count_shards(folder: Path, said: str) -> int:
     return int(text)
 
 
-def _index_shard(shard: Path, classes: int, said: str) -> list[Labelled]:
-    """The pictures of one tar file, by their position in it; only the class numbers are read."""
+def index_labelled(
+    shard: Path, said: str, label: str = ".cls", read: tuple[str, ...] = (".cls",)
+) -> list[ShardSample]:
+    """The samples of one tar file, with the contents of the parts ``read``; each has a picture and a ``label``."""
     if not shard.is_file():
         raise ValueError(f"{said}: {shard.name} is missing, but test/nshards.txt counts it")
-    places: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                name, _, extension = member.name.rpartition(".")
-                if name.rpartition("/")[2].startswith("._"):  # macOS writes them beside each file
-                    continue
-                if f".{extension.lower()}" in SHARD_PICTURES:
-                    places[name] = (member.offset_data, member.size)
-                elif extension == "cls" and (file := tar.extractfile(member)) is not None:
-                    labels[name] = _class_number(file.read(), classes, f"{said}: {member.name}")
-    except (OSError, tarfile.TarError) as error:
-        raise ValueError(f"{said}: {shard} cannot be read as a tar file ({error}); copy it again") from error
-    unpaired = sorted(places.keys() ^ labels.keys())
-    if unpaired:
-        raise ValueError(f"{said}: {unpaired[0]} in {shard.name} has no picture, or no .cls file")
-    return [Labelled(str(shard), labels[name], *places[name]) for name in places]
+    samples = index_shard(shard, said, read)
+    for sample in samples:
+        if sample.picture is None or label not in sample.contents:
+            raise ValueError(f"{said}: {sample.key} in {shard.name} has no picture, or no {label} file")
+    return samples
 
 
-def _class_number(data: bytes, classes: int, said: str) -> int:
-    text = data.decode(errors="replace").strip()
+def class_number(sample: ShardSample, classes: int, said: str) -> int:
+    """The class in its ``.cls``. ValueError: it is none of 0 to ``classes`` - 1."""
+    text = sample.contents[".cls"].decode(errors="replace").strip()
     if not text.isdecimal() or int(text) >= classes:
-        raise ValueError(f"{said} holds {text!r}, not a class number 0..{classes - 1} (lines of classnames.txt)")
+        raise ValueError(
+            f"{said}: {sample.key}.cls holds {text!r}, not a class number 0..{classes - 1} (lines of "
+            "classnames.txt)"
+        )
     return int(text)
 
 
-def _classnames(path: Path, said: str) -> list[str] | None:
+def read_classnames(path: Path, said: str) -> list[str] | None:
     """The names in ``classnames.txt``, None where there is none; a line's number is that of its class."""
     if not (path / CLASSNAMES).is_file():
         return None
-    names = [line.strip() for line in _lines(path / CLASSNAMES, said)]
+    names = [line.strip() for line in read_lines(path / CLASSNAMES, said)]
     if "" in names:
         line = names.index("") + 1
         raise ValueError(
@@ -279,17 +274,17 @@ def _classnames(path: Path, said: str) -> list[str] | None:
     return names
 
 
-def _templates(path: Path, said: str) -> Sequence[Callable[[str], str]]:
+def read_templates(path: Path, said: str) -> Sequence[Callable[[str], str]]:
     file = path / TEMPLATES
     if not file.is_file():
         return OPENAI_IMAGENET_TEMPLATES
-    lines = [(number, line) for number, line in enumerate(_lines(file, said), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(read_lines(file, said), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{said}: {TEMPLATES} has no prompts; write one per line, or remove it")
-    return [_template(line, f"{said}: line {number} of {TEMPLATES}, {line!r},") for number, line in lines]
+    return [template(line.strip(), f"{said}: line {number} of {TEMPLATES}, {line!r},") for number, line in lines]
 
 
-def _template(line: str, said: str) -> Callable[[str], str]:
+def template(line: str, said: str) -> Callable[[str], str]:
     """What puts a class in the place of ``{c}``, or of ``{}``. ValueError, beginning with ``said``: no prompt."""
     places = [place for place in ("{c}", "{}") if place in line]
     if _CODE.match(line):
@@ -305,11 +300,11 @@ def _template(line: str, said: str) -> Callable[[str], str]:
     return partial(_fill, line, places[0])
 
 
-def _fill(template: str, place: str, classname: str) -> str:
-    return template.replace(place, classname)
+def _fill(line: str, place: str, classname: str) -> str:
+    return line.replace(place, classname)
 
 
-def _lines(file: Path, said: str) -> list[str]:
+def read_lines(file: Path, said: str) -> list[str]:
     """The lines of a text file, without those at the end that are empty."""
     with open_text(str(file), f"{said}: {file.name}") as text:
         lines = [line.rstrip("\r\n") for line in text]

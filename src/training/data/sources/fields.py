@@ -47,11 +47,16 @@ class Known(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleFields:
-    """The alternatives for each part of a sample, in the order in which they are tried."""
+    """The alternatives for each part of a sample, in the order in which they are tried.
+
+    ``several``: a text file has a caption on each line, and where there is none, a list in a json is captions;
+    otherwise a text file is one caption.
+    """
 
     image: tuple[str, ...]
     text: tuple[Field, ...]
     json: tuple[Field, ...]
+    several: bool = False
 
     @property
     def known(self) -> Known:
@@ -74,12 +79,16 @@ class SampleFields:
                 continue
             if not path:
                 try:
-                    return (data.decode(),)
+                    text = data.decode()
                 except UnicodeDecodeError:
                     raise Unusable("text is not utf-8") from None
+                lines = [line.strip() for line in text.splitlines() if line.strip()] if self.several else []
+                return tuple(lines) or (text,)
             value = _find(_parse(data, extension, parsed), path)
             if value is not _ABSENT and (texts := _captions(value, f"{extension}:{path}")):
                 return texts
+        if self.several and (listed := _listed(files, parsed)):
+            return listed
         raise Unusable("missing text", self._why_no_text(files))
 
     def key_in(self, files: Contents, parsed: dict[str, Any]) -> int:
@@ -164,6 +173,16 @@ DEFAULT = sample_fields(*(ALL[key].default for key in ("image_key", "text_key", 
 def fields_of(config: DataConfig) -> SampleFields:
     """The fields that the flags name."""
     return sample_fields(config.image_key, config.text_key, config.json_key)
+
+
+def _listed(files: Contents, parsed: dict[str, Any]) -> tuple[str, ...]:
+    """The captions in a json that is a list, or that has one under a name of captions; else none."""
+    if "json" not in files.members:
+        return ()
+    held = _parse(files.members["json"], "json", parsed)
+    lists = [held, *(held.get(name) for name in _CAPTIONS)] if isinstance(held, dict) else [held]
+    found = next((some for some in lists if isinstance(some, list) and some), [])
+    return tuple(found) if all(isinstance(text, str) and text for text in found) else ()
 
 
 def _parse(data: bytes, extension: str, parsed: dict[str, Any]) -> Any:

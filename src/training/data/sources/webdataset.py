@@ -25,6 +25,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -351,6 +352,11 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
 
 
 def open_val_shards(val_data: str, config: DataConfig) -> ShardSource:
-    """The shards of ``--val-data``, to be read in order; they need no key. ValueError: there are none."""
+    """The shards of ``--val-data``, to be read in order; they need no key. ValueError: there are none.
+
+    A text file in them has a caption on each line, and a json may hold a list of them, as in sets for retrieval.
+    """
     urls = [url for source in expand_shards(val_data, "--val-data") for url in source]
-    return ShardSource([Shard(url, 0, 0) for url in urls], 0, sample_index=None, fields=fields_of(config))
+    return ShardSource(
+        [Shard(url, 0, 0) for url in urls], 0, sample_index=None, fields=replace(fields_of(config), several=True)
+    )

@@ -1,0 +1,105 @@
+"""Pictures of a set that can be read in any order, and batches of them on this rank.
+
+Pictures that cannot be decoded are left out and counted, as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from training.data.bad_samples import Skips
+from training.data.decode import decode
+from training.data.samples import RawSample
+from training.data.sources.text_file import GIT_LFS
+from training.data.worker import decode_or_skip
+from training.evaluation.class_folders import readable
+
+
+class PictureSource(Protocol):
+    """The encoded pictures 0 to n - 1 of a set. It is pickled, and used in loader processes."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, number: int) -> str:
+        """What a message calls the picture."""
+        ...
+
+    def read(self, number: int) -> bytes:
+        """The file of the picture. OSError: it cannot be read."""
+        ...
+
+
+class FileSpan(NamedTuple):
+    """``size`` bytes of the file ``path`` from ``offset``; -1: all of it."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+
+
+class FilePictures:
+    """Pictures that are files, or lie in one piece in tar files."""
+
+    def __init__(self, spans: Sequence[FileSpan]) -> None:
+        self.spans = spans
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def name(self, number: int) -> str:
+        span = self.spans[number]
+        return readable(span.path) + (f", byte {span.offset}" if span.offset else "")
+
+    def read(self, number: int) -> bytes:
+        span = self.spans[number]
+        with open(span.path, "rb") as file:
+            file.seek(span.offset)
+            return file.read(span.size)
+
+
+class NumberedBatch(NamedTuple):
+    """``image`` [n, 3, H, W] and the ``number`` int64 [n] in the set, of the pictures that can be decoded."""
+
+    image: Tensor
+    number: Tensor
+    skips: Skips
+
+
+class NumberedBatches(Dataset[NumberedBatch]):
+    """The pictures ``numbers`` of ``source`` in batches of ``size``."""
+
+    def __init__(
+        self, source: PictureSource, numbers: range, size: int, transform: Callable[[Image.Image], Tensor]
+    ) -> None:
+        self.source, self.numbers, self.size, self.transform = source, numbers, size, transform
+
+    def __len__(self) -> int:
+        return -(-len(self.numbers) // self.size)
+
+    def __getitem__(self, i: int) -> NumberedBatch:
+        images, numbers, skips = [], [], Skips()
+        for number in self.numbers[i * self.size : (i + 1) * self.size]:
+            if (image := decoded(self.source, number, skips)) is not None:
+                images.append(self.transform(image))
+                numbers.append(number)
+        return NumberedBatch(torch.stack(images) if images else torch.empty(0), torch.tensor(numbers), skips)
+
+
+def decoded(source: PictureSource, number: int, skips: Skips) -> Image.Image | None:
+    """The RGB picture; None where it cannot be read or decoded, which is counted in ``skips``."""
+    name = source.name(number)
+    try:
+        data = source.read(number)
+    except OSError as error:
+        skips.add("undecodable image", f"{name}: {error.strerror or error}")
+        return None
+    if data.startswith(GIT_LFS):
+        skips.add("undecodable image", f"{name}: it is a pointer of Git LFS; run git lfs pull")
+        return None
+    return decode_or_skip(RawSample(data, "", 0, 0, name), skips, decode)

@@ -1,0 +1,366 @@
+"""``python -m training.evaluate`` on sets made on the spot, beside plain computations with open_clip alone."""
+
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.transform import image_transform_v2
+from PIL import Image
+
+import training.main
+from tests.support import evalsets, shards, tiny_models
+from tests.support.ranks import run_program
+from training.evaluate import main
+
+NAMES = [f"{color} {shape}" for color, shape in zip(shards.COLORS, shards.SHAPES * 2)][:7]
+FLICKR = "retrieval/flickr_1k_test_image_text_retrieval"
+N = 23
+
+
+class Plain:
+    """The model and its inputs by open_clip's own functions, in float64 after the towers."""
+
+    def __init__(self, model_file, weights):
+        open_clip.add_model_config(model_file)
+        self.model = tiny_models.build("tiny-vit").eval()
+        self.model.load_state_dict(weights)
+        self.tokenizer = open_clip.get_tokenizer("tiny-vit")
+        self.transform = image_transform_v2(open_clip.transform.PreprocessCfg(size=32), is_train=False)
+
+    @torch.no_grad()
+    def images(self, files):
+        pixels = [self.transform(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
+        return F.normalize(self.model.encode_image(torch.stack(pixels)).double(), dim=1)
+
+    @torch.no_grad()
+    def texts(self, texts):
+        return F.normalize(self.model.encode_text(self.tokenizer(list(texts))).double(), dim=1)
+
+    def classifier(self, names, templates):
+        means = torch.stack([self.texts([t.replace("{c}", n) for t in templates]).mean(0) for n in names])
+        return F.normalize(means, dim=1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A run with a checkpoint, and a folder with sets of all kinds."""
+    root = tmp_path_factory.mktemp("benchmark")
+    model = tiny_models.path("tiny-vit", root)
+    weights = tiny_models.build("tiny-vit", seed=5).state_dict()
+    (root / "run/checkpoints").mkdir(parents=True)
+    torch.save({"epoch": 3, "name": "run", "state_dict": weights}, root / "run/checkpoints/epoch_3.pt")
+    (root / "run/params.txt").write_text(f"model: {model}\npretrained: \n")
+    rng = np.random.default_rng(0)
+    data = root / "data"
+    labels = rng.integers(0, 7, N)
+    columns = np.stack([rng.integers(0, 3, N), rng.integers(0, 2, N), labels], 1)
+    evalsets.write_classification(data / "wds_cifar10_test", labels, NAMES)
+    evalsets.write_classification(data / "wds_wilds-fmow_test", labels, NAMES, columns)
+    evalsets.write_classification(data / "wds_vtab-pcam_test", labels % 2, NAMES[:2])
+    faces = {
+        "race": NAMES,
+        "gender": NAMES[:2],
+        "age": NAMES[:4],
+        "toxic": [*NAMES, *(f"thing {i}" for i in range(14))],
+    }
+    truth = np.stack([rng.integers(0, n, N) for n in (4, 2, 7, 2)], 1)
+    evalsets.write_wds(
+        data / "wds_utkface_test",
+        [
+            {"__key__": f"f{i}", "webp": evalsets.encoded(i, "webp"), "npy": evalsets.npy(truth[i])}
+            for i in range(N)
+        ],
+        [f"{kind}:{name}" for kind, names in faces.items() for name in names],
+        [f"{kind}:a face of {{c}}" for kind in faces],
+    )
+    captions = [[f"{shards.caption(i)} {j}" for j in range(1 + i % 3)] for i in range(N)]
+    pictures = {f"{i}.jpg": evalsets.encoded(i, "jpg") for i in range(N)}
+    rows = [{"filename": f"{i}.jpg", "raw": captions[i], "split": "test"} for i in range(N)]
+    rows.append({"filename": "none.jpg", "raw": ["of another split"], "split": "train"})
+    evalsets.write_csv_and_zip(data / "nlphuji" / FLICKR.split("/")[1], "test_1k_flickr", rows, pictures)
+    puzzles = [("Apple", 0, 5), ("stone", 3, 6), ("Owl", 2, 10), ("ice", 8, 12), ("Tree", 11, 10)]
+    rows = [
+        {"cue": cue, "candidates": [f"{i}" for i in range(at, at + n)], "associations": [f"{at + 1}", f"{at + 3}"]}
+        for cue, at, n in puzzles
+    ]
+    evalsets.write_csv_and_zip(data / "nlphuji/winogavil", "winogavil_dataset", rows, pictures)
+    samples = [{"__key__": f"{i}", "jpg": pictures[f"{i}.jpg"], "txt": "\n".join(captions[i])} for i in range(N)]
+    evalsets.write_wds(data / "wds_mine_test", samples, kind="retrieval")
+    plain = Plain(model, weights)
+    made = {"labels": labels, "columns": columns, "truth": truth, "captions": captions, "faces": faces}
+    return root, plain, made | {"pictures": list(pictures.values()), "puzzles": puzzles}
+
+
+def words(root, *more, run="run", data="data"):
+    common = ("--workers", "0", "--batch_size", "5")
+    return ["--checkpoint", str(root / run), "--data_dir", str(root / data), *common, *more]
+
+
+def lines_of(file):
+    return {line["key"]: line for line in map(json.loads, file.read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def results(place, one_thread):
+    """The lines of an evaluation of everything."""
+    root = place[0]
+    assert main(words(root)) == 0
+    return lines_of(root / "run/eval_results/epoch_3_eval_results.jsonl")
+
+
+def formats(n=N):
+    return [evalsets.encoded(i, ("jpg", "png", "webp")[i % 3]) for i in range(n)]
+
+
+def test_classification(place, results):
+    _, plain, made = place
+    similarity = plain.images(formats()) @ plain.classifier(NAMES, evalsets.TEMPLATES).T
+    order, labels = similarity.argsort(1, descending=True).numpy(), made["labels"]
+    line = results["cifar10"]
+    assert (line["dataset"], line["key"]) == ("CIFAR-10", "cifar10")
+    acc1 = np.mean(order[:, 0] == labels)
+    assert line["metrics"]["acc1"] == line["metrics"]["main_metric"] == pytest.approx(acc1)
+    assert line["metrics"]["acc5"] == pytest.approx(np.mean([y in o[:5] for o, y in zip(order, labels)]))
+    recalls = [np.mean(order[labels == c, 0] == c) for c in set(labels)]
+    assert line["metrics"]["mean_per_class_recall"] == pytest.approx(np.mean(recalls))
+    assert 0 < acc1 < 1
+    regions = [
+        np.mean(order[made["columns"][:, 0] == g, 0] == labels[made["columns"][:, 0] == g]) for g in range(3)
+    ]
+    assert results["wilds/fmow"]["metrics"]["main_metric"] == pytest.approx(min(regions))
+    assert results["vtab/pcam"]["metrics"]["acc5"] is None
+
+
+def test_faces_have_a_classifier_for_each_kind(place, results):
+    _, plain, made = place
+    image = plain.images([evalsets.encoded(i, "webp") for i in range(N)])
+    best = {
+        kind: (image @ plain.classifier(names, ["a face of {c}"]).T).argmax(1).numpy()
+        for kind, names in made["faces"].items()
+    }
+    metrics, truth = results["fairness/utkface"]["metrics"], made["truth"]
+    assert metrics["main_metric"] is None
+    assert metrics["acc_age_avg"] == pytest.approx(np.mean(best["age"] == truth[:, 0]))
+    assert metrics["acc_gender_avg"] == pytest.approx(np.mean(best["gender"] == truth[:, 1]))
+    assert metrics["acc_race_avg"] == pytest.approx(np.mean((best["race"] != 1) == truth[:, 3]))
+    assert metrics["toxicity_crime_avg"] == pytest.approx(np.mean(best["toxic"] >= 18))
+
+
+def recalls(similarity, owner):
+    """Recall of pictures and of captions at 1, 5, 10, one query at a time; no ties occur."""
+    expected = {}
+    for k in (1, 5, 10):
+        hits = [any(owner[j] == i for j in row.argsort(descending=True)[:k]) for i, row in enumerate(similarity)]
+        expected[f"text_retrieval_recall@{k}"] = np.mean(hits)
+        hits = [owner[j] in row.argsort(descending=True)[:k] for j, row in enumerate(similarity.T)]
+        expected[f"image_retrieval_recall@{k}"] = np.mean(hits)
+    return expected
+
+
+def test_retrieval_with_several_captions(place, results):
+    _, plain, made = place
+    texts = [caption for some in made["captions"] for caption in some]
+    owner = [i for i, some in enumerate(made["captions"]) for _ in some]
+    expected = recalls(plain.images(made["pictures"]) @ plain.texts(texts).T, owner)
+    metrics = dict(results[FLICKR]["metrics"])
+    main_metric = metrics.pop("main_metric")
+    assert main_metric == metrics.pop("mean_recall@1")
+    assert metrics == pytest.approx(expected)
+    both = expected["text_retrieval_recall@1"] + expected["image_retrieval_recall@1"]
+    assert main_metric == pytest.approx(both / 2)
+    further = results["mine"]["metrics"]  # the same pictures and captions in tar files
+    assert further == {**metrics, "mean_recall@1": main_metric, "main_metric": None}
+
+
+def test_winogavil(place, results):
+    _, plain, made = place
+    image = plain.images(made["pictures"])
+    scores = []
+    for cue, at, n in made["puzzles"]:
+        word = cue.lower()
+        text = plain.texts([f"{'An' if word[0] in 'aeiou' else 'A'} {word}"])[0]
+        chosen = set((image[at : at + n] @ text).argsort(descending=True)[:2].tolist())
+        scores.append(len(chosen & {1, 3}) / len(chosen | {1, 3}))
+    metrics = results["misc/winogavil"]["metrics"]
+    assert metrics["avg_jaccard_score"] == pytest.approx(np.mean(scores))
+    assert metrics["main_metric"] == metrics["jaccard_score_10-12"] == pytest.approx(np.mean(scores[2:]))
+
+
+def test_all_lines_carry_the_same_digest(results):
+    assert len({line["digest"] for line in results.values()}) == 1
+    assert len(results) == 7
+
+
+def test_two_ranks_write_what_one_does(place, results, tmp_path):
+    root, out = place[0], tmp_path / "two.jsonl"
+    codes = run_program(2, words(root, "--out", str(out)), program="training.evaluate")
+    assert [code for code, _ in codes] == [0, 0]
+    two = lines_of(out)
+    assert two.keys() == results.keys()
+    for key, line in two.items():
+        assert line["metrics"] == pytest.approx(results[key]["metrics"], abs=1e-6, nan_ok=True), key
+        assert line["digest"] == results[key]["digest"]
+
+
+# ------------------------------------------------------------------------------------------- goes on, and fails
+
+
+def lines_in(file):
+    return file.read_text().splitlines()
+
+
+def test_an_interrupted_evaluation_goes_on(place, results, tmp_path, capsys):
+    """Half of a line, as after a crash, is evaluated again; what is done is not."""
+    root, out = place[0], tmp_path / "out.jsonl"
+    texts = lines_in(root / "run/eval_results/epoch_3_eval_results.jsonl")
+    out.write_text("\n".join(texts[:3]) + "\n" + texts[3][:40])
+    assert main(words(root, "--out", str(out))) == 0
+    assert "3 of 7 sets have results of these weights already" in capsys.readouterr().err
+    assert lines_in(out)[:3] == texts[:3]
+    assert lines_of(out) == results
+
+
+def test_lines_of_other_weights_are_moved_aside(place, results, tmp_path, capsys):
+    root, out = place[0], tmp_path / "out.jsonl"
+    foreign = '{"key": "cifar10", "dataset": "CIFAR-10", "metrics": {"acc1": 1.0, "main_metric": 1.0}}'
+    out.write_text(foreign + "\n")
+    assert main(words(root, "--out", str(out), "--tasks", "CIFAR-10")) == 0
+    assert lines_of(out) == {"cifar10": results["cifar10"]}
+    assert lines_in(tmp_path / "out.others.jsonl") == [foreign]
+    assert "1 line is of other weights or of another program" in capsys.readouterr().err
+
+
+def test_a_set_that_fails_ends_no_other(place, results, tmp_path, capsys):
+    root = place[0]
+    data = tmp_path / "data"
+    shutil.copytree(root / "data/wds_cifar10_test", data / "wds_cifar10_test")
+    evalsets.write_classification(data / "wds_mnist_test", [0, 9], ["one", "two"])
+    shutil.copytree(root / "data/wds_wilds-fmow_test", data / "wds_wilds-fmow_test")
+    assert main(words(tmp_path, "--out", str(tmp_path / "o"), run=root / "run")) == 1
+    assert lines_of(tmp_path / "o").keys() == {"cifar10", "wilds/fmow"}
+    told = capsys.readouterr()
+    why = f"MNIST: --data_dir {data}/wds_mnist_test: s00001.cls holds '9', not a class number 0..1"
+    assert f"not evaluated:\n  {why}" in told.out
+    assert f"{why.replace('MNIST: ', 'MNIST: not evaluated: ')}" in told.err
+
+
+def test_the_table_says_what_is_there_and_what_is_missing(place, results, capsys):
+    """All has been evaluated already, so nothing is done."""
+    assert main(words(place[0])) == 0
+    out = capsys.readouterr().out
+    values = [line["metrics"]["main_metric"] for line in results.values()]
+    average = np.mean([value for value in values if value is not None])
+    assert re.search(rf"\nAverage of what was there .* {average:.4f}\n", out)
+    assert "of 5 of 38: incomplete" in out
+    assert "ImageNet 1k: it needs wds_imagenet1k_test/" in out
+    assert "mine" in out and "(not of the benchmark)" in out
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (
+            ["--tasks", "cifar10,nmist"],
+            "--tasks cifar10,nmist: nmist is neither a task of the benchmark nor in .*mnist",
+        ),
+        (["--tasks", "mnist"], "--tasks mnist: mnist is not in .*; it needs wds_mnist_test/"),
+        (["--data_dir", "@nowhere"], "--data_dir .*nowhere"),
+        (["--data_dir", "@run"], "--data_dir .*run: it holds no set"),
+        (["--epoch", "4"], "--epoch 4: --checkpoint .*run has no epoch_4.pt; its epochs are 3"),
+        (["--checkpoint", "nothing.pt"], "--checkpoint nothing.pt: there is no such file or folder"),
+        (["--checkpoint", "@data"], "--checkpoint .*data: it has no checkpoint"),
+        (
+            ["--checkpoint", "@alone.pt"],
+            "--checkpoint .*alone.pt: it does not say of which model it is; give --model",
+        ),
+        (["--checkpoint", "@alone.pt", "--model", "@tiny-vit.json"], "--out is missing"),
+        (
+            ["--checkpoint", "ViT-B-32:openai", "--model", "RN50"],
+            "--model RN50: --checkpoint ViT-B-32:openai names",
+        ),
+        (["--checkpoint", "ViT-B-33:openai", "--out", "@o"], "--model ViT-B-33: open_clip has no such model"),
+        (["--model", "ViT-B-32"], "--checkpoint .*epoch_3.pt: these weights do not fit"),
+    ],
+)
+def test_refusals(place, given, says, capsys):
+    root = place[0]
+    (root / "alone.pt").write_bytes((root / "run/checkpoints/epoch_3.pt").read_bytes())
+    code = main(words(root, *(str(root / word[1:]) if word.startswith("@") else word for word in given)))
+    assert code == 2
+    assert re.search(f"error: {says}", capsys.readouterr().err)
+
+
+def test_pictures_that_cannot_be_decoded_are_left_out_and_told(place, tmp_path, capsys):
+    root = place[0]
+    labels = place[2]["labels"][:8]
+    for data, broken in (("sound", ()), ("spoiled", (3, 5))):
+        samples = [
+            {
+                "__key__": f"s{i}",
+                "jpg": b"broken" if i in broken else evalsets.encoded(i, "jpg"),
+                "cls": f"{label}",
+            }
+            for i, label in enumerate(labels)
+            if data == "spoiled" or i not in (3, 5)
+        ]
+        evalsets.write_wds(tmp_path / data / "wds_mnist_test", samples, NAMES)
+        out = tmp_path / f"{data}.jsonl"
+        assert main(words(tmp_path, "--out", str(out), run=root / "run", data=data)) == 0
+    sound, spoiled = (lines_of(tmp_path / f"{data}.jsonl")["mnist"]["metrics"] for data in ("sound", "spoiled"))
+    assert spoiled == {**sound, "left_out": 2}
+    assert "MNIST: 2 pictures are left out: 2 undecodable image" in capsys.readouterr().err
+
+
+def test_a_run_evaluates_the_same_sets(place, results, tmp_path):
+    """With ``--eval_data_dir``: the same lines, and the main metrics among the run's own results."""
+    root = place[0]
+    line = ["--model", str(root / "tiny-vit.json"), "--pretrained", str(root / "run/checkpoints/epoch_3.pt")]
+    line += [
+        "--eval_data_dir",
+        str(root / "data"),
+        "--eval_tasks",
+        f"cifar10,wilds/fmow,{FLICKR}",
+        "--epochs",
+        "0",
+    ]
+    line += ["--precision", "fp32", "--workers", "0", "--batch-size", "4", "--logs", str(tmp_path), "--name", "in"]
+    assert training.main.main(line) == 0
+    lines = lines_of(tmp_path / "in/eval_results/epoch_0_eval_results.jsonl")
+    assert lines == {key: results[key] for key in ("cifar10", "wilds/fmow", FLICKR)}
+    (own,) = map(json.loads, lines_in(tmp_path / "in/eval_results.jsonl"))
+    assert own["cifar10-acc1"] == results["cifar10"]["metrics"]["acc1"]
+    assert own["wilds/fmow-acc_worst_region"] == results["wilds/fmow"]["metrics"]["main_metric"]
+    mean = np.mean([line["metrics"]["main_metric"] for line in lines.values()])
+    assert (own["datacomp-average"], own["datacomp-num_sets"]) == (pytest.approx(mean), 3)
+
+
+def test_a_checkpoint_that_says_what_it_is_needs_no_name(place, results, tmp_path):
+    """Whatever the run's flags or ``--model`` are called; the architecture of a trainer's checkpoint counts."""
+    root = place[0]
+    line = ["--model", tiny_models.path("tiny-vit", tmp_path), "--dataset-type", "synthetic", "--batch-size", "2"]
+    line += ["--train-num-samples", "2", "--epochs", "1", "--warmup", "0", "--workers", "0", "--precision", "fp32"]
+    line += [
+        "--force-quick-gelu",
+        "--image-mean",
+        "0.1",
+        "0.2",
+        "0.3",
+        "--logs",
+        str(tmp_path),
+        "--name",
+        "trained",
+    ]
+    assert training.main.main(line) == 0
+    alone = tmp_path / "alone.pt"
+    shutil.copy(tmp_path / "trained/checkpoints/epoch_1.pt", alone)
+    outs = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for file, out in zip((tmp_path / "trained", alone), outs):
+        assert main(words(root, "--checkpoint", str(file), "--out", str(out), "--tasks", "cifar10")) == 0
+    digests = [lines_of(out)["cifar10"]["digest"] for out in outs]
+    assert digests[0] == digests[1] != results["cifar10"]["digest"]
