@@ -217,9 +217,12 @@ def test_eval_results_are_lines_of_strict_json(tmp_path):
     ]
 
 
-def test_a_continued_run_replaces_the_scalars_of_the_steps_that_it_takes_again(tmp_path):
+def test_a_continued_run_replaces_the_scalars_of_the_steps_that_it_takes_again(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
+    # Files of one second and one process are read in the order of their numbers as text: 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with start(tmp_path, "--report-to", "tensorboard") as log:
         for step in range(1, 6):
             log.scalars(step, {"train/loss": 10.0 + step})

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from training.checkpoint.run_folder import RunFolder, create_folder
 from training.config.params import Config
 from training.distributed.process_group import World
-from training.reports import TensorBoardWriter, WandbWriter, Writer
+from training.reports import Distribution, TensorBoardWriter, WandbWriter, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,10 @@ class RunLog:
     def scalars(self, step: int, values: Mapping[str, float], axis: str = "step") -> None:
         """Send ``values`` to every writer: 'train/…' against 'step', 'val/…' and 'data/…' against 'epoch'."""
         self._send(lambda writer: writer.scalars(step, values, axis))
+
+    def histograms(self, epoch: int, values: Mapping[str, Distribution]) -> None:
+        """Send distributions to every writer, against 'epoch'."""
+        self._send(lambda writer: writer.histograms(epoch, values))
 
     def progress(
         self, total: int, desc: str, *, initial: int = 0, unit: str = "it", every: float = 15.0

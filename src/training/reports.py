@@ -15,8 +15,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,32 @@ _REOPEN = 30.0  # seconds until TensorBoard's files are tried again
 _ANSWER, _BEGIN, _FINISH = 10.0, 10.0, 30.0
 
 
+@dataclass(frozen=True)
+class Distribution:
+    """How ``count`` values are spread: ``bins`` of equal width hold them, from ``low`` to ``high``.
+
+    ``total`` is the sum of the values, ``squares`` that of their squares.
+    """
+
+    low: float
+    high: float
+    count: int
+    total: float
+    squares: float
+    bins: Sequence[int]
+
+    @property
+    def edges(self) -> list[float]:
+        """The ends of the bins, one more than there are bins."""
+        low, high = outer_edges(self.low, self.high)
+        return [low + (high - low) * i / len(self.bins) for i in range(len(self.bins) + 1)]
+
+
+def outer_edges(low: float, high: float) -> tuple[float, float]:
+    """Where the first bin of values from ``low`` to ``high`` begins and the last ends; wider if all are equal."""
+    return (low, high) if low < high else (low - 1, high + 1)
+
+
 class Writer:
     """A destination of scalars, called ``name`` in ``--report-to``; this one discards them."""
 
@@ -40,6 +67,9 @@ class Writer:
 
     def scalars(self, step: int, values: Mapping[str, float], axis: str) -> None:
         """``values`` at position ``step`` of ``axis``, 'step' or 'epoch'."""
+
+    def histograms(self, epoch: int, values: Mapping[str, Distribution]) -> None:
+        """``values`` after ``epoch`` complete epochs."""
 
     def watch(self, model: nn.Module) -> None:
         """Record parameters and gradients, if the destination can."""
@@ -86,13 +116,21 @@ class TensorBoardWriter(Writer):
             self._writer = self._kind(self._folder, purge_step=self._purge)
 
     def scalars(self, step: int, values: Mapping[str, float], axis: str) -> None:
-        if self._writer is None and time.monotonic() - self._failed < _REOPEN:
-            return
         with self._failing():
-            if self._writer is None:
-                self._writer = self._kind(self._folder)
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            if (writer := self._open()) is not None:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, step)
+
+    def histograms(self, epoch: int, values: Mapping[str, Distribution]) -> None:
+        with self._failing():
+            if (writer := self._open()) is not None:
+                for name, d in values.items():
+                    moments = {"num": d.count, "sum": d.total, "sum_squares": d.squares}
+                    # TensorBoard knows the upper ends alone; an empty bin in front tells where the first begins.
+                    writer.add_histogram_raw(
+                        name, d.low, d.high, **moments, bucket_limits=d.edges, bucket_counts=[0.0, *d.bins],
+                        global_step=epoch,
+                    )  # fmt: skip
 
     def close(self) -> None:
         try:
@@ -100,6 +138,12 @@ class TensorBoardWriter(Writer):
                 self._writer.close()
         finally:
             threading.excepthook = self._hook
+
+    def _open(self) -> Any:
+        """TensorBoard's writer; None: it has failed a moment ago."""
+        if self._writer is None and time.monotonic() - self._failed >= _REOPEN:
+            self._writer = self._kind(self._folder)
+        return self._writer
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -145,13 +189,23 @@ class WandbWriter(Writer):
             for handler in logging.getLogger("wandb").handlers:  # its own log, which may be on a full disk
                 setattr(handler, "handleError", lambda record: None)  # noqa: B010, a method to type checkers
             # Not W&B's own step, which cannot go back.
-            for axis, prefix in (("step", "train"), ("epoch", "val"), ("epoch", "data")):
+            for axis, prefix in (
+                ("step", "train"),
+                *(("epoch", what) for what in ("val", "data", "sample_state")),
+            ):
                 self._run.define_metric(axis)
                 self._run.define_metric(f"{prefix}/*", step_metric=axis)
 
     def scalars(self, step: int, values: Mapping[str, float], axis: str) -> None:
         if self._run is not None:
             self._run.log({**values, axis: step})
+
+    def histograms(self, epoch: int, values: Mapping[str, Distribution]) -> None:
+        if self._run is not None:
+            drawn = {
+                name: self._wandb.Histogram(np_histogram=(list(d.bins), d.edges)) for name, d in values.items()
+            }
+            self._run.log({**drawn, "epoch": epoch})
 
     def watch(self, model: nn.Module) -> None:
         if self._run is not None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from drrho_clip.losses.registry import LOG_U, TAU
 from training import preflight
 from training.cache import precompute
 from training.checkpoint import resume
@@ -27,8 +32,9 @@ from training.evaluation.evaluate import Evaluation, open_evaluation
 from training.logger import EarlyRecords, RunLog, open_run
 from training.loop.build import build_task, build_trainer, describe
 from training.loop.checkpointer import Checkpointer
-from training.loop.metrics import held_meters
+from training.loop.metrics import distributions, held_meters
 from training.loop.trainer import Trainer
+from training.machine import limits
 from training.models.build import build_reference, build_target, start_temperature
 from training.numerics import set_numerics
 from training.preflight import Opened
@@ -95,9 +101,19 @@ def _run(start: Start, log: RunLog) -> None:
 
 
 def _begin(start: Start, log: RunLog) -> None:
+    log.info(_hardware(start.world))
     for remark in start.remarks:
         log.info(remark)
     _set_numerics(start.config, start.world, log)
+
+
+def _hardware(world: World) -> str:
+    """The line of the log about the machines and cards of all ranks. Collective."""
+    cuda = world.device.type == "cuda"
+    card = torch.cuda.get_device_name(world.device) if cuda else f"{world.device.type} with {limits.cores()} cores"
+    kinds = Counter(collectives.gather_object((socket.gethostname(), card)))
+    cards = ", ".join(f"{n} x {kind} on {host}" for (host, kind), n in kinds.items())
+    return f"hardware: {cards}; torch {torch.__version__}"
 
 
 def write_cache(start: Start, log: RunLog) -> None:
@@ -152,7 +168,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
         keeping = Checkpointer(config.run, trainer, state, saver, interrupts, agreement, watchdog)
         if start.checkpoint is not None and _evaluation_is_missing(folder, start.checkpoint, state, trainer):
             _evaluate(log, trainer, state, evaluation)
-        _train_epochs(log, trainer, state, keeping, evaluation, watchdog)
+        _train_epochs(log, trainer, state, keeping, evaluation, watchdog, config.run.report_to)
         with watchdog.paused(SAVE):
             requeue_wanted = keeping.stopped and keeping.leave(log, folder.checkpoints)
             saver.close()
@@ -219,6 +235,7 @@ def _train_epochs(
     keeping: Checkpointer,
     evaluation: Evaluation,
     watchdog: Watchdog,
+    report_to: frozenset[str],
 ) -> None:
     def after_step() -> bool:
         watchdog.beat(trainer.step)
@@ -235,6 +252,7 @@ def _train_epochs(
             _report_skips(log, train_data=trainer.data, epoch=state.epoch)
             if keeping.asked_to_stop():
                 return
+            _report_sample_state(log, state, report_to)
             _evaluate(log, trainer, state, evaluation)
     log.info(f"trained {trainer.step} steps")
 
@@ -247,3 +265,11 @@ def _report_skips(log: RunLog, train_data: TrainData, epoch: int) -> None:
     by_reason = {f"data/skipped/{reason.replace(' ', '_')}": float(n) for reason, n in total.counts.items()}
     log.info(f"samples left out since the last epoch: {total}")
     log.scalars(epoch, {"data/skipped": float(total.counts.total()), **by_reason}, "epoch")
+
+
+def _report_sample_state(log: RunLog, state: RunState, report_to: frozenset[str]) -> None:
+    """Send how u, and each sample's temperature where it has one, are spread. All ranks call it together."""
+    if state.sample_state is None or not report_to:
+        return
+    columns = {name: column for name, column in state.sample_state.local().items() if name in LOG_U + TAU}
+    log.histograms(state.epoch, {f"sample_state/{name}": d for name, d in distributions(columns).items()})

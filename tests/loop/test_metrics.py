@@ -8,10 +8,13 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.ranks import ranks
 from tests.test_logger import STATUS
-from training.loop.metrics import Meter, read, train_line
+from training.loop.metrics import Meter, distributions, read, train_line
+from training.reports import Distribution
 
 
 class Waits(TorchDispatchMode):
@@ -66,3 +69,37 @@ def test_train_line_is_the_published_one():
         rf"Contrastive_loss: 1\.0000 \(2\.0000\) Loss: 1\.2500 \(2\.5000\)"
     )
     assert re.fullmatch(pattern, train_line(STATUS))
+
+
+# ------------------------------------------------------------------------------------------- distributions
+
+
+def spread_on(rank_rows: list[int]) -> dict[str, Distribution]:
+    """The distributions of one column over ranks that own some rows each; rows are values of a fixed sequence."""
+    rank = dist.get_rank()
+    first = sum(rank_rows[:rank])
+    column = _column()[first : first + rank_rows[rank]]
+    return distributions({"log_u_image": column, "never": torch.full((2,), torch.nan), "same": torch.ones(3)})
+
+
+def _column() -> torch.Tensor:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * 3
+    values[::7] = torch.nan
+    values[3] = torch.inf
+    return values
+
+
+def test_distributions_are_those_of_all_ranks_rows():
+    values = _column().numpy().astype(np.float64)
+    values = values[np.isfinite(values)]
+    results = ranks(2).run(spread_on, [1000, 0]) + ranks(2).run(spread_on, [300, 700])
+    for found in results:
+        assert set(found) == {"log_u_image", "same"}  # no finite value: none
+        d = found["log_u_image"]
+        assert (d.low, d.high, d.count) == (values.min(), values.max(), len(values))
+        assert d.total == pytest.approx(values.sum()) and d.squares == pytest.approx((values**2).sum())
+        counts, edges = np.histogram(values, len(d.bins))
+        assert d.edges == pytest.approx(edges.tolist())
+        assert sum(d.bins) == len(values)
+        assert np.abs(np.array(d.bins) - counts).sum() <= 2  # a value at an edge
+        assert (found["same"].low, found["same"].high, sum(found["same"].bins)) == (1, 1, 6)

@@ -11,7 +11,12 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from training.distributed.collectives import gather_object
 from training.logger import RunLog
+from training.reports import Distribution, outer_edges
+
+_BINS = 128
+_AT_ONCE = 2**22  # values that are counted at once, to need little memory
 
 
 class Meter:
@@ -143,3 +148,50 @@ def report(log: RunLog, status: TrainStatus) -> None:
     """Log the line about training and send its numbers to the writers."""
     log.info(train_line(status))
     log.scalars(status.step, status.scalars())
+
+
+def distributions(columns: Mapping[str, Tensor]) -> dict[str, Distribution]:
+    """How the values of each column, [n] with n of its own on each rank, are spread over all ranks. Collective.
+
+    Values that are not finite (NaN: samples never seen) are left out, and columns without any other value.
+    """
+    own = {name: _moments(column) for name, column in columns.items()}
+    parts = gather_object(own)
+    total = {name: _together([part[name] for part in parts]) for name in columns}
+    spans = {name: (low, high) for name, (low, high, count, *_) in total.items() if count}
+    counted = gather_object({name: _count(columns[name], *span) for name, span in spans.items()})
+    return {
+        name: Distribution(*total[name], [sum(part[name][i] for part in counted) for i in range(_BINS)])
+        for name in spans
+    }
+
+
+def _moments(column: Tensor) -> tuple[float, float, int, float, float]:
+    """The least and the largest finite value, how many there are, their sum and the sum of their squares."""
+    found = [(math.inf, -math.inf, 0, 0.0, 0.0)]
+    for part in column.split(_AT_ONCE):
+        values = part[part.isfinite()].double()
+        if len(values):
+            low, high, *sums = torch.stack(
+                [values.min(), values.max(), values.sum(), values.square().sum()]
+            ).tolist()
+            found.append((low, high, len(values), *sums))
+    return _together(found)
+
+
+def _together(
+    parts: Sequence[tuple[float, float, int, float, float]],
+) -> tuple[float, float, int, float, float]:
+    lows, highs, counts, sums, squares = zip(*parts)
+    return min(lows), max(highs), sum(counts), sum(sums), sum(squares)
+
+
+def _count(column: Tensor, low: float, high: float) -> list[int]:
+    """How many values lie in each of the bins from ``low`` to ``high``."""
+    low, high = outer_edges(low, high)
+    bins = torch.zeros(_BINS, dtype=torch.int64)
+    for part in column.split(_AT_ONCE):
+        place = (part[part.isfinite()].double() - low) * (_BINS / (high - low))
+        # torch.histc has no deterministic implementation on a GPU; bincount without weights has.
+        bins += torch.bincount(place.long().clamp_(0, _BINS - 1), minlength=_BINS).cpu()
+    return bins.tolist()
