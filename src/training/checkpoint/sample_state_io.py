@@ -118,6 +118,21 @@ def read(folder: Path, state: SampleState) -> None:
         raise ValueError(f"sample state {folder} cannot be read ({pt_file.reason(cause)})") from error
 
 
+def read_columns(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """The columns ``names``, as far as ``folder`` has them, float32 [N] each, read by one process.
+
+    ValueError: the files are not a sample state, or cannot be read.
+    """
+    saved = _Reader(folder).read_metadata()
+    kept = [name for name in names if name in saved.state_dict_metadata]
+    if not kept:
+        return {}
+    rows = max(_column(saved, name).size[0] for name in kept)
+    state = SampleState(rows, kept)
+    read(folder, state)
+    return state.local()
+
+
 def whole(state: SampleState) -> dict[str, Tensor]:
     """Column -> [N] on the CPU of rank 0; empty on the others. Collective."""
     columns = {}

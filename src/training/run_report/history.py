@@ -1,0 +1,185 @@
+"""What a run's folder holds, read for a report: log, flags, TensorBoard's events, evaluations, the largest u.
+
+Each part is read as far as it is there. A run that goes on may be read at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from training.config.flags import ALL
+from training.config.given import frozen
+from training.run_report import log_file
+from training.run_report.log_file import LogLines
+
+_STATE = "sample_state/"
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How the values of a column were spread after ``epoch`` epochs: ``edges`` [n + 1], ``counts`` [n]."""
+
+    epoch: int
+    edges: list[float]
+    counts: list[float]
+
+    def quantile(self, share: float) -> float:
+        """The value below which ``share`` of all lie, linear inside a bin."""
+        left = share * sum(self.counts)
+        for i, count in enumerate(self.counts):
+            if left <= count and count:
+                return self.edges[i] + (self.edges[i + 1] - self.edges[i]) * left / count
+            left -= count
+        return self.edges[-1]
+
+
+@dataclass
+class History:
+    """One run. ``name``: of its folder. ``flags``: ``params.txt``. ``problems``: what could not be read.
+
+    ``scalars``: TensorBoard's name -> step -> value. ``histograms``: column -> one for each epoch.
+    ``evaluations``: lines of ``eval_results.jsonl``, the last one of each epoch. ``tasks``: lines of the newest
+    file in ``eval_results/``, which is called ``tasks_file``.
+    """
+
+    folder: Path
+    name: str
+    flags: dict[str, str] = field(default_factory=dict)
+    log: LogLines = field(default_factory=LogLines)
+    scalars: dict[str, dict[int, float]] = field(default_factory=dict)
+    histograms: dict[str, list[Histogram]] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    tasks_file: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run reached its end."""
+        return (self.folder / "job.done").exists()
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """The flags whose values are not their defaults."""
+        return {
+            key: value
+            for key, value in self.flags.items()
+            if key not in ALL or str(frozen(ALL[key].default)) != value
+        }
+
+
+def read_run(folder: Path) -> History:
+    """Read ``folder``. ValueError: it is none of a run."""
+    if not folder.is_dir():
+        what = "is a file: give the run's folder" if folder.exists() else "does not exist"
+        raise ValueError(f"RUN_DIR {folder}: {what}")
+    logs = [folder / "out.log", *sorted(folder.glob("out-*.log"))]
+    log = next((path for path in logs if path.is_file()), None)
+    if log is None and not (folder / "params.txt").is_file():
+        inside = sorted(path.parent.name for path in folder.glob("*/out.log"))
+        cure = f"give one of the runs in it: {', '.join(inside[:5])}" if inside else "give LOGS/NAME"
+        raise ValueError(
+            f"RUN_DIR {folder}: there is neither out.log nor params.txt, so it is not a run's; {cure}"
+        )
+    run = History(folder, folder.resolve().name)
+    if log is None:
+        run.problems.append("there is no out.log")
+    else:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            run.log = log_file.read(lines)
+    run.flags = _flags(folder / "params.txt")
+    if not run.flags:
+        run.problems.append("there is no params.txt, so flags are not known")
+    _read_events(run)
+    results = _json_lines(folder / "eval_results.jsonl")
+    by_epoch = {line["epoch"]: line for line in results if is_number(line.get("epoch"))}
+    run.evaluations = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    _read_tasks(run)
+    return run
+
+
+def signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Changes when something in ``folder`` does that a report shows."""
+    found = []
+    for pattern in ("*", "tensorboard/*", "eval_results/*", "checkpoints/*.pt"):
+        for path in folder.glob(pattern):
+            with suppress(OSError):
+                if path.is_file() and path.suffix not in (".html", ".lock"):
+                    status = path.stat()
+                    found.append((str(path), status.st_size, status.st_mtime_ns))
+    return tuple(sorted(found))
+
+
+def _flags(path: Path) -> dict[str, str]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(": ") for line in text.split("\n") if ": " in line)
+    return {name: value for name, _, value in pairs}
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a line that was cut off is ignored."""
+    found = []
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    found.append(value)
+    return found
+
+
+def _read_tasks(run: History) -> None:
+    files = sorted((run.folder / "eval_results").glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+    if files:
+        run.tasks, run.tasks_file = [t for t in _json_lines(files[-1]) if "metrics" in t], files[-1].name
+
+
+def _read_events(run: History) -> None:
+    folder = run.folder / "tensorboard"
+    if not folder.is_dir():
+        return
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder), {"scalars": 0, "histograms": 0}).Reload()
+        tags: Mapping[str, Any] = events.Tags()
+        for tag in tags["scalars"]:
+            if not tag.startswith("val/"):  # eval_results.jsonl has them
+                run.scalars[tag] = {event.step: event.value for event in events.Scalars(tag)}
+        for tag in tags["histograms"]:
+            if tag.startswith(_STATE):
+                by_epoch = {event.step: event.histogram_value for event in events.Histograms(tag)}
+                found = [_histogram(epoch, by_epoch[epoch]) for epoch in sorted(by_epoch)]
+                run.histograms[tag.removeprefix(_STATE)] = [each for each in found if each is not None]
+    except Exception as error:  # a file that is being written, or of another program, fails in any way
+        run.problems.append(f"TensorBoard's events cannot be read ({' '.join(str(error).split())[:200]})")
+
+
+def _histogram(epoch: int, value: Any) -> Histogram | None:
+    """From TensorBoard's upper ends of bins; the first bin begins at the least value."""
+    edges, counts = list(value.bucket_limit), list(value.bucket)
+    if not counts or not sum(counts):
+        return None
+    if counts[0] == 0 and len(counts) > 1:
+        return Histogram(epoch, edges, counts[1:])
+    return Histogram(epoch, [min(value.min, edges[0]), *edges], counts)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of a JSON file is one that can be drawn."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def finite(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
+    """The points whose values are finite."""
+    kept = [(x, y) for x, y in zip(xs, ys) if math.isfinite(y)]
+    return [x for x, _ in kept], [y for _, y in kept]

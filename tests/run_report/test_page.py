@@ -1,0 +1,194 @@
+"""The page of real runs, in a real browser: curves are there, nothing is loaded, nothing fails, it fits."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from training import report as program
+from training.run_report.build import RunReport
+from training.run_report.page import _wilson
+from training.run_report.server import open_server
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+COMMON = (
+    "--train-data @spoiled --train-num-samples 4 --data_size 8 --max_bad_fraction 0.9 --fastclip --gamma 0.5 "
+    "--gamma_decay_epochs 2 --val-data @shards --log-every-n-steps 1 --report-to tensorboard"
+)
+
+
+@pytest.fixture(scope="module")
+def runs(lab) -> tuple[Path, Path]:
+    first = lab.run(lab.words(f"{COMMON} --epochs 3"))
+    second = lab.run(lab.words(f"{COMMON} --epochs 3 --lr 2e-3"))
+    assert (first.code, second.code) == (0, 0)
+    return first.folder, second.folder
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "new/report.html"
+    assert program.main([*map(str, runs), "--out", str(out)]) == 0
+    return out
+
+
+class Structure(HTMLParser):
+    """Headings in order, labels of pictures, ids, and whatever would be loaded."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.headings: list[int] = []
+        self.ids: list[str] = []
+        self.loaded: list[str] = []
+        self.unlabelled: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if "id" in given:
+            self.ids.append(given["id"])
+        for name in ("src", "href", "xlink:href"):
+            if name in given and not given[name].startswith(("#", "data:")):
+                self.loaded.append(given[name])
+        named = {"img": "alt", "input": "aria-label", "nav": "aria-label"}.get(tag)
+        if (named and not given.get(named)) or (given.get("role") == "img" and not given.get("aria-label")):
+            self.unlabelled.append(tag)
+
+
+def test_the_page_holds_all_it_needs_and_can_be_read_aloud(page):
+    text = page.read_text()
+    found = Structure(text)
+    assert found.loaded == [] and "@import" not in text
+    assert found.unlabelled == []
+    assert len(found.ids) == len(set(found.ids))
+    assert found.headings[0] == 1 and found.headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(found.headings, found.headings[1:]))
+    assert 'lang="en"' in text and '<a class="skip" href="#main">' in text
+
+
+def test_what_the_page_says(page, runs):
+    text = page.read_text()
+    for words in (
+        "Loss", "Temperature τ", "Weight γ", "Learning rate", "Throughput", "Waiting for data", "Retrieval: R@1",
+        "log u of images over time", "How log u of captions is spread", "Samples with the largest u",
+        "missing text", "Flags that differ between the runs", "--lr", "process hours",
+    ):  # fmt: skip
+        assert words in text, words
+    differing = text[text.index("Flags that differ") : text.index("All chosen flags")]
+    assert set(re.findall(r">--(\w+)<", differing)) == {"lr", "name"}
+    (loss,) = re.findall(r'<figure id="loss">.*?<script type="application/json">(.*?)</script>', text, re.S)
+    drawn = json.loads(loss)["series"]
+    for series, folder in zip(drawn, runs):
+        logged = re.findall(r" Loss: ([-\d.e]+)", (folder / "out.log").read_text())
+        assert series["name"] == folder.name
+        assert series["y"] == pytest.approx([float(value) for value in logged], rel=1e-4)
+
+
+def test_each_chart_is_a_picture_too(page):
+    pictures = sorted(file.stem for file in (page.parent / "report_png").iterdir())
+    assert pictures == sorted(re.findall(r'<figure id="([^"]+)"', page.read_text()))
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in (page.parent / "report_png").iterdir())
+
+
+def test_histograms_of_u_are_kept_each_epoch_and_are_those_of_the_checkpoint(runs):
+    events = EventAccumulator(str(runs[0] / "tensorboard"), {"histograms": 0}).Reload()
+    for column in ("log_u_image", "log_u_text"):
+        kept = events.Histograms(f"sample_state/{column}")
+        assert [event.step for event in kept] == [1, 2, 3]
+        values = [event.histogram_value for event in kept]
+        assert [value.num for value in values] == [3, 3, 3]  # one of four samples has no caption
+        assert sum(values[-1].bucket) == 3
+    found = RunReport(runs[:1]).read()[1][0]
+    edges, counts = found.spread["log_u_text"]
+    assert (edges[0], edges[-1]) == pytest.approx((values[-1].min, values[-1].max))
+    assert sum(counts) == found.seen == 3
+
+
+PROBE = """<script>
+const faults = []; addEventListener("error", (event) => faults.push(event.message));
+addEventListener("load", () => {
+  const slider = document.querySelector("#loss input"), before = slider.getAttribute("aria-valuetext");
+  slider.value = 0; slider.dispatchEvent(new Event("input"));
+  document.body.dataset.probe = JSON.stringify({
+    faults, wide: document.documentElement.scrollWidth - innerWidth, before,
+    after: slider.getAttribute("aria-valuetext"), ink: getComputedStyle(document.body).color,
+    lines: [...document.querySelectorAll("figure svg")].map((svg) => [...svg.querySelectorAll("path")]
+      .filter((path) => path.getAttribute("style")?.includes("var(--s") && path.getTotalLength() > 5).length),
+  });
+});</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed (apt-get install chromium)")
+@pytest.mark.parametrize("width", [500, 900, 1600])
+def test_in_a_browser(page, tmp_path, width):
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text().replace("<head>", f"<head>{PROBE}", 1))
+    done = subprocess.run(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},1000", "--enable-logging=stderr", "--virtual-time-budget=3000",
+            *(["--blink-settings=preferredColorScheme=0"] if width == 900 else []), "--dump-dom", probed.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    (held,) = re.findall(r'data-probe="([^"]*)"', done.stdout)
+    seen = json.loads(html.unescape(held))
+    assert seen["faults"] == []
+    assert seen["wide"] <= 0
+    assert all(lines >= 2 for lines in seen["lines"]) and len(seen["lines"]) > 10
+    assert seen["before"] != seen["after"] and seen["after"].startswith("epochs ")
+
+
+def get(address: str, **headers: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_the_served_page_changes_with_the_run(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "run")
+    server = open_server(RunReport([tmp_path / "run"], seconds=0), 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        host, port = server.server_address[:2]
+        assert host == "127.0.0.1"
+        address = f"http://127.0.0.1:{port}"
+        code, first = get(address)
+        signature = get(f"{address}/signature")[1]
+        assert code == 200 and f'data-signature="{signature}"' in first and 'id="refresh"' in first
+        assert get(f"{address}/signature")[1] == signature
+        with (tmp_path / "run/out.log").open("a") as log:
+            log.write("2026-01-02,10:00:00 | WARNING | something new\n")
+        assert get(f"{address}/signature")[1] != signature
+        assert "something new" in get(address)[1] and "something new" not in first
+        assert get(f"{address}/../etc/passwd")[0] == 404
+        assert get(address, Host="elsewhere.example")[0] == 403
+        shutil.rmtree(tmp_path / "run")
+        assert get(address)[0] == 503
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_wilsons_interval():
+    # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263, and 0 of 20.
+    assert _wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert _wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
