@@ -54,10 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(report: RunReport, out: Path) -> list[Path]:
-    runs = report.read()  # what is wrong with a folder is told before what is wrong with --out
-    del runs
+    read = report.read()
     try:
-        return report.write(out)
+        return report.write(out, *read)
     except OSError as error:
         raise ValueError(
             f"--out {out}: cannot be written ({error.strerror or error}); name a file in a folder that can be"

@@ -41,9 +41,8 @@ class RunReport:
         hard = [self._largest(run) for run in runs]
         return runs, hard, list(charts(runs, hard))
 
-    def write(self, out: Path) -> list[Path]:
-        """Write the page to ``out``, and each chart as a PNG into a folder beside it; returns all files."""
-        runs, hard, drawn = self.read()
+    def write(self, out: Path, runs: list[History], hard: list[LargestU], drawn: list[Chart]) -> list[Path]:
+        """Write what ``read`` returned to ``out``, each chart also as a PNG into a folder beside it; all files."""
         folder = out.parent / f"{out.stem}_png"
         folder.mkdir(parents=True, exist_ok=True)
         written = [out]

@@ -59,7 +59,6 @@ class Chart:
     unit: str
     series: Sequence[Series]
     x_label: str = "epochs"
-    log: bool = False
     markers: bool = False
     marks: Sequence[float] = ()
     note: str = ""
@@ -76,14 +75,14 @@ class Drawing:
 
 
 def thinned(x: Sequence[float], y: Sequence[float], most: int = _MOST) -> tuple[list[float], list[float]]:
-    """At most ``most`` of the points: of equal parts the least and the largest, so that no peak is lost."""
+    """About ``most`` of the points: both ends, and the least and the largest of equal parts: no peak is lost."""
     if len(x) <= most:
         return list(x), list(y)
     values = np.asarray(y, float)
-    kept = set()
+    kept = {0, len(x) - 1}
     for a, b in pairwise(np.linspace(0, len(x), most // 2 + 1).astype(int)):
         part = values[a:b]
-        kept |= {a + int(np.nanargmin(part)), a + int(np.nanargmax(part))} if np.isfinite(part).any() else {a}
+        kept |= {a + int(part.argmin()), a + int(part.argmax())}
     chosen = sorted(kept)
     return [x[i] for i in chosen], [y[i] for i in chosen]
 
@@ -147,10 +146,8 @@ def _figure(chart: Chart, ink: str, grid: str, colours: Sequence[str]) -> tuple[
             axes.fill_between(series.x, series.low, series.high, color=look["color"], alpha=0.18, linewidth=0)
         if chart.smooth and len(x) >= _SMOOTHED:
             axes.plot(x, y, **(look | {"linewidth": 0.8, "alpha": 0.35}))
-            y = _running_mean(y)
+            x, y = thinned(series.x, _running_mean(series.y))
         axes.plot(x, y, label=series.name, **look)
-    if chart.log:
-        axes.set_yscale("log")
     axes.set_xlabel(chart.x_label, color=ink, fontsize=10)
     axes.tick_params(colors=ink, labelsize=10, length=3)
     axes.grid(color=grid, linewidth=0.7)
@@ -164,6 +161,8 @@ def _figure(chart: Chart, ink: str, grid: str, colours: Sequence[str]) -> tuple[
 
 
 def _running_mean(y: Sequence[float]) -> list[float]:
-    """The mean of each value and its neighbours, a thirtieth of all."""
-    values, half = np.asarray(y, float), max(1, len(y) // 60)
-    return [float(np.nanmean(values[max(i - half, 0) : i + half + 1])) for i in range(len(values))]
+    """The mean of each value and its neighbours, a thirtieth of all; ``y`` is finite."""
+    n, half = len(y), max(1, len(y) // 60)
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(y, float))])
+    low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
+    return ((sums[high] - sums[low]) / (high - low)).tolist()

@@ -170,9 +170,9 @@ def _gamma(run: History) -> _Points:
 
 
 def _mfu(run: History) -> _Points:
-    logged, steps = run.scalars.get("train/mfu", {}), run.log.steps_per_epoch
-    if logged and steps:
-        return [step / steps for step in sorted(logged)], [100 * logged[step] for step in sorted(logged)]
+    steps = run.log.steps_per_epoch
+    if run.mfu and steps:
+        return [step / steps for step in sorted(run.mfu)], [100 * run.mfu[step] for step in sorted(run.mfu)]
     return list(run.log.mfu), [100 * share for share in run.log.mfu.values()]
 
 

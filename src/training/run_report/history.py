@@ -18,7 +18,7 @@ from training.config.given import frozen
 from training.run_report import log_file
 from training.run_report.log_file import LogLines
 
-_STATE = "sample_state/"
+_STATE, _MFU = "sample_state/", "train/mfu"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Histogram:
 class History:
     """One run. ``name``: of its folder. ``flags``: ``params.txt``. ``problems``: what could not be read.
 
-    ``scalars``: TensorBoard's name -> step -> value. ``histograms``: column -> one for each epoch.
+    ``mfu``: step -> share, from TensorBoard. ``histograms``: column -> one for each epoch.
     ``evaluations``: lines of ``eval_results.jsonl``, the last one of each epoch. ``tasks``: lines of the newest
     file in ``eval_results/``, which is called ``tasks_file``.
     """
@@ -52,7 +52,7 @@ class History:
     name: str
     flags: dict[str, str] = field(default_factory=dict)
     log: LogLines = field(default_factory=LogLines)
-    scalars: dict[str, dict[int, float]] = field(default_factory=dict)
+    mfu: dict[int, float] = field(default_factory=dict)
     histograms: dict[str, list[Histogram]] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
@@ -152,9 +152,8 @@ def _read_events(run: History) -> None:
 
         events = EventAccumulator(str(folder), {"scalars": 0, "histograms": 0}).Reload()
         tags: Mapping[str, Any] = events.Tags()
-        for tag in tags["scalars"]:
-            if not tag.startswith("val/"):  # eval_results.jsonl has them
-                run.scalars[tag] = {event.step: event.value for event in events.Scalars(tag)}
+        if _MFU in tags["scalars"]:  # the log has the others
+            run.mfu = {event.step: event.value for event in events.Scalars(_MFU)}
         for tag in tags["histograms"]:
             if tag.startswith(_STATE):
                 by_epoch = {event.step: event.histogram_value for event in events.Histograms(tag)}
