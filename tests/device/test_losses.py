@@ -10,6 +10,7 @@ import torch
 from drrho_clip.losses.pair_kernels import Kernels
 from drrho_clip.sample_state import SampleState, StateUpdate
 from tests.support.objectives import BUDGETS, SCHEMES, check_oracle, check_published_numbers
+from training.loop.metrics import distributions
 
 AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}
 
@@ -55,3 +56,19 @@ def test_rows_are_kept_where_the_device_writes_them(device):
         assert torch.equal(found[name], given)
         assert whole[name].isnan().sum() == 1000 - 64
         assert torch.equal(whole[name].to(device)[index], given)
+
+
+def test_distributions_are_counted_under_deterministic_algorithms(device):
+    column = torch.linspace(-3, 5, 10_001, device=device)
+    column[::10] = torch.nan
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = distributions({"log_u_image": column})["log_u_image"]
+    finally:
+        torch.use_deterministic_algorithms(before)
+    kept = column[column.isfinite()].cpu().double()
+    counts = torch.histc(kept, len(found.bins), found.low, found.high)
+    assert (torch.tensor(found.bins) - counts).abs().sum() <= 4  # two values at an edge
+    assert sum(found.bins) == len(kept)
+    assert (found.count, found.low, found.high) == (len(kept), kept.min().item(), kept.max().item())
