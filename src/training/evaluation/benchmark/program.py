@@ -61,7 +61,11 @@ def evaluate(given: argparse.Namespace) -> int:
     path = results_path(chosen, given.out, given.checkpoint)
     config = configuration(chosen, given)
     world = process_group.start(config.distributed)
-    _log_to_console(world)
+    with _lines_on_stderr(world):
+        return _evaluate(given, chosen, path, config, world)
+
+
+def _evaluate(given: argparse.Namespace, chosen: Chosen, path: Path, config: Config, world: World) -> int:
     catalog = on_main(lambda: find_sets(given.data_dir, given.tasks, "--data_dir", "--tasks"))
     built = build(chosen, config, world)
     digest = on_main(lambda: digest_of(built.module, given.precision, built.preprocess))
@@ -238,11 +242,18 @@ def _in_our_words() -> Iterator[None]:
         raise ValueError(told) from error
 
 
-def _log_to_console(world: World) -> None:
-    """Lines on stderr: of rank 0 all, of the others warnings."""
+@contextmanager
+def _lines_on_stderr(world: World) -> Iterator[None]:
+    """What is logged stands on stderr: of rank 0 all, of the others warnings."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S"))
     handler.setLevel(logging.INFO if world.is_main else logging.WARNING)
     root = logging.getLogger()
+    level = root.level
     root.setLevel(logging.INFO)
     root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
