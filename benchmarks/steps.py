@@ -32,7 +32,9 @@ from training.loop.optimizer import create_optimizer
 from training.loop.step import Stepper
 from training.loop.task import Task
 from training.models import precision
-from training.models.build import BuiltModel, build_reference, build_target
+from training.models.build import build_target
+from training.models.create import BuiltModel
+from training.models.frozen import build_reference
 from training.numerics import set_numerics
 
 GAMMA, EPS = 0.5, 1e-14

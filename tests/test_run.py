@@ -193,7 +193,7 @@ def test_the_parts_of_a_run_each_reach_their_end(flags, tmp_path):
 
 def test_bad_evaluation_folders_are_refused_before_models_are_built(flags, tmp_path, capfd, monkeypatch):
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr("training.models.build.build_target", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr("training.run.build_target", lambda *_: pytest.fail("a model was built"))
     words = flags(
         "--name", "a", "--epochs", "1", "--imagenet-val", tmp_path / "empty", "--zeroshot-frequency", "1"
     )

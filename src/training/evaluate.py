@@ -15,11 +15,10 @@ import sys
 from collections.abc import Sequence
 
 from training.config.flags import ALL
-from training.distributed import launcher, once
+from training.distributed import once
 from training.machine import console
 from training.machine.limits import cores
 from training.machine.prepare import Unfit, prepare
-from training.machine.shortage import shortage
 
 
 @console.lasting_streams()
@@ -32,29 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         once.say(f"error: {error}")
         return 2
     # Imported here: torch does not load everywhere, and ``prepare`` says why.
-    from training.distributed import collectives, failures, process_group
+    from training.distributed import failures
     from training.evaluation.benchmark.program import evaluate
 
-    code = 1
-    try:
-        code = evaluate(given)
-    except ValueError as error:
-        failures.tell(error)
-        code = 2
-    except collectives.PeerFailed:
-        failures.notice()
-    except KeyboardInterrupt:
-        if launcher.rank() == 0:
-            print("interrupted: the same command goes on with the next set", file=sys.stderr)
-        code = 130
-    except Exception as error:
-        known = failures.lost_loader(error) or shortage(error)
-        if not (process_group.met() or known or launcher.launched()):
-            raise
-        failures.report(error)
-    finally:
-        failures.leave(code)
-    return code
+    return failures.run(lambda: evaluate(given), interrupted="the same command goes on with the next set")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -37,33 +37,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # Imported after the flags have been checked: --help and refusals do not wait for torch.
     from training import dry_run, run
-    from training.distributed import collectives, failures, process_group
+    from training.distributed import failures
 
-    code = 1
-    try:
-        if config.run.dry_run:
-            if launcher.rank() == 0:
-                console.show(dry_run.describe(config))
-        else:
+    def program() -> int:
+        if not config.run.dry_run:
             run.launch(config)
-        code = 0
-    except ValueError as error:
-        failures.tell(error)
-        code = 2
-    except collectives.PeerFailed:
-        failures.notice()
-    except KeyboardInterrupt:
-        if launcher.rank() == 0:
-            print("interrupted: nothing more is saved", file=sys.stderr)
-        code = 130
-    except Exception as error:
-        known = failures.lost_loader(error) or shortage(error)
-        if not (process_group.met() or known or launcher.launched()):
-            raise
-        failures.report(error)
-    finally:
-        failures.leave(code)
-    return code
+        elif launcher.rank() == 0:
+            console.show(dry_run.describe(config))
+        return 0
+
+    return failures.run(program, interrupted="nothing more is saved")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from training.machine.compiler import check_compiler
 from training.machine.gpus import idle_gpus, without_gpu
 from training.machine.limits import check_open_files, check_sockets, cores
 from training.models import described, precision, pretrained
-from training.models.build import look_for_weights
+from training.models.frozen import look_for_weights
 
 
 @dataclass(frozen=True)

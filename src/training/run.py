@@ -35,7 +35,8 @@ from training.loop.checkpointer import Checkpointer
 from training.loop.metrics import distributions, held_meters
 from training.loop.trainer import Trainer
 from training.machine import limits
-from training.models.build import build_reference, build_target, start_temperature
+from training.models.build import build_target, start_temperature
+from training.models.frozen import build_reference
 from training.numerics import set_numerics
 from training.preflight import Opened
 

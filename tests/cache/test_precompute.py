@@ -22,7 +22,7 @@ from training.data.transforms import eval_transform
 from training.distributed.process_group import World
 from training.logger import open_run
 from training.main import main
-from training.models import build
+from training.models import frozen
 
 WRITE = "--ref_model @reference --ref_model_pretrained @reference_weights --cache_ref_model_features"
 
@@ -52,7 +52,7 @@ def test_values_are_the_references_under_its_evaluation_transform(lab, whole):
     rows, values = whole
     assert rows == list(range(16))
     module = tiny_models.build("tiny-vit-reference").eval()
-    built = build.build_reference(parse(words(lab, lab.root / "x")), World(0, 0, 1, 1, CPU))
+    built = frozen.build_reference(parse(words(lab, lab.root / "x")), World(0, 0, 1, 1, CPU))
     transform = eval_transform(built.preprocess)
     pixels = torch.stack([transform(decode(shards.sample(i)["jpg"])) for i in rows])
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_another_list_of_shards_is_refused_and_a_longer_one_goes_on(lab, tmp_pat
 
 
 def test_another_reference_is_refused_before_it_is_built(lab, whole, capsys, monkeypatch):
-    monkeypatch.setattr(build, "build_reference", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr("training.cache.producers.build_reference", lambda *_: pytest.fail("built"))
     argv = words(lab, lab.root / "whole")
     argv[argv.index("--ref_model_pretrained") + 1] = lab.path("other_reference_weights")
     assert main(argv) == 2

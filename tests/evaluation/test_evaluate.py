@@ -22,7 +22,8 @@ from training.config.params import parse
 from training.distributed.process_group import World
 from training.evaluation.evaluate import open_evaluation, open_sets
 from training.logger import open_run
-from training.models.build import BuiltModel, build_target
+from training.models.build import build_target
+from training.models.create import BuiltModel
 
 MAIN = World(0, 0, 1, 1, torch.device("cpu"))
 PAIRS, CLASSES, PER_CLASS = 21, 7, 3

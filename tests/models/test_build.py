@@ -14,7 +14,8 @@ from tests.support import tiny_models
 from tests.support.building import ALONE, close, config, embed, reference, same_weights, target, trained
 from tests.support.ranks import ranks
 from training.distributed.process_group import World
-from training.models.build import build_reference, build_target
+from training.models.build import build_target
+from training.models.frozen import build_reference
 
 
 @pytest.fixture
@@ -270,5 +271,5 @@ def test_a_teachers_errors_name_its_own_flags(tmp_path, vit):
 def test_building_logs_one_line(vit, caplog):
     with caplog.at_level("INFO"):
         target("--model", vit)
-    assert [r.name for r in caplog.records] == ["training.models.build"]
+    assert [r.name for r in caplog.records] == ["training.models.create"]
     assert "3.3M parameters" in caplog.text and "random weights" in caplog.text

@@ -15,7 +15,9 @@ from training.cache.features import model_identity
 from training.checkpoint import pt_file
 from training.checkpoint.architecture import architecture_of, model_differences
 from training.checkpoint.run_state import RunState
-from training.models.build import BuiltModel, build_saved, build_target, look_for_weights
+from training.models.build import build_target
+from training.models.create import BuiltModel
+from training.models.frozen import build_saved, look_for_weights
 
 CHANGED = ["--force-quick-gelu", "--force-image-size", 48, "--image-mean", 0.1, 0.2, 0.3, "--image-std", 0.9]
 

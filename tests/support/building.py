@@ -15,7 +15,9 @@ from torch import nn
 from tests.support import tiny_models
 from training.config.params import Config, parse
 from training.distributed.process_group import World
-from training.models.build import BuiltModel, build_reference, build_target
+from training.models.build import build_target
+from training.models.create import BuiltModel
+from training.models.frozen import build_reference
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 SYNTHETIC = ["--dataset-type", "synthetic", "--train-num-samples", "64", "--batch-size", "8", "--data_size", "64"]

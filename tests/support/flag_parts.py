@@ -35,7 +35,9 @@ from training.evaluation.pairs import build_val
 from training.loop.build import build_distillation, build_loss, build_selection
 from training.loop.learning_rates import LearningRates, horizon
 from training.loop.optimizer import create_optimizer
-from training.models.build import BuiltModel, build_captioner, build_reference, build_target
+from training.models.build import build_target
+from training.models.create import BuiltModel
+from training.models.frozen import build_captioner, build_reference
 from training.models.pretrained import Weights
 
 # -------------------------------------------------------------------------------------------- data
@@ -153,7 +155,7 @@ def captioner_parameters(lab: Lab, words: list[str]) -> dict[str, tuple[float, b
 def captioner_size(lab: Lab, words: list[str]) -> int:
     """The captioning model's parameters, whatever its weights."""
     with (
-        mock.patch("training.models.build.load"),
+        mock.patch("training.models.create.load"),
         mock.patch("training.models.pretrained.find", return_value=Weights()),
     ):
         return sum(p.numel() for p in build_captioner(parse(words), WORLD).module.parameters())
@@ -162,7 +164,7 @@ def captioner_size(lab: Lab, words: list[str]) -> int:
 def reference_size(lab: Lab, words: list[str]) -> int:
     """The reference's parameters, whatever its weights."""
     with (
-        mock.patch("training.models.build.load"),
+        mock.patch("training.models.create.load"),
         mock.patch("training.models.pretrained.find", return_value=Weights()),
     ):
         return sum(p.numel() for p in build_reference(parse(words), WORLD).module.parameters())

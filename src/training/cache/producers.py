@@ -20,7 +20,7 @@ from training.data.tokenizer import Tokenizer
 from training.data.transforms import FixedView
 from training.distributed.process_group import World
 from training.models import precision, pretrained
-from training.models.build import build_captioner, build_reference
+from training.models.frozen import build_captioner, build_reference
 
 
 class Work(Protocol):

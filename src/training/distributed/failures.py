@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
@@ -34,6 +35,33 @@ _ADVICE = {
     "use fewer --workers or --workers 0",
     "Terminated": "by a user or a launcher",
 }
+
+
+def run(program: Callable[[], int], *, interrupted: str) -> int:
+    """The exit code of ``program``, which ranks may run together. What it fails with is told once.
+
+    ``interrupted``: what is said after Ctrl-C. An unforeseen error of a single process is raised.
+    """
+    code = 1
+    try:
+        code = program()
+    except ValueError as error:
+        tell(error)
+        code = 2
+    except collectives.PeerFailed:
+        notice()
+    except KeyboardInterrupt:
+        if launcher.rank() == 0:
+            print(f"interrupted: {interrupted}", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        known = lost_loader(error) or shortage(error)
+        if not (process_group.met() or known or launcher.launched()):
+            raise
+        report(error)
+    finally:
+        leave(code)
+    return code
 
 
 class LoaderEnded(RuntimeError):

@@ -46,7 +46,7 @@ from training.evaluation.zero_shot import (
 )
 from training.logger import RunLog
 from training.models import precision
-from training.models.build import BuiltModel
+from training.models.create import BuiltModel
 from training.models.open_clip_model import with_labels
 
 CLASSES_AT_ONCE = 10

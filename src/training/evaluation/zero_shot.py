@@ -123,12 +123,19 @@ class PictureBatches(Dataset[PictureBatch]):
 
 
 def _decoded(picture: Labelled, skips: Skips) -> Image.Image | None:
-    """The RGB image; None where it cannot be read or decoded, which is counted in ``skips``."""
-    name = readable(picture.path) + (f", byte {picture.offset}" if picture.offset else "")
-    try:
+    def read() -> bytes:
         with open(picture.path, "rb") as file:
             file.seek(picture.offset)
-            data = file.read(picture.size)
+            return file.read(picture.size)
+
+    name = readable(picture.path) + (f", byte {picture.offset}" if picture.offset else "")
+    return decoded_or_skipped(name, read, skips)
+
+
+def decoded_or_skipped(name: str, read: Callable[[], bytes], skips: Skips) -> Image.Image | None:
+    """The RGB picture that ``read`` gives; None where it cannot be read or decoded, which ``skips`` counts."""
+    try:
+        data = read()
     except OSError as error:
         skips.add("undecodable image", f"{name}: {error.strerror or error}")
         return None

@@ -13,7 +13,8 @@ from torch import Tensor
 from training.checkpoint import pt_file
 from training.config.inputs.weights import TORCH, kind_of
 from training.distributed.process_group import World
-from training.models.build import BuiltModel, build_saved
+from training.models.create import BuiltModel
+from training.models.frozen import build_saved
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCALARS = ("logit_scale", "logit_bias")  # they stay float32: a step of bfloat16 is 1% of a temperature

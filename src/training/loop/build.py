@@ -26,7 +26,7 @@ from training.loop.step import Stepper
 from training.loop.task import Selection, Task
 from training.loop.trainer import Trainer
 from training.models import precision
-from training.models.build import BuiltModel
+from training.models.create import BuiltModel
 
 # torch.compile splits the graph where DDP sends a bucket of gradients, so that they travel during the backward
 # pass. Splitting a checkpointed block fails in torch 2.6 and 2.8 and works in 2.14. Without, they travel after it.

@@ -23,7 +23,7 @@ from training.distributed.process_group import World
 from training.evaluation.benchmark.sources import NumberedBatches, PictureSource
 from training.evaluation.retrieval import normalized
 from training.logger import ProgressBar
-from training.models.build import BuiltModel
+from training.models.create import BuiltModel
 from training.models.precision import Precision
 
 T = TypeVar("T")

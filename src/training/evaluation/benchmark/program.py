@@ -29,7 +29,9 @@ from training.evaluation.benchmark.tasks import TASKS
 from training.logger import ProgressBar
 from training.machine import console
 from training.models import precision
-from training.models.build import BuiltModel, build_saved, build_target
+from training.models.build import build_target
+from training.models.create import BuiltModel
+from training.models.frozen import build_saved
 
 _log = logging.getLogger(__name__)
 

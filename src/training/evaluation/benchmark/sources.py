@@ -14,11 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from training.data.bad_samples import Skips
-from training.data.decode import decode
-from training.data.samples import RawSample
-from training.data.sources.text_file import GIT_LFS
-from training.data.worker import decode_or_skip
 from training.evaluation.class_folders import readable
+from training.evaluation.zero_shot import decoded_or_skipped
 
 
 class PictureSource(Protocol):
@@ -93,13 +90,4 @@ class NumberedBatches(Dataset[NumberedBatch]):
 
 def decoded(source: PictureSource, number: int, skips: Skips) -> Image.Image | None:
     """The RGB picture; None where it cannot be read or decoded, which is counted in ``skips``."""
-    name = source.name(number)
-    try:
-        data = source.read(number)
-    except OSError as error:
-        skips.add("undecodable image", f"{name}: {error.strerror or error}")
-        return None
-    if data.startswith(GIT_LFS):
-        skips.add("undecodable image", f"{name}: it is a pointer of Git LFS; run git lfs pull")
-        return None
-    return decode_or_skip(RawSample(data, "", 0, 0, name), skips, decode)
+    return decoded_or_skipped(source.name(number), lambda: source.read(number), skips)
