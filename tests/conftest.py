@@ -14,6 +14,7 @@ from training.distributed.signals import SIGNALS
 
 # Files whose tests wait for processes, for a minute or more in all: they begin first, so that none is the last.
 LONGEST = (
+    "tests/device/test_runs.py",
     "tests/checkpoint/test_kill.py",
     "tests/slurm/test_slurm.py",
     "tests/project/test_benchmarks.py",

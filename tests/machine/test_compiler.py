@@ -64,3 +64,13 @@ def test_a_cache_from_which_nothing_can_be_loaded(compiler, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC * (path == compiler)))
     with pytest.raises(Unfit, match="which is mounted noexec: set TORCHINDUCTOR_CACHE_DIR"):
         check_compiler("cpu")
+
+
+@pytest.mark.parametrize(("device", "refused"), [("cpu", True), ("cuda", False)])
+def test_a_torch_that_compiles_wrongly_on_the_cpu(compiler, monkeypatch, device, refused):
+    monkeypatch.setattr("training.machine.compiler.version", lambda _: "2.6.0+cu124")
+    if refused:
+        with pytest.raises(Unfit, match=r"--torchcompile: torch 2\.6\.0\+cu124 compiles .* wrongly on the CPU"):
+            check_compiler(device)
+    else:
+        check_compiler(device)

@@ -45,7 +45,7 @@ def _serve(rank: int, size: int, port: int | None, pipe) -> None:
 class Ranks:
     """A pool of ``size`` processes in one gloo group; not ``joined``: with a launcher's variables alone."""
 
-    def __init__(self, size: int, joined: bool = True, timeout: float = 120.0) -> None:
+    def __init__(self, size: int, joined: bool = True, timeout: float = 400.0) -> None:
         self.size, self.timeout = size, timeout
         context, port = mp.get_context("forkserver"), free_port() if joined else None
         context.set_forkserver_preload(

@@ -29,7 +29,7 @@ from training.models import precision
 from training.models.create import BuiltModel
 
 # torch.compile splits the graph where DDP sends a bucket of gradients, so that they travel during the backward
-# pass. Splitting a checkpointed block fails in torch 2.6 and 2.8 and works in 2.14. Without, they travel after it.
+# pass. Splitting a checkpointed block fails in torch 2.8 and works in 2.14. Without, they travel after it.
 _SPLITS_CHECKPOINTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 
 
