@@ -57,6 +57,15 @@ def trained(module: nn.Module) -> set[str]:
     return {name for name, p in module.named_parameters() if p.requires_grad}
 
 
+def known_to_open_clip() -> str:
+    """open_clip's own name for ``tiny-vit``. It is never forgotten, so it is none that other tests give a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "tiny-vit-of-open-clip.json")
+        file.write_text(json.dumps(tiny_models.CONFIGS["tiny-vit"]))
+        open_clip.add_model_config(file)
+    return file.stem
+
+
 @contextmanager
 def shrunk(*built_in: str) -> Iterator[None]:
     """Models of open_clip as ``tiny-vit``, for a while: names and tags stay, weights fit a test."""

@@ -15,6 +15,7 @@ from PIL import Image
 
 import training.main
 from tests.support import evalsets, shards, tiny_models
+from tests.support.building import known_to_open_clip
 from tests.support.ranks import run_program
 from training.evaluate import main
 
@@ -26,11 +27,10 @@ N = 23
 class Plain:
     """The model and its inputs by open_clip's own functions, in float64 after the towers."""
 
-    def __init__(self, model_file, weights):
-        open_clip.add_model_config(model_file)
+    def __init__(self, weights):
         self.model = tiny_models.build("tiny-vit").eval()
         self.model.load_state_dict(weights)
-        self.tokenizer = open_clip.get_tokenizer("tiny-vit")
+        self.tokenizer = open_clip.get_tokenizer(known_to_open_clip())
         self.transform = image_transform_v2(open_clip.transform.PreprocessCfg(size=32), is_train=False)
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ def place(tmp_path_factory):
     evalsets.write_csv_and_zip(data / "nlphuji/winogavil", "winogavil_dataset", rows, pictures)
     samples = [{"__key__": f"{i}", "jpg": pictures[f"{i}.jpg"], "txt": "\n".join(captions[i])} for i in range(N)]
     evalsets.write_wds(data / "wds_mine_test", samples, kind="retrieval")
-    plain = Plain(model, weights)
+    plain = Plain(weights)
     made = {"labels": labels, "columns": columns, "truth": truth, "captions": captions, "faces": faces}
     return root, plain, made | {"pictures": list(pictures.values()), "puzzles": puzzles}
 
