@@ -85,7 +85,7 @@ class KLRegularized(_OfBatch):
 
     def _risk(self, margins: Tensor) -> Tensor:
         peak = margins.detach().amax()
-        return peak + self.tau * _log_mean_exp(margins - peak, self.tau)
+        return peak + self.tau * _log_mean_exp((margins - peak) / self.tau)
 
 
 class KLConstrained(_OfBatch):
@@ -136,7 +136,7 @@ class _MovingAverageKL(nn.Module):
     def _value(self, losses: Tensor, reference_losses: Tensor | None, tau: Tensor | float) -> Tensor:
         with exact_float32(losses.device.type):
             margins = _of_all_ranks(_margins(losses, reference_losses, 1))
-            log_g = _log_mean_exp(margins, tau)
+            log_g = _log_g(margins, tau)
             log_u = _moving_average(log_g, self.log_u, self.gamma, eps=0.0)
             # u is a constant, so that the gradient through g is that of tau g / u.
             constant_tau = tau.detach() if isinstance(tau, Tensor) else tau
@@ -250,7 +250,7 @@ class _PerSampleKL(nn.Module):
             everywhere, stored = self.state.fetch(index)
             everywhere, old_log_u = everywhere.to(margins.device), stored["log_u"].to(margins.device)
             constant_tau = tau.detach() if isinstance(tau, Tensor) else tau
-            log_g = _log_mean_exp(margins, constant_tau)
+            log_g = _log_g(margins, constant_tau)
             log_u = _moving_average(log_g, _own(old_log_u, margins), self.gamma, self.eps)
             log_u = collectives.all_gather(log_u)[:, None]
             log_u = compositional.merge_duplicates(log_u, compositional.duplicate_groups(everywhere)).squeeze(1)
@@ -258,11 +258,10 @@ class _PerSampleKL(nn.Module):
             value = tau * (log_u.mean() + self.rho) + constant_tau * _gradient_alone(ratio.mean())
             if isinstance(tau, Tensor):
                 # The rows of other ranks are not here, so that autograd would find this rank's part alone.
-                slope = (
-                    -ratio * (worst_case.kl_regularized(margins, constant_tau) * margins).sum(-1) / constant_tau
-                )
-                of_all = collectives.all_reduce_sum(slope.detach().sum()) / len(log_u)
-                value = value + _gradient_alone(tau) * of_all
+                weights = worst_case.kl_regularized(margins, constant_tau)
+                mean = torch.where(weights > 0, weights * margins.detach(), 0).sum(-1)
+                of_all = collectives.all_reduce_sum((ratio.detach() * mean).sum()) / len(log_u)
+                value = value - _gradient_alone(tau) / constant_tau * of_all
             if self.training:
                 self.state.commit(StateUpdate(everywhere, {"log_u": log_u}), log_u.isfinite().all())
             return value
@@ -314,6 +313,7 @@ class PerSampleKLRegularized(_PerSampleKL):
     def forward(self, losses: Tensor, reference_losses: Tensor | None = None, *, index: Tensor) -> Tensor:
         """``losses``, ``reference_losses``: [b, c], the c losses of each of this rank's samples.
 
+        A margin of -inf counts as nothing but stays one of the c: for copies of an anchor among its negatives.
         ``index``: int64 [b], the samples' rows in the state. ValueError: other shapes. IndexError: ``index`` is on
         the CPU and outside 0..n-1.
         """
@@ -392,9 +392,16 @@ def _gradient_alone(x: Tensor) -> Tensor:
     return x - x.detach()
 
 
-def _log_mean_exp(margins: Tensor, tau: Tensor | float) -> Tensor:
+def _log_g(margins: Tensor, tau: Tensor | float) -> Tensor:
     """log (1/n sum_i exp(m_i / tau)) over the last dimension, [..., n] -> [...]."""
-    return (margins / tau).logsumexp(-1) - math.log(margins.shape[-1])
+    peak = margins.detach().amax(-1)
+    return peak / tau + _log_mean_exp((margins - peak[..., None]) / tau)
+
+
+def _log_mean_exp(x: Tensor) -> Tensor:
+    """For x <= 0 with a largest element of 0; where all are small the error is relative to the result's size."""
+    rise = x.expm1().mean(-1)
+    return torch.where(rise > -0.5, rise.clamp_min(-0.5).log1p(), x.logsumexp(-1) - math.log(x.shape[-1]))
 
 
 def _moving_average(log_g: Tensor, log_u: Tensor, gamma: float, eps: float) -> Tensor:
