@@ -1,9 +1,10 @@
-"""What ``examples/`` shows: it learns, and two ranks train as one process does."""
+"""What ``examples/`` shows: it learns, two ranks train as one process does, and a reference helps."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples/own_loop.py"
+SCRIPT, DIGITS = ROOT / "examples/own_loop.py", ROOT / "examples/digits.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 CAPTIONS = 72
 
@@ -28,15 +29,13 @@ class Printed:
 @pytest.fixture(scope="module")
 def runs() -> tuple[Printed, Printed]:
     """The same program on one rank and on two, side by side."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     started = [
         subprocess.Popen(
             [sys.executable, *launcher, SCRIPT],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=env,
+            env=environment(),
         )
         for launcher in ((), TORCHRUN)
     ]
@@ -45,6 +44,11 @@ def runs() -> tuple[Printed, Printed]:
         assert process.returncode == 0, errors[-4000:]
     one, two = (printed(output) for output, _ in outputs)
     return one, two
+
+
+def environment() -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 
 
 def printed(output: str) -> Printed:
@@ -70,5 +74,38 @@ def test_two_ranks_train_as_one_does(runs):
     assert two.accuracies == pytest.approx(one.accuracies, abs=0.02)
 
 
-def test_nothing_of_the_trainer_is_used():
-    assert not re.search(r"^\s*(from|import) training", SCRIPT.read_text(), re.MULTILINE)
+@pytest.mark.parametrize("script", [SCRIPT, DIGITS], ids=lambda path: path.name)
+def test_nothing_of_the_trainer_is_used(script):
+    assert not re.search(r"^\s*(from|import) training", script.read_text(), re.MULTILINE)
+
+
+def test_digits_gain_by_a_reference():
+    """Where labels are wrong, DRRho is better than ERM by more than its interval, and the RHO loss varies less."""
+    command = [sys.executable, DIGITS, "--seeds", "3", "--samples", "100", "--steps", "100"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    accuracies, moments = (
+        [[float(x) for x in re.findall(r"[\d.]+", cell)] for cell in line.strip("| ").split("|")]
+        for line in re.findall(r"^\| 100 .*$", done.stdout, re.MULTILINE)
+    )
+    _, erm, _, _, drrho, (gain, half), _ = accuracies
+    assert gain == pytest.approx(drrho[0] - erm[0], abs=0.11)
+    assert gain > half
+    *_, variance, of_rho_loss = moments
+    assert of_rho_loss[0] < variance[0] / 2
+
+
+def test_digits_refuses_what_it_cannot_do(monkeypatch, capsys):
+    for options, message in (
+        (["--samples", "900"], "more than the 997 there are"),
+        (["--seeds", "1"], "2 or more"),
+        (["--steps", "10"], "every 20 steps"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["digits.py", *options])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(str(DIGITS), run_name="__main__")
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(DIGITS), run_name="__main__")
+    assert "{kl-constrained,kl-regularized,cvar,moving-average}" in capsys.readouterr().out
