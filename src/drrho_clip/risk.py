@@ -13,17 +13,18 @@ Without a reference it is the robust risk of the loss itself (DRO). "Near" is on
   batch seems less bad than the worst case of all samples, by O(1/B) for the regularized one with a fixed tau.
 * ``MovingAverageKLRegularized``, ``MovingAverageKLConstrained``, ``ThresholdCVaR``: F of all n samples from
   batches of any size, with one scalar kept between steps.
-* ``PerSampleKLRegularized``, ``PerSampleKLConstrained``: the mean of n risks, one for each sample, as contrastive
-  learning has them (an anchor's risk over its negatives), with one scalar kept per sample.
+* ``PerSampleKLRegularized``, ``PerSampleKLConstrained``, ``PerSampleCVaR``: the mean of n risks, one for each
+  sample, as contrastive learning has them (an anchor's risk over its negatives), with one scalar kept per sample.
 
 All are modules that give a 0-d tensor to call ``backward`` on:
 
     risk = KLRegularized(tau=1.0)
     value = risk(losses, reference_losses)  # [b] each, on this rank
 
-Computation is in float32 at least, whatever autocast says. With several ranks the value is that of the global
-batch and equal on all of them. The gradient for a rank's losses is multiplied by K, because DDP averages over the
-ranks; the gradient for a risk's own parameters (tau, lambda) is complete on every rank, so that they need no DDP.
+Computation is in float32 at least, whatever autocast says. With several ranks, which all have the same b, the
+value is that of the global batch and equal on all of them. The gradient for a rank's losses is multiplied by K,
+because DDP averages over the ranks; the gradient for a risk's own parameters (tau, lambda) is complete on every
+rank, so that they need no DDP.
 ``reference_losses`` get no gradient. A loss that is not finite makes the value not finite, and no state is changed
 then.
 """
@@ -228,19 +229,20 @@ class ThresholdCVaR(nn.Module):
             return self.threshold + (margins - self.threshold).relu().mean() / self.alpha
 
 
-class _PerSampleKL(nn.Module):
-    """The mean over samples of tau (log u_i + rho), u_i a moving average over the visits of sample i."""
+class _PerSample(nn.Module):
+    """A risk for each sample over c others, with one value kept per sample, which is in ``state_dict``."""
 
-    def __init__(self, num_samples: int, gamma: float, eps: float, rho: float, device: torch.device | str) -> None:
+    def __init__(self, num_samples: int, column: str, device: torch.device | str) -> None:
         super().__init__()
-        if eps < 0:
-            raise ValueError(f"eps {eps} is negative: give 0 or more")
-        self.gamma, self.eps, self.rho = _share("gamma", gamma), eps, rho
-        self.state = SampleState(num_samples, ("log_u",), device)
+        self.state = SampleState(num_samples, (column,), device)
 
-    def _value(
-        self, losses: Tensor, reference_losses: Tensor | None, index: Tensor, tau: Tensor | float
-    ) -> Tensor:
+    def forward(self, losses: Tensor, reference_losses: Tensor | None = None, *, index: Tensor) -> Tensor:
+        """``losses``, ``reference_losses``: [b, c], the c losses of each of this rank's samples.
+
+        A margin of -inf counts as nothing but stays one of the c: for copies of an anchor among its negatives.
+        ``index``: int64 [b], the samples' rows in the state. ValueError: other shapes. IndexError: ``index`` is on
+        the CPU and outside 0..n-1.
+        """
         with exact_float32(losses.device.type):
             margins = _margins(losses, reference_losses, 2)
             if index.shape != losses.shape[:1]:
@@ -248,23 +250,18 @@ class _PerSampleKL(nn.Module):
                     f"index has shape {tuple(index.shape)}, losses {tuple(losses.shape)}: give one for each row"
                 )
             everywhere, stored = self.state.fetch(index)
-            everywhere, old_log_u = everywhere.to(margins.device), stored["log_u"].to(margins.device)
-            constant_tau = tau.detach() if isinstance(tau, Tensor) else tau
-            log_g = _log_g(margins, constant_tau)
-            log_u = _moving_average(log_g, _own(old_log_u, margins), self.gamma, self.eps)
-            log_u = collectives.all_gather(log_u)[:, None]
-            log_u = compositional.merge_duplicates(log_u, compositional.duplicate_groups(everywhere)).squeeze(1)
-            ratio = (log_g - _own(log_u, margins)).exp()
-            value = tau * (log_u.mean() + self.rho) + constant_tau * _gradient_alone(ratio.mean())
-            if isinstance(tau, Tensor):
-                # The rows of other ranks are not here, so that autograd would find this rank's part alone.
-                weights = worst_case.kl_regularized(margins, constant_tau)
-                mean = torch.where(weights > 0, weights * margins.detach(), 0).sum(-1)
-                of_all = collectives.all_reduce_sum((ratio.detach() * mean).sum()) / len(log_u)
-                value = value - _gradient_alone(tau) / constant_tau * of_all
+            everywhere = everywhere.to(margins.device)
+            ((column, old),) = stored.items()
+            value, new = self._risk(
+                margins, _own(old.to(margins.device), margins), compositional.duplicate_groups(everywhere)
+            )
             if self.training:
-                self.state.commit(StateUpdate(everywhere, {"log_u": log_u}), log_u.isfinite().all())
+                self.state.commit(StateUpdate(everywhere, {column: new}), new.isfinite().all())
             return value
+
+    def _risk(self, margins: Tensor, old: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """The value, 0-d, and the new values, [B]. From [b, c], the old values [b], ``duplicate_groups`` [B]."""
+        raise NotImplementedError
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -279,6 +276,31 @@ class _PerSampleKL(nn.Module):
         else:
             self.state.load_state_dict(columns)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
+
+
+class _PerSampleKL(_PerSample):
+    """The mean over samples of tau (log u_i + rho), u_i a moving average over the visits of sample i."""
+
+    def __init__(self, num_samples: int, gamma: float, eps: float, rho: float, device: torch.device | str) -> None:
+        super().__init__(num_samples, "log_u", device)
+        if not eps >= 0:
+            raise ValueError(f"eps {eps} is negative: give 0 or more")
+        self.gamma, self.eps, self.rho = _share("gamma", gamma), eps, rho
+
+    def _kl_risk(self, margins: Tensor, old: Tensor, groups: Tensor, tau: Tensor | float) -> tuple[Tensor, Tensor]:
+        constant_tau = tau.detach() if isinstance(tau, Tensor) else tau
+        log_g = _log_g(margins, constant_tau)
+        log_u = collectives.all_gather(_moving_average(log_g, old, self.gamma, self.eps))
+        log_u = compositional.merge_duplicates(log_u[:, None], groups).squeeze(1)
+        ratio = (log_g - _own(log_u, margins)).exp()
+        value = tau * (log_u.mean() + self.rho) + constant_tau * _gradient_alone(ratio.mean())
+        if isinstance(tau, Tensor):
+            # The rows of other ranks are not here, so that autograd would find this rank's part alone.
+            weights = worst_case.kl_regularized(margins, constant_tau)
+            mean = torch.where(weights > 0, weights * margins.detach(), 0).sum(-1)
+            of_all = collectives.all_reduce_sum((ratio.detach() * mean).sum()) / len(log_u)
+            value = value - _gradient_alone(tau) / constant_tau * of_all
+        return value, log_u
 
 
 class PerSampleKLRegularized(_PerSampleKL):
@@ -310,14 +332,8 @@ class PerSampleKLRegularized(_PerSampleKL):
         super().__init__(num_samples, gamma, eps, 0.0, device)
         self.tau = _positive("tau", tau)
 
-    def forward(self, losses: Tensor, reference_losses: Tensor | None = None, *, index: Tensor) -> Tensor:
-        """``losses``, ``reference_losses``: [b, c], the c losses of each of this rank's samples.
-
-        A margin of -inf counts as nothing but stays one of the c: for copies of an anchor among its negatives.
-        ``index``: int64 [b], the samples' rows in the state. ValueError: other shapes. IndexError: ``index`` is on
-        the CPU and outside 0..n-1.
-        """
-        return self._value(losses, reference_losses, index, self.tau)
+    def _risk(self, margins: Tensor, old: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        return self._kl_risk(margins, old, groups, self.tau)
 
 
 class PerSampleKLConstrained(_PerSampleKL):
@@ -349,9 +365,36 @@ class PerSampleKLConstrained(_PerSampleKL):
         """The temperature, a 0-d tensor with a graph to ``log_tau``."""
         return self.log_tau.exp()
 
-    def forward(self, losses: Tensor, reference_losses: Tensor | None = None, *, index: Tensor) -> Tensor:
-        """As ``PerSampleKLRegularized.forward``."""
-        return self._value(losses, reference_losses, index, self.tau)
+    def _risk(self, margins: Tensor, old: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        return self._kl_risk(margins, old, groups, self.tau)
+
+
+class PerSampleCVaR(_PerSample):
+    """1/n sum_i l_i + 1/(alpha c) sum_j (m_ij - l_i)_+, n CVaRs: each sample's, over what it is compared with.
+
+    The dual of ``ThresholdCVaR``, with a lambda per sample, l_i, that takes a step of its own at each visit: l_i
+    <- l_i - lr (1 - s_i / alpha), s_i the share of its margins above l_i (the first visit starts at their
+    quantile). For the l_i that it has before the step, value and gradient, 1/(alpha c B) times grad m_ij of the
+    margins above, are unbiased estimates of those of an upper bound on the mean CVaR, which is equal to it at the
+    best l_i. Copies of a sample in one global batch leave the mean of theirs.
+
+    ``alpha``   in (0, 1].
+    ``lr``      > 0, in units of the loss; as small as l_i is to be exact.
+
+    The state is the column ``threshold``; ``num_samples`` and ``device`` are ``PerSampleKLRegularized``'s.
+    """
+
+    def __init__(self, num_samples: int, alpha: float, lr: float, device: torch.device | str = "cpu") -> None:
+        super().__init__(num_samples, "threshold", device)
+        self.alpha, self.lr = _share("alpha", alpha), _positive("lr", lr)
+
+    def _risk(self, margins: Tensor, old: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        threshold = torch.where(old.isnan(), worst_case.threshold(margins, self.alpha).squeeze(-1), old)
+        own = threshold + (margins - threshold[:, None]).relu().mean(-1) / self.alpha
+        of_all = collectives.all_reduce_sum(own.detach().sum()) / len(groups)
+        share = (margins > threshold[:, None]).to(threshold.dtype).mean(-1)
+        new = collectives.all_gather(threshold - self.lr * (1 - share / self.alpha))
+        return of_all + _gradient_alone(own.mean()), compositional.mean_of_copies(new[:, None], groups).squeeze(1)
 
 
 def _margins(losses: Tensor, reference_losses: Tensor | None, dimensions: int) -> Tensor:

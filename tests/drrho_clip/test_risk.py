@@ -21,6 +21,7 @@ from drrho_clip.risk import (
     KLRegularized,
     MovingAverageKLConstrained,
     MovingAverageKLRegularized,
+    PerSampleCVaR,
     PerSampleKLConstrained,
     PerSampleKLRegularized,
     ThresholdCVaR,
@@ -275,13 +276,15 @@ def make(name: str) -> nn.Module:
     kind, _, which = name.partition(" ")
     if kind == "batch":
         return OF_BATCH[which][0]()
-    return KEPT[which]() if kind == "kept" else PerSampleKLConstrained(50, 0.4, 0.3, 0.8, 1e-6)
+    if kind == "kept":
+        return KEPT[which]()
+    return PerSampleCVaR(50, 0.3, 0.1) if which == "cvar" else PerSampleKLConstrained(50, 0.4, 0.3, 0.8, 1e-6)
 
 
 def steps_of(name: str, size: int = 1, rank: int = 0) -> list:
     """Value and gradients of three steps on this rank's part of equal global batches; then state and weights."""
     part, results = slice(rank * BATCH // size, (rank + 1) * BATCH // size), []
-    risk, per_sample = make(name), name == "per-sample"
+    risk, per_sample = make(name), name.startswith("per-sample")
     for step in range(3):
         shape = (BATCH, 9) if per_sample else (BATCH,)
         losses = normal(*shape, seed=step)[part].clone().requires_grad_()
@@ -301,7 +304,10 @@ def steps_on_ranks(name: str) -> list:
     return steps_of(name, collectives.world_size(), collectives.rank())
 
 
-@pytest.mark.parametrize("name", [*(f"batch {k}" for k in OF_BATCH), *(f"kept {k}" for k in KEPT), "per-sample"])
+@pytest.mark.parametrize(
+    "name",
+    [*(f"batch {k}" for k in OF_BATCH), *(f"kept {k}" for k in KEPT), "per-sample constrained", "per-sample cvar"],
+)
 def test_ranks_give_what_one_process_gives(name):
     """After DDP's mean over ranks the gradient is that of the global batch; a risk's own is so on every rank."""
     *steps, state, weights = steps_of(name)
@@ -316,6 +322,39 @@ def test_ranks_give_what_one_process_gives(name):
             np.testing.assert_allclose(on_rank[3][key], value, rtol=1e-5, atol=1e-6)
     if weights is not None:
         np.testing.assert_allclose(np.concatenate([r[4] for r in together]), weights, atol=1e-6)
+
+
+def test_per_sample_cvar_replayed_in_float64():
+    n, alpha, lr = 9, 0.3, 0.05
+    risk, thresholds = PerSampleCVaR(n, alpha, lr), np.full(n, np.nan)
+    for step, index in enumerate(([0, 3, 5, 8], [3, 1, 3, 0], [8, 3, 5, 0])):
+        losses, reference = normal(4, 7, seed=step).requires_grad_(), normal(4, 7, seed=step + 50)
+        value = risk(losses, reference, index=torch.tensor(index))
+        value.backward()
+        m = (losses.detach() - reference).double().numpy()
+        upper = np.sort(m, 1)[:, -math.ceil(alpha * 7)]  # the largest value with less than the share above it
+        limit = np.where(np.isnan(thresholds[index]), upper, thresholds[index])
+        above = m > limit[:, None]
+        assert value.item() == pytest.approx(
+            (limit + ((m - limit[:, None]) * above).mean(1) / alpha).mean(), rel=1e-6
+        )
+        np.testing.assert_allclose(losses.grad, above / (alpha * 7 * 4), rtol=1e-6)
+        new = limit - lr * (1 - above.mean(1) / alpha)
+        for i in set(index):
+            thresholds[i] = new[np.array(index) == i].mean()
+        np.testing.assert_allclose(risk.state.local()["threshold"], thresholds, rtol=1e-5)
+
+
+def test_per_sample_thresholds_reach_the_cvar():
+    """Each sample's value comes down to the CVaR of all that it is ever compared with."""
+    population = normal(4, 300)
+    exact = np.mean([duals.cvar(row, 0.3) for row in population.double().numpy()])
+    risk, generator = PerSampleCVaR(4, 0.3, 0.05), torch.Generator().manual_seed(0)
+    for step in range(300):
+        risk.lr = 0.05 if step < 150 else 0.005
+        columns = torch.randint(300, (20,), generator=generator)
+        risk(population[:, columns], index=torch.arange(4))
+    assert risk.eval()(population, index=torch.arange(4)).item() == pytest.approx(exact, abs=0.01)
 
 
 def test_per_sample_state_is_in_the_state_dict():
@@ -346,6 +385,7 @@ def test_per_sample_state_is_in_the_state_dict():
         (lambda: CVaR(1.2), "alpha 1.2"),
         (lambda: MovingAverageKLRegularized(1.0, 0.0), "gamma 0.0"),
         (lambda: PerSampleKLRegularized(3, 1.0, 0.5, eps=-1), "eps -1"),
+        (lambda: PerSampleCVaR(3, 0.5, lr=0), "lr 0"),
         (lambda: KLRegularized(1.0)(torch.tensor(2.0)), r"losses has shape \(\): give \[b\]"),
         (lambda: KLRegularized(1.0)(torch.empty(0)), "reduction='none'"),
         (lambda: CVaR(0.5)(torch.ones(4), torch.ones(4, 1)), r"reference_losses has shape \(4, 1\)"),
