@@ -48,7 +48,7 @@ def _against_replicated(steps, b):
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_equals_a_replicated_table(k):
     run = ranks(k).run if k > 1 else lambda f, *a: [f(*a)]
-    sizes = run(_against_replicated, 300, 6)
+    sizes = run(_against_replicated, 60, 6)
     assert sum(sizes) == 4 * N * len(COLUMNS)
     assert max(sizes) == 4 * -(-N // k) * len(COLUMNS)
 
