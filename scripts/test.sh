@@ -4,8 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/lib/venv.sh
-use_venv requirements-training.txt 'pytest>=8.0' 'pytest-xdist>=3.6' 'ruff>=0.6' 'hypothesis>=6.100' 'mypy>=1.11' \
-  'pandas>=2.0' 'pyarrow>=15.0' 'scikit-learn>=1.2' # the extra [test] of pyproject.toml
+use_test_venv
 # Idle threads sleep: spinning ones take the cores from other ranks' work.
 export OMP_WAIT_POLICY=PASSIVE
 ruff check .

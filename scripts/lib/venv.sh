@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv in the repository's root, on a bare machine too, and activates it.
-# Usage: . scripts/lib/venv.sh; use_venv requirements-training.txt [EXTRA ...]
+# Usage: . scripts/lib/venv.sh; use_venv requirements-training.txt [EXTRA ...]; or, for the tests, use_test_venv
 
 use_venv() {
   local requirements=$1 python=${PYTHON:-python3} stamp wanted
@@ -22,4 +22,9 @@ use_venv() {
     python -m pip install --quiet --no-deps -e .
     printf '%s\n' "$wanted" >"$stamp"
   fi
+}
+
+use_test_venv() { # the extra [test] of pyproject.toml
+  use_venv requirements-training.txt 'pytest>=8.0' 'pytest-xdist>=3.6' 'ruff>=0.6' 'hypothesis>=6.100' 'mypy>=1.11' \
+    'pandas>=2.0' 'pyarrow>=15.0' 'scikit-learn>=1.2'
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -81,8 +82,14 @@ def test_open_clip_opens_the_folder_to_the_same_model(quick_run, tmp_path):
     assert (embed(other, 48, text)[0] - expected[0]).abs().max() > 1e-4  # the activation matters
 
 
+def client(package: str) -> Any:
+    """The package, or the test is skipped: the trainer needs none of them."""
+    return pytest.importorskip(package, reason=f"needs {package}: bash scripts/test_clients.sh has it")
+
+
+@pytest.mark.client
 def test_transformers_opens_the_folder_to_the_same_model(quick_run, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    transformers = client("transformers")
     folder = exported(quick_run, tmp_path / "out", "--format", "transformers")
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
@@ -101,10 +108,11 @@ def test_transformers_opens_the_folder_to_the_same_model(quick_run, tmp_path):
     torch.testing.assert_close((found.image_embeds, found.text_embeds), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.client
 def test_onnxruntime_computes_the_same_for_any_number_of_samples(quick_run, tmp_path):
     for package in ("onnx", "onnxscript"):
-        pytest.importorskip(package, reason=f"needs {package}")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+        client(package)
+    onnxruntime = client("onnxruntime")
     folder = exported(quick_run, tmp_path / "out", "--format", "onnx")
     model = trained(quick_run, quick_config())
     for n in (1, 3):
