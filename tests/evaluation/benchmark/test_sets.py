@@ -97,6 +97,43 @@ def test_several_labels(tmp_path):
     assert found.targets.tolist() == [[False, True], [True, True], [False, True]]
 
 
+def association(number, cue, candidates, associations):
+    """A sample of WinoGAViL: picture i of instance n is ``jpg(10 n + i)``."""
+    sample = {f"{i}.jpg": jpg(10 * number + i) for i in range(len(candidates))}
+    held = {"cue": cue, "candidates": candidates, "associations": associations, "num_associations": 1}
+    return sample | {"__key__": f"{number:04d}", "json": held}
+
+
+@pytest.mark.parametrize("folder, kind", [("wds_winogavil_test", ""), ("wds_mine_test", "winogavil")])
+def test_winogavil_as_a_webdataset(tmp_path, folder, kind):
+    samples = [association(0, "owl", ["a", "b", "c"], ["c"]), association(1, "Ice", ["x", "y"], ["y", "x"])]
+    samples[1]["1.webp"] = evalsets.encoded(3, "webp")  # comes before the jpg, as everywhere
+    found = only(evalsets.write_wds(tmp_path / folder, samples, kind=kind, per_shard=1).parent)
+    assert isinstance(found, AssociationSet)
+    assert [(one.cue, list(one.right)) for one in found.instances] == [
+        ("owl", [False, False, True]),
+        ("Ice", [True, True]),
+    ]
+    pictures = [[found.source.read(number) for number in one.pictures] for one in found.instances]
+    assert pictures == [[jpg(0), jpg(1), jpg(2)], [jpg(10), evalsets.encoded(3, "webp")]]
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda s: s.pop("json"), "0000.* in 0.tar has no .json with cue, candidates, associations"),
+        (lambda s: s["json"].update(associations=[]), "0000 in 0.tar has no .json with cue"),
+        (lambda s: s.pop("1.jpg"), "0000 in 0.tar has no .1.jpg, the picture of b"),
+    ],
+)
+def test_broken_instances_are_refused(tmp_path, spoil, says):
+    sample = association(0, "owl", ["a", "b", "c"], ["c"])
+    spoil(sample)
+    evalsets.write_wds(tmp_path / "wds_winogavil_test", [sample])
+    with pytest.raises(ValueError, match=f"--data_dir .*wds_winogavil_test: {says}"):
+        only(tmp_path)
+
+
 @pytest.mark.parametrize(
     "spoil, says",
     [

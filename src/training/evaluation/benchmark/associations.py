@@ -25,6 +25,13 @@ class Instance:
     right: Sequence[bool]
 
 
+def instance(
+    cue: str, pictures: Sequence[int], candidates: Sequence[str], associations: Sequence[str]
+) -> Instance:
+    """The question that asks which of ``candidates``, the names of its ``pictures``, are ``associations``."""
+    return Instance(cue, pictures, [name in associations for name in candidates])
+
+
 @dataclass(frozen=True)
 class AssociationSet:
     """The questions, and the pictures of all of them."""

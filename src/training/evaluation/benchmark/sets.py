@@ -38,10 +38,10 @@ class FoundSet:
         said = f"{self.flag} {self.path}"
         if self.task is not None and is_table(self.path):
             return open_table(self.path, self.task, said)
-        if self.task is not None and self.task.is_winogavil:
-            raise ValueError(f"{said}: it has neither parquet files nor a csv file and a zip with the pictures")
         if has_shards(self.path):
             return open_shards(self.path, self.task, said)
+        if self.task is not None and self.task.is_winogavil:
+            raise ValueError(f"{said}: it has neither parquet files, nor a csv file and a zip, nor test/*.tar")
         if tars := _tars(self.path):
             return captioned(tars, said)
         return open_folders(self.path, said)
@@ -102,7 +102,8 @@ def find_sets(folder: str, words: str, flag: str, words_flag: str) -> Catalog:
 def needed(task: BenchmarkTask) -> str:
     """What a task that is missing would need."""
     if task.is_winogavil:
-        return f"it needs {task.folders[0]}/ with parquet files, or winogavil_dataset.csv and winogavil_images.zip"
+        files = "parquet files, or winogavil_dataset.csv and winogavil_images.zip"
+        return f"it needs {task.folders[0]}/ with {files}; or {task.folders[-1]}/"
     if task.is_retrieval:
         return f"it needs {task.folders[0]}/ with parquet files or a csv and a zip, or {task.folders[1]}/"
     return f"it needs {task.folders[0]}/"

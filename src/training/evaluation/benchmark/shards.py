@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from training.data.bad_samples import Skips
+from training.evaluation.benchmark.associations import AssociationSet, instance
 from training.evaluation.benchmark.classification import (
     FACES,
     Classes,
@@ -40,6 +41,7 @@ from training.evaluation.zero_shot import (
 
 CAPTION_FIELDS = ("captions", "caption", "texts", "text")
 _FACES_COLUMNS = 4
+_INSTANCE = ("cue", "candidates", "associations")
 
 
 def open_shards(path: Path, task: BenchmarkTask | None, said: str) -> EvaluationSet:
@@ -47,18 +49,17 @@ def open_shards(path: Path, task: BenchmarkTask | None, said: str) -> Evaluation
     file = path / "dataset_type.txt"
     kind = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
     is_faces = task is not None and task.metric is None
-    if kind == "retrieval" or (task is not None and task.is_retrieval):
-        return captioned([path / "test" / f"{i}.tar" for i in range(count_shards(path / "test", said))], said)
-    if kind not in ("", "classification", "multilabel"):
+    if kind not in ("", "classification", "multilabel", "retrieval", "winogavil"):
         raise ValueError(
-            f"{said}: dataset_type.txt says {kind!r}; known are classification, multilabel, retrieval"
+            f"{said}: dataset_type.txt says {kind!r}; known are classification, multilabel, retrieval, winogavil"
         )
+    shards = [path / "test" / f"{number}.tar" for number in range(count_shards(path / "test", said))]
+    if kind == "winogavil" or (task is not None and task.is_winogavil):
+        return _associations(shards, said)
+    if kind == "retrieval" or (task is not None and task.is_retrieval):
+        return captioned(shards, said)
     label = ".npy" if is_faces or kind == "multilabel" else ".cls"
-    samples = [
-        sample
-        for number in range(count_shards(path / "test", said))
-        for sample in index_labelled(path / "test" / f"{number}.tar", said, label, (".cls", ".npy"))
-    ]
+    samples = [sample for shard in shards for sample in index_labelled(shard, said, label, (".cls", ".npy"))]
     source = _pictures(samples, said)
     if is_faces:
         return FacesSet(source, _classes_by_prefix(path, said), _columns(samples, _FACES_COLUMNS, said))
@@ -94,9 +95,7 @@ def captioned(shards: Sequence[Path], said: str) -> CaptionedSet:
     found: list[tuple[ShardSample, list[str]]] = []
     bare = 0
     for shard in shards:
-        if not shard.is_file():
-            raise ValueError(f"{said}: {shard.name} is missing, but test/nshards.txt counts it")
-        for sample in index_shard(shard, said, (".txt", ".json")):
+        for sample in _samples(shard, said, (".txt", ".json")):
             captions = captions_of(sample, f"{said}: {sample.key} in {shard.name}")
             if sample.picture is not None and captions:
                 found.append((sample, captions))
@@ -112,6 +111,45 @@ def captioned(shards: Sequence[Path], said: str) -> CaptionedSet:
     return CaptionedSet(source, [captions for _, captions in found], remarks)
 
 
+def _associations(shards: Sequence[Path], said: str) -> AssociationSet:
+    """WinoGAViL in tar files: a sample per instance, with ``.json`` and its pictures ``.0.jpg``, ``.1.jpg``, ...
+
+    The json has ``cue``, ``candidates``, names in the order of the pictures, and which are ``associations``.
+    ValueError: a file cannot be read, or a sample is no instance.
+    """
+    spans: list[FileSpan] = []
+    instances = []
+    for shard in shards:
+        for sample in _samples(shard, said, (".json",)):
+            where = f"{said}: {sample.key} in {shard.name}"
+            held = _json(sample, where)
+            if not isinstance(held, dict) or not all(held.get(name) for name in _INSTANCE):
+                raise ValueError(f"{where} has no .json with {', '.join(_INSTANCE)}")
+            candidates, associations = (list(map(str, held[name])) for name in _INSTANCE[1:])
+            pictures = [
+                next((part for kind in SHARD_PICTURES if (part := sample.parts.get(f".{i}{kind}"))), None)
+                for i in range(len(candidates))
+            ]
+            places = [place for place in pictures if place is not None]
+            if len(places) < len(pictures):
+                lacking = pictures.index(None)
+                raise ValueError(f"{where} has no .{lacking}.jpg, the picture of {candidates[lacking]}")
+            numbers = range(len(spans), len(spans) + len(places))
+            spans += [FileSpan(sample.shard, *place) for place in places]
+            instances.append(instance(str(held["cue"]), numbers, candidates, associations))
+    if not instances:
+        raise ValueError(f"{said}: it contains no instances, .json files with {', '.join(_INSTANCE)}")
+    source = FilePictures(spans)
+    probe(source, said)
+    return AssociationSet(source, instances)
+
+
+def _samples(shard: Path, said: str, read: tuple[str, ...]) -> list[ShardSample]:
+    if not shard.is_file():
+        raise ValueError(f"{said}: {shard.name} is missing, but test/nshards.txt counts it")
+    return index_shard(shard, said, read)
+
+
 def captions_of(sample: ShardSample, said: str) -> list[str]:
     """The captions of a sample, none where it has no ``.txt`` and no list in its ``.json``."""
     if ".txt" in sample.contents:
@@ -119,13 +157,15 @@ def captions_of(sample: ShardSample, said: str) -> list[str]:
             return [line.strip() for line in sample.contents[".txt"].decode().splitlines() if line.strip()]
         except UnicodeDecodeError:
             raise ValueError(f"{said}: its captions are not utf-8; write them anew") from None
-    if ".json" not in sample.contents:
-        return []
+    return listed(_json(sample, said)) if ".json" in sample.contents else []
+
+
+def _json(sample: ShardSample, said: str) -> Any:
+    """What the ``.json`` of a sample holds; None: it has none."""
     try:
-        held = json.loads(sample.contents[".json"])
+        return json.loads(sample.contents.get(".json", b"null"))
     except ValueError as error:
         raise ValueError(f"{said}: its .json cannot be read ({error}); write it anew") from None
-    return listed(held)
 
 
 def listed(held: Any) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from training.evaluation.benchmark.associations import AssociationSet, Instance
+from training.evaluation.benchmark.associations import AssociationSet, Instance, instance
 from training.evaluation.benchmark.classification import EvaluationSet
 from training.evaluation.benchmark.retrieval_sets import CaptionedSet
 from training.evaluation.benchmark.shards import probe
@@ -219,8 +219,7 @@ def _check_captions(captions: Sequence[Sequence[str]], said: str) -> None:
 
 
 def _instance(row: Row, pictures: Sequence[int]) -> Instance:
-    right = set(row["associations"])
-    return Instance(row["cue"], pictures, [name in right for name in row["candidates"]])
+    return instance(row["cue"], pictures, row["candidates"], row["associations"])
 
 
 def _texts(held: Any) -> list[str]:
