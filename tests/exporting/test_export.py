@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def test_open_clip_opens_the_folder_to_the_same_model(quick_run, tmp_path):
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     text = tokenizer(CAPTIONS)
     assert text.shape == (2, 16)
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1, "all can be read by the same people"
     expected = embed(trained(quick_run, quick_config()), 48, text)
     # Without eval(): what training does to images must not be part of the exported model.
     torch.testing.assert_close(embed(model, 48, text), expected, rtol=0, atol=1e-5)
@@ -125,6 +127,39 @@ def test_onnxruntime_computes_the_same_for_any_number_of_samples(quick_run, tmp_
             session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
             (found,) = session.run(None, given)
             torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.client
+def test_a_text_tower_of_transformers_is_trained_and_exported(lab, tmp_path, capsys, caplog):
+    """Its config and tokenizer are in a folder here; usually they are named by a repository of the hub."""
+    transformers = client("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "two", "dogs", ",", "!"]
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(vocab_file=str(bert / "vocab.txt")).save_pretrained(bert)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).save_pretrained(bert)
+    config = tiny_models.config("tiny-vit") | {
+        "text_cfg": {"hf_model_name": str(bert), "hf_tokenizer_name": str(bert), "context_length": 12}
+        | {"hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}
+    }
+    (tmp_path / "tiny-bert.json").write_text(json.dumps(config))
+
+    run = train(lab, tmp_path, "--model", str(tmp_path / "tiny-bert.json"))
+    folder = exported(run, tmp_path / "out")
+    assert f"hf_model_name {bert}, a folder of this machine" in caplog.text
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    text = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS)
+    ids = transformers.AutoTokenizer.from_pretrained(bert)(
+        CAPTIONS, padding="max_length", max_length=12, return_tensors="pt"
+    )
+    assert torch.equal(text, ids["input_ids"])
+    expected = embed(trained(run, config | {"custom_text": True}), 32, text)
+    torch.testing.assert_close(embed(model.eval(), 32, text), expected, rtol=0, atol=1e-5)
+    assert "CLIPModel has no text_cfg.hf_model_name" in refused(
+        capsys, "--checkpoint", run, "--out", tmp_path / "other", "--format", "transformers"
+    )
 
 
 def test_timm_opens_the_image_tower(quick_run, tmp_path):

@@ -39,6 +39,8 @@ def export(subject: Subject, kind: str, out: str) -> list[str]:
     try:
         temporary.mkdir(parents=True)
         WRITERS[kind](subject, temporary)
+        for file in filter(Path.is_file, temporary.iterdir()):
+            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
         if folder.is_dir():
             folder.rmdir()
         os.rename(temporary, folder)

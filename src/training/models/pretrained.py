@@ -93,7 +93,7 @@ def try_to_build(name: str, where: str) -> None:
     logging.disable(logging.WARNING)
     try:
         with torch.device("meta"):
-            open_clip.create_model(name, load_weights=False, device="meta")
+            open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
     except (TypeError, AssertionError, AttributeError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{where}: open_clip cannot build a model from this config ({one_line(error)})"
@@ -273,7 +273,9 @@ def count_parameters(model: str, flag: str, **forced: Any) -> int | None:
     name = open_clip_name(model, flag)
     try:
         with _quiet_meta_device():
-            module = open_clip.create_model(name, load_weights=False, device="meta", **forced)
+            module = open_clip.create_model(
+                name, load_weights=False, pretrained_text=False, device="meta", **forced
+            )
     except (OSError, RuntimeError):
         return None
     return sum(parameter.numel() for parameter in module.parameters())

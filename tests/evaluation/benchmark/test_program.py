@@ -285,6 +285,7 @@ def test_the_table_says_what_is_there_and_what_is_missing(place, results, capsys
             "--model RN50: --checkpoint ViT-B-32:openai names",
         ),
         (["--checkpoint", "ViT-B-33:openai", "--out", "@o"], "--model ViT-B-33: open_clip has no such model"),
+        (["--checkpoint", "ViT-B-32:opening", "--out", "@o"], "--checkpoint ViT-B-32:opening: "),
         (["--model", "ViT-B-32"], "--checkpoint .*epoch_3.pt: these weights do not fit"),
     ],
 )

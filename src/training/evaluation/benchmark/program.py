@@ -123,7 +123,7 @@ def build(chosen: Chosen, config: Config, world: World) -> BuiltModel:
     """The model as its checkpoint says, or else as the flags of its run do. ValueError: it cannot be built."""
     if chosen.describes:
         return build_saved(chosen.weights, chosen.model, world, config.run.precision)
-    with _in_our_words():
+    with _in_our_words(chosen):
         return build_target(config, world)
 
 
@@ -150,7 +150,7 @@ def configuration(chosen: Chosen, given: argparse.Namespace) -> Config:
     words += ["--workers", str(given.workers)]
     if chosen.weights and not chosen.describes:
         words += ["--pretrained", chosen.weights]
-    with _in_our_words():
+    with _in_our_words(chosen):
         return parse(words)
 
 
@@ -235,12 +235,17 @@ def _forcing(held: Mapping[str, str], model: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def _in_our_words() -> Iterator[None]:
-    """Refusals name the flags of this program instead of the trainer's."""
+def _in_our_words(chosen: Chosen) -> Iterator[None]:
+    """Refusals name the flags of this program instead of the trainer's, and NAME:TAG as it was given."""
+    words = {"--pretrained": "--checkpoint", "--eval_data_dir": "--data_dir"}
+    if not Path(chosen.weights).exists():
+        words = {f"--pretrained {chosen.weights}:": f"--checkpoint {chosen.model}:{chosen.weights}:"} | words
     try:
         yield
     except ValueError as error:
-        told = str(error).replace("--pretrained", "--checkpoint").replace("--eval_data_dir", "--data_dir")
+        told = str(error)
+        for theirs, ours in words.items():
+            told = told.replace(theirs, ours)
         raise ValueError(told) from error
 
 
