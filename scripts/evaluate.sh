@@ -8,6 +8,11 @@
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+if [ -n "${IMAGENET-}" ] && [ -z "${DATA_DIR-}" ]; then
+  echo "error: IMAGENET=$IMAGENET is not read any more: python -m training.main --epochs 0 --resume CHECKPOINT --model" \
+    "MODEL --imagenet-val $IMAGENET evaluates on it; with DATA_DIR this script evaluates on the sets there" >&2
+  exit 2
+fi
 checkpoint=${1:?a folder of a run, a checkpoint, or NAME:TAG}
 shift
 model=()

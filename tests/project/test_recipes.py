@@ -443,3 +443,5 @@ def test_evaluate_is_a_call_of_the_program(launchers: Launchers) -> None:
     assert argv[:4] == ["--standalone", "--nproc_per_node=2", "-m", "training.evaluate"]
     assert argv[-4:] == ["--model", "ViT-B-16", "--out", "o.jsonl"]
     assert evaluate.parser().parse_args(argv[4:]).model == "ViT-B-16"
+    done = launchers.run("scripts/evaluate.sh", "a.pt", "ViT-B-16", IMAGENET="val")
+    assert done.returncode == 2 and "training.main --epochs 0 --resume CHECKPOINT" in done.stderr
