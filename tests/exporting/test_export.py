@@ -278,13 +278,15 @@ def test_a_folder_that_is_not_empty_is_left_alone(quick_run, tmp_path, capsys):
         ),
         ("--checkpoint ViT-B-32:openai --model RN50", "both name a model"),
         ("--checkpoint @bare", "--checkpoint .*: the file does not say .* --model NAME"),
-        ("--checkpoint @bare --model RN50", "do not fit the model"),
+        ("--checkpoint @bare --model @resnet", "do not fit the model"),
         ("--checkpoint @run --license a/b", "--license a/b: give an identifier"),
         ("--checkpoint @run --model RN50", "--model RN50: checkpoint .* another --model, tiny-vit"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_in_one_sentence(lab, quick_run, tmp_path, capsys, given, message):
-    given = given.replace("@run", str(quick_run)).replace("@bare", lab.weights).replace("@", str(tmp_path))
+    files = {"@run": str(quick_run), "@bare": lab.weights, "@resnet": lab.resnet, "@": str(tmp_path)}
+    for name, file in files.items():
+        given = given.replace(name, file)
     assert re.search(message, refused(capsys, *given.split(), "--out", tmp_path / "out"))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 

@@ -286,12 +286,13 @@ def test_the_table_says_what_is_there_and_what_is_missing(place, results, capsys
         ),
         (["--checkpoint", "ViT-B-33:openai", "--out", "@o"], "--model ViT-B-33: open_clip has no such model"),
         (["--checkpoint", "ViT-B-32:opening", "--out", "@o"], "--checkpoint ViT-B-32:opening: "),
-        (["--model", "ViT-B-32"], "--checkpoint .*epoch_3.pt: these weights do not fit"),
+        (["--model", "@tiny-resnet.json"], "--checkpoint .*epoch_3.pt: these weights do not fit"),
     ],
 )
 def test_refusals(place, given, says, capsys):
     root = place[0]
     (root / "alone.pt").write_bytes((root / "run/checkpoints/epoch_3.pt").read_bytes())
+    tiny_models.path("tiny-resnet", root)
     code = main(words(root, *(str(root / word[1:]) if word.startswith("@") else word for word in given)))
     assert code == 2
     assert re.search(f"error: {says}", capsys.readouterr().err)
