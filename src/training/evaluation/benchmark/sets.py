@@ -101,12 +101,11 @@ def find_sets(folder: str, words: str, flag: str, words_flag: str) -> Catalog:
 
 def needed(task: BenchmarkTask) -> str:
     """What a task that is missing would need."""
-    if task.is_winogavil:
-        files = "parquet files, or winogavil_dataset.csv and winogavil_images.zip"
-        return f"it needs {task.folders[0]}/ with {files}; or {task.folders[-1]}/"
-    if task.is_retrieval:
-        return f"it needs {task.folders[0]}/ with parquet files or a csv and a zip, or {task.folders[1]}/"
-    return f"it needs {task.folders[0]}/"
+    if not (task.is_winogavil or task.is_retrieval):
+        return f"it needs {task.folders[0]}/"
+    files = "winogavil_dataset.csv and winogavil_images.zip" if task.is_winogavil else "a csv and a zip"
+    shards = next(name for name in reversed(task.folders) if name.endswith("_test"))
+    return f"it needs {task.folders[0]}/ with parquet files, or {files}; or {shards}/"
 
 
 def has_shards(path: Path) -> bool:
