@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # The same inside the method: modules of one row do not import each other, except the losses.
 METHOD: tuple[tuple[str, ...], ...] = (
-    ("batch", "collectives", "float32", "normalize", "schedules", "worst_case", "losses.registry"),
+    ("batch", "codec", "collectives", "float32", "normalize", "schedules", "worst_case", "losses.registry"),
     ("sample_state",),
     ("losses.interface", "losses.pair_kernels", "losses.compositional", "losses.baselines", "losses.distillation",
      "losses.fastclip", "losses.individual"),
