@@ -352,3 +352,16 @@ def test_features():
     assert result["bytes"] > 3000 * (2 * 8 * 2 + 16 + 8)
     assert all(result[f"{key}_ms"] > 0 for key in ("warm", "cold", "one_by_one"))
     assert "Lookup of 64 random rows of 3,000, float16 [2, 8]" in text
+
+
+def test_codec():
+    flags = ["--rows", 64, "--dims", 24, "--bounds", 1e-3, "--repeats", 1, "--mean", 0.5]
+    result, text = run("codec.py", *flags)
+    ways = {found["way"]: found for found in result["results"]}
+    assert {"float16", "bfloat16", "int8", "fp8", "limit", "norm", "measured"} <= ways.keys()
+    assert (ways["float16"]["row_bytes"], ways["int8"]["row_bytes"], ways["limit"]["row_bytes"]) == (48, 28, 30)
+    assert all(found["max_error"] <= 1e-3 for found in ways.values() if found["bound"])
+    assert all(found["encode_gb_per_second"] > 0 < found["decode_gb_per_second"] for found in ways.values())
+    (same,) = result["same_size_as_int8"]
+    assert same["row_bytes"] <= 28 and same["max_error"] <= same["bound"]
+    assert "a common part of norm 0.5" in text
