@@ -13,7 +13,7 @@ blosc2    integers with a step of 2 E, in 16 bits, bit-shuffled and compressed w
 
 int8 and fp8 (e4m3) have a float32 scale for each row. "At the same size" is the smallest bound for which ``norm``
 takes no more bytes. Errors are compared with what was encoded, in float64; the cosine error is the mean of
-1 - cos(x, x̂). Speed is in GB of float32 per second of one core, by the thread's processor time, which other programs
+1 - cos(x, x̂). Speed is in GB of float32 per second of one core, by its processor time, which other programs
 disturb less.
 """
 

@@ -380,6 +380,9 @@ def measure(x: Tensor, bound: float, *, float_rows: bool = True) -> tuple[Format
     mean = torch.where(finite[:, None], x, 0.0).sum(0) / finite.sum()
     if bool(mean.abs().max() <= _MOST_OFFSET * bound):
         spreads.append(_Spread(x, bound, mean))
+    if not float_rows:
+        most = max(spread.fitting[-1] for spread in spreads)
+        spreads = [spread for spread in spreads if spread.fitting[-1] == most]
     options = [option for spread in spreads for option in spread.fixed(float_rows)]
     plain, moved = spreads[0], spreads[-1]
     # An offset saves the logarithm of a ratio in bits per component, and costs 32 bits per column.

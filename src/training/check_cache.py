@@ -19,12 +19,15 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(parser.parse_args(argv).folder)
     try:
         prepare()
+        from training.cache import storage
         from training.cache.row_store import damaged, open_store
 
         kind = json.loads((folder / "index.json").read_text(encoding="utf-8"))["kind"]
         store = open_store(folder, kind, "DIR")
         made = ", ".join(f"{key} {value}" for key, value in store.identity.items())
         found = f"{folder}: {kind} of {len(store):,} samples in {len(store.parts)} parts ({made})"
+        if change := storage.largest_changes(store):
+            found += f"\n{change}"
         bad = damaged(store)
         console.show(
             f"{found}\ndamaged: {', '.join(bad)}"

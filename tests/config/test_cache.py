@@ -17,6 +17,12 @@ WRITE = f"{DATA} --data_size 2000 {REFERENCE} --cache_ref_model_features"
         (f"{WRITE} --ref_model_pretrained ''", "--ref_model ViT-B-32 has no weights"),
         (f"{WRITE} --dataset-type synthetic", "synthetic data is noise"),
         (f"{WRITE} --cache_group_size 4 --cache_rank 4", "--cache_rank 4: jobs are numbered from 0 to"),
+        (
+            f"{WRITE} --ref_features_dtype int8 --ref_features_error_bound 0.001",
+            "--ref_features_error_bound 0.001 decides how features are stored, and so does --ref_features_dtype int8",
+        ),
+        (f"{WRITE} --ref_features_error_bound 1e-6", "--ref_features_error_bound 1e-06: the value must lie in"),
+        (f"{CAPTION} --ref_features_dtype int8", "--ref_features_dtype int8: --cache_syn_texts writes captions"),
         (f"{WRITE} --cache_rank 1", "--cache_rank 1: jobs are numbered from 0 to"),
         (f"{WRITE} --resume latest", "--resume latest: --cache_ref_model_features continues by itself"),
         (f"{WRITE} --skip_webdataset_split_by_node", "--skip_webdataset_split_by_node: "),
@@ -89,6 +95,8 @@ def test_flags_without_effect_are_named(tmp_path):
     remarks = config(f"{FASTCLIP} --ref_features_offset 5 --cache_rank 0 --num_samples_per_shard 9").remarks
     assert "--ref_features_offset, --num_samples_per_shard: no effect without --cached_ref_features_dir" in remarks
     assert "--cache_rank: no effect in a run that writes no cache" in remarks
+    (remark,) = config(f"{FASTCLIP} --ref_features_error_bound 0.01").remarks
+    assert remark == "--ref_features_error_bound: no effect when features are read: they are as they were written"
     assert config(f"{WRITE} --ref_features_offset 5").remarks == (
         "--ref_features_offset: no effect when a cache is written; rows keep their numbers",
     )

@@ -32,6 +32,8 @@ NEW = {
     "--loss",
     "--max_bad_fraction",
     "--max_skipped_steps",
+    "--ref_features_dtype",
+    "--ref_features_error_bound",
     "--requeue_on_preempt",
     "--sample_index",
     "--sample_state_device",

@@ -351,7 +351,13 @@ def test_features():
     assert result["rows"] == 3000
     assert result["bytes"] > 3000 * (2 * 8 * 2 + 16 + 8)
     assert all(result[f"{key}_ms"] > 0 for key in ("warm", "cold", "one_by_one"))
-    assert "Lookup of 64 random rows of 3,000, float16 [2, 8]" in text
+    assert "Lookup of 64 random rows of 3,000, [2, 8], float16" in text
+    packed, text = run(
+        *("features.py", "--rows", 3000, "--dim", 64, "--batch", 64, "--repeats", 1, "--error-bound", 0.01)
+    )
+    assert packed["bytes_per_pair"] == packed["bytes"] / 3000 and packed["lookups_per_second_per_core"] > 0
+    assert packed["bytes"] < 3000 * (2 * 64 * 0.8 + 24) and packed["dfn_gb"] < 192 * (2 * 64 * 0.8 + 24)
+    assert "error of at most 0.01" in text
 
 
 def test_codec():

@@ -80,12 +80,23 @@ def files_or_refusal(lab: Lab, words: list[str]) -> list[str] | str:
     return run.files if run.code == 0 else "refused"
 
 
-def cached_rows(lab: Lab, words: list[str]) -> list[int]:
-    """The rows that a run writes to an empty folder."""
+def written(lab: Lab, words: list[str]) -> Path:
+    """The empty folder to which a run has written features."""
     number = next(lab.numbers)
     folder = lab.root / f"cache{number}"
     assert main([*words, "--cached_ref_features_dir", str(folder), "--name", f"caching{number}"]) == 0
-    return [int(row) for file in sorted(folder.glob("parts/*.rows.npy")) for row in np.load(file)[:, 0]]
+    return folder
+
+
+def cached_rows(lab: Lab, words: list[str]) -> list[int]:
+    """The rows that a run writes."""
+    files = sorted(written(lab, words).glob("parts/*.rows.npy"))
+    return [int(row) for file in files for row in np.load(file)[:, 0]]
+
+
+def cached_bytes(lab: Lab, words: list[str]) -> list[int]:
+    """The sizes of the files of a run's features."""
+    return [file.stat().st_size for file in sorted(written(lab, words).glob("parts/*.npy"))]
 
 
 def compilations(lab: Lab, words: list[str]) -> list[str]:

@@ -2,8 +2,8 @@
 
 ``--cached_ref_features_dir`` names one of two layouts:
 
-- ours, a folder that ``--cache_ref_model_features`` has written (see ``row_store``): float16 or float32 [2, d] per
-  row, image and text, with the model that computed them and a checksum of each caption;
+- ours, a folder that ``--cache_ref_model_features`` has written (see ``row_store``): [2, d] per row, image and
+  text, as they are or packed (see ``storage``), with the model that computed them and a checksum of each caption;
 - the published one, files ``SHARD:08d.pt`` with a tensor [n, 2, d] each, in which row r is entry r mod S of
   shard r div S with S = ``--num_samples_per_shard``. Rows that were never cached are zeros there. The flag's
   value may be a folder, or a pattern with braces or wildcards.
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from training.cache.row_store import RowStore, caption_checksum, open_store
+from training.cache.storage import reader
 from training.checkpoint import pt_file
 from training.config.model import brings_weights
 from training.config.params import Config
@@ -49,14 +50,14 @@ class StoredFeatures:
 
     def __init__(self, store: RowStore, offset: int = 0) -> None:
         self.store, self.offset = store, offset
-        self.dtype, (_, self.width) = store.shape("features")
+        self._gather, self.width, self.form = reader(store)
 
     def __call__(self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str]) -> Tensor:
         """See ``FeatureSource``."""
         places = np.asarray(rows, dtype=np.int64) - self.offset
         checksums = np.fromiter(map(caption_checksum, texts), np.uint32, len(places))
         name_of = _namer(places, names)
-        found = self.store.gather("features", self.store.find(places, checksums, name_of))
+        found = self._gather(self.store.find(places, checksums, name_of))
         _check_values(found, name_of, str(self.store.folder))
         return torch.from_numpy(found)
 
@@ -64,7 +65,7 @@ class StoredFeatures:
         """See ``FeatureSource``."""
         made = self.store.identity
         return (
-            f"{len(self.store):,} rows of 2 x {self.width} {self.dtype} in {self.store.folder}, "
+            f"{len(self.store):,} rows of 2 x {self.width} {self.form} in {self.store.folder}, "
             f"from {made['model']} with weights {made['weights']}"
         )
 

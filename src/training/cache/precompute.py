@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset
 
 from training.cache import producers
 from training.cache.producers import Work
-from training.cache.row_store import StoreWriter, caption_checksum
+from training.cache.row_store import PartValues, StoreWriter, caption_checksum
 from training.config.params import Config
 from training.data.bad_samples import Skips, usable
 from training.data.build import open_table
@@ -170,7 +170,7 @@ def _write_units(
     workers = min(config.data.workers, len(units))
     stream = CacheStream(units, work.view, work.tokenizer, config.run.batch_size)
     loader = open_loader(stream, workers, world.device)
-    pending, skips = _Pending(writer, {unit.number: unit.name for unit in units}), Skips()
+    pending, skips = _Pending(writer, {unit.number: unit.name for unit in units}, work.pack), Skips()
     for chunk in loader:
         values = {}
         if chunk.images is not None:
@@ -255,10 +255,15 @@ class CacheStream(IterableDataset[CacheBatch]):
 
 
 class _Pending:
-    """Values of a rank that are not written yet, unit by unit; ``names`` of the units by number."""
+    """Values of a rank that are not written yet, unit by unit; ``names`` of the units by number.
 
-    def __init__(self, writer: StoreWriter, names: dict[int, str]) -> None:
-        self.writer, self.names = writer, names
+    ``pack`` turns a part's values into what is stored.
+    """
+
+    def __init__(
+        self, writer: StoreWriter, names: dict[int, str], pack: Callable[[dict[str, np.ndarray]], PartValues]
+    ) -> None:
+        self.writer, self.names, self.pack = writer, names, pack
         self.failed: set[int] = set()
         self._ended: set[int] = set()
         self._held: dict[int, list[dict[str, np.ndarray]]] = defaultdict(list)
@@ -288,9 +293,16 @@ class _Pending:
         _, first = np.unique(columns["rows"], return_index=True)
         if repeated := len(columns["rows"]) - len(first):
             log.warning("%d samples have the row of another one; only the first of each row is kept", repeated)
+        columns = {name: column[first] for name, column in columns.items()}
+        rows, checksums = columns.pop("rows"), columns.pop("checksums")
+        part = self.pack(columns) if columns else PartValues({})
         self.writer.write(
             [(unit, self.names[unit]) for unit in self._ended],
-            **{name: column[first] for name, column in columns.items()},
+            rows,
+            checksums,
+            constants=part.constants,
+            facts=part.facts,
+            **part.values,
         )
         self._ended.clear()
         held = (value.nbytes for pieces in self._held.values() for piece in pieces for value in piece.values())

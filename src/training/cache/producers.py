@@ -15,6 +15,8 @@ from drrho_clip.batch import Batch
 from drrho_clip.normalize import normalize
 from drrho_clip.reference import Reference
 from training.cache import captioner, captions, features
+from training.cache.row_store import PartValues
+from training.cache.storage import Storage
 from training.config.params import Config
 from training.data.tokenizer import Tokenizer
 from training.data.transforms import FixedView
@@ -34,6 +36,9 @@ class Work(Protocol):
 
     def __call__(self, images: Tensor, texts: Tensor | None, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Values [n, ...] by name; ``images`` [n, 3, H, W] and token ids [n, L] are on the device."""
+
+    def pack(self, values: dict[str, np.ndarray]) -> PartValues:
+        """The values of a part as they are stored."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +63,22 @@ def job(config: Config, world: World) -> Job:
         )
         made |= {"captions per sample": count, "seed": config.run.seed}
         return Job(captions.KIND, cache.cached_syn_texts_dir, made, lambda: CaptionWork(config, world, count))
-    dtype = _feature_type(config, world)
-    made |= features.model_identity(config.reference) | {"dtype": str(dtype).removeprefix("torch.")}
-    return Job(features.KIND, cache.cached_ref_features_dir, made, lambda: FeatureWork(config, world, dtype))
+    storage = Storage(cache.ref_features_dtype or _feature_type(config, world), cache.ref_features_error_bound)
+    made |= features.model_identity(config.reference) | storage.identity()
+    return Job(features.KIND, cache.cached_ref_features_dir, made, lambda: FeatureWork(config, world, storage))
 
 
-def _feature_type(config: Config, world: World) -> torch.dtype:
+def _feature_type(config: Config, world: World) -> str:
     """float32 where the model runs in it, else float16, which suffices for bfloat16 and float16 models."""
     chosen = precision.resolve(config.run.precision, world.device)
-    return torch.float32 if (chosen.autocast_dtype or chosen.pixel_dtype) == torch.float32 else torch.float16
+    return "float32" if (chosen.autocast_dtype or chosen.pixel_dtype) == torch.float32 else "float16"
 
 
 class FeatureWork:
-    """Embeddings by the frozen reference, [n, 2, d] in ``dtype``."""
+    """Embeddings by the frozen reference, [n, 2, d], kept as ``storage`` says."""
 
-    def __init__(self, config: Config, world: World, dtype: torch.dtype) -> None:
-        built, self.dtype = build_reference(config, world), dtype
+    def __init__(self, config: Config, world: World, storage: Storage) -> None:
+        built, self.storage = build_reference(config, world), storage
         assert built is not None, "a run that writes features has a reference"
         pixels, autocast = built.preprocess, precision.resolve(config.run.precision, world.device).autocast_dtype
         self.reference = Reference(built.module, pixels.mean, pixels.std, autocast)
@@ -85,7 +90,11 @@ class FeatureWork:
         """See ``Work``."""
         assert texts is not None, "this model reads captions"
         features = self.reference.features(Batch(images, texts, torch.from_numpy(rows)))
-        return {"features": torch.stack(features, 1).to(self.dtype).cpu().numpy()}
+        return {"features": torch.stack(features, 1).to(self.storage.brought).cpu().numpy()}
+
+    def pack(self, values: dict[str, np.ndarray]) -> PartValues:
+        """See ``Work``."""
+        return self.storage.pack(values["features"])
 
 
 class CaptionWork:
@@ -113,3 +122,7 @@ class CaptionWork:
         with self.precision.autocast():
             written = captioner.sample_captions(self.model, pixels, uniform, self.words)
         return {"captions": captioner.packed(written)}
+
+    def pack(self, values: dict[str, np.ndarray]) -> PartValues:
+        """See ``Work``."""
+        return PartValues(values)

@@ -4,6 +4,7 @@
     DIR/table-DIGEST.npy        uint32 [rows, 2]: 1 + position of each row (0: missing), checksum of its caption
     DIR/parts/N.rows.npy        int64 [n, 2]: the rows of a part in ascending order, and the same checksums
     DIR/parts/N.VALUES.npy      [n, ...]: their values, in this order
+    DIR/parts/N.CONSTANTS.npy   what all rows of the part share, where its values are packed
     DIR/parts/N.json            what the part contains; written last, so that a part is complete or not there
 
 How it scales (DFN: 255M rows, of which 192M exist; 2 vectors of 512 float16 are 2 KiB per row, 390 GB):
@@ -39,19 +40,32 @@ import numpy as np
 from training.data.bad_samples import WrongRow
 from training.files import digest, replacing
 
-FORMAT = 1
+FORMAT, PACKED = 1, 2  # of plain values; of values for which each part has facts that tell how to unpack them
 _PAGE = 4096
 _BLOCK = 2**24  # bytes that are written at a time
 
 
 class StoredPart(NamedTuple):
-    """One part, as in its json. ``shards``: [number, name] of each training shard that is completely in it."""
+    """One part, as in its json.
+
+    ``shards``  [number, name] of each training shard that is completely in it.
+    ``facts``   what tells how its values are to be read; empty where they are plain.
+    """
 
     name: str
     rows: int
     shards: list[tuple[int, str]]
     files: dict[str, dict[str, Any]]
     identity: dict[str, Any]
+    facts: dict[str, Any]
+
+
+class PartValues(NamedTuple):
+    """What ``StoreWriter.write`` gets for a part: ``values`` by name, [n, ...], ``constants`` and ``facts``."""
+
+    values: Mapping[str, np.ndarray]
+    constants: Mapping[str, np.ndarray] = {}
+    facts: Mapping[str, Any] = {}
 
 
 def caption_checksum(text: str) -> int:
@@ -89,22 +103,31 @@ class StoreWriter:
         return shards
 
     def write(
-        self, shards: Sequence[tuple[int, str]], rows: np.ndarray, checksums: np.ndarray, **values: np.ndarray
+        self,
+        shards: Sequence[tuple[int, str]],
+        rows: np.ndarray,
+        checksums: np.ndarray,
+        *,
+        constants: Mapping[str, np.ndarray] = {},
+        facts: Mapping[str, Any] = {},
+        **values: np.ndarray,
     ) -> None:
         """Write one part, of ``shards``: ``rows`` int64 [n], their captions' checksums, ``values`` [n, ...].
 
+        ``constants``, arrays that all rows share, and ``facts``, for json, tell how values are packed.
         ValueError: the folder cannot be written any more.
         """
         folder, name = self.folder / "parts", f"{min(shards)[0]:08d}"
         order = np.argsort(rows, kind="stable")
         arrays = {"rows": np.stack([rows, checksums.astype(np.int64)], 1), **values}
+        arrays = {key: array[order] for key, array in arrays.items()} | dict(constants)
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
-            files = {
-                key: _write_array(folder / f"{name}.{key}.npy", array[order]) for key, array in arrays.items()
-            }
+            files = {key: _write_array(folder / f"{name}.{key}.npy", array) for key, array in arrays.items()}
             part = {"shards": sorted(shards), "rows": len(rows), "files": files, "identity": self.identity}
-            _write_json(folder / f"{name}.json", {"format": FORMAT, "kind": self.kind, **part})
+            if facts:
+                part["facts"] = dict(facts)
+            _write_json(folder / f"{name}.json", {"format": _format(facts), "kind": self.kind, **part})
 
     def index(self) -> int:
         """Make all finished parts readable, those of other writers too. Returns the number of rows.
@@ -131,7 +154,10 @@ class StoreWriter:
             listed = [part._asdict() | {"shards": len(part.shards)} for part in parts]
             for part in listed:
                 del part["identity"]
-            index = {"format": FORMAT, "kind": self.kind, "identity": self.identity, "table": table}
+                if not part["facts"]:
+                    del part["facts"]
+            form = _format([part.facts for part in parts if part.facts])
+            index = {"format": form, "kind": self.kind, "identity": self.identity, "table": table}
             _write_json(self.folder / "index.json", index | {"parts": listed})
             if before not in (None, table["name"]):
                 (self.folder / before).unlink(missing_ok=True)
@@ -180,8 +206,14 @@ def _parts(folder: Path, kind: str) -> list[StoredPart]:
         held = json.loads(file.read_text(encoding="utf-8"))
         _check_format(folder, held, kind)
         shards = [tuple(shard) for shard in held["shards"]]
-        parts.append(StoredPart(file.stem, held["rows"], shards, held["files"], held["identity"]))
+        identity, facts = held["identity"], held.get("facts", {})
+        parts.append(StoredPart(file.stem, held["rows"], shards, held["files"], identity, facts))
     return parts
+
+
+def _format(facts: object) -> int:
+    """An older version, which could not unpack them, says that packed values are of another version."""
+    return PACKED if facts else FORMAT
 
 
 def _compare(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -224,6 +256,7 @@ class RowStore:
     def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
         self.folder, self.identity = folder, index["identity"]
         self.parts = [part["name"] for part in index["parts"]]
+        self.facts = [part.get("facts", {}) for part in index["parts"]]
         self.files = {f"parts/{p['name']}.{key}.npy": f for p in index["parts"] for key, f in p["files"].items()}
         self.files[index["table"]["name"]] = index["table"]
         self._table = index["table"]["name"]
@@ -261,6 +294,14 @@ class RowStore:
 
     def gather(self, key: str, positions: np.ndarray) -> np.ndarray:
         """Values ``key`` at ``positions`` (int64 [n]), of one shape in all parts, as one array [n, ...]."""
+        pieces = self.pieces(key, positions)
+        out = np.empty((len(positions), *pieces[0].array.shape[1:]), pieces[0].array.dtype)
+        for piece in pieces:
+            out[piece.target] = piece.array[piece.source]
+        return out
+
+    def pieces(self, key: str, positions: np.ndarray) -> list[Portion]:
+        """Where values ``key`` at ``positions`` (int64 [n]) are, part by part; their pages are on their way."""
         order = np.argsort(positions, kind="stable")
         places = positions[order]
         part_of = np.searchsorted(self._ends, places, side="right")
@@ -268,13 +309,15 @@ class RowStore:
         pieces = []
         for piece in np.split(np.arange(len(places)), cuts):
             if len(piece):
-                mapped, start = self._values(key, int(part_of[piece[0]]))
+                part = int(part_of[piece[0]])
+                mapped, start = self._values(key, part)
                 mapped.expect(places[piece] - start)
-                pieces.append((mapped.array, order[piece], places[piece] - start))
-        out = np.empty((len(places), *pieces[0][0].shape[1:]), pieces[0][0].dtype)
-        for array, target, source in pieces:
-            out[target] = array[source]
-        return out
+                pieces.append(Portion(part, mapped.array, places[piece] - start, order[piece]))
+        return pieces
+
+    def constant(self, key: str, part: int) -> np.ndarray:
+        """What all rows of a part share."""
+        return self._values(key, part)[0].array
 
     def one(self, key: str, position: int) -> np.ndarray:
         """Values ``key`` at one position."""
@@ -294,6 +337,15 @@ class RowStore:
         if name not in self._maps:
             self._maps[name] = _Mapped(self.folder / name)
         return self._maps[name]
+
+
+class Portion(NamedTuple):
+    """Values of one part: ``array[source]`` belong to the entries ``target`` of what was asked for."""
+
+    part: int
+    array: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
 
 
 def open_store(folder: str | Path, kind: str, flag: str) -> RowStore:
@@ -326,7 +378,7 @@ def damaged(store: RowStore) -> list[str]:
 
 
 def _check_format(folder: Path, held: Any, kind: str) -> None:
-    if not isinstance(held, dict) or "kind" not in held or held.get("format") != FORMAT:
+    if not isinstance(held, dict) or "kind" not in held or held.get("format") not in (FORMAT, PACKED):
         raise ValueError(f"{folder} is not a store of this program, or was written by another version of it")
     if held["kind"] != kind:
         raise ValueError(f"{folder} holds {held['kind']}, not {kind}: give the folder of {kind}")

@@ -25,10 +25,13 @@ class CacheConfig:
 
     ``writes``: 'features' or 'captions' where the run writes a cache and ends, else ''. Folders are resolved: the
     one to write, or those that training reads, '' where it reads none. ``num_syn_texts`` None: all that are there.
+    ``ref_features_dtype`` None: as the reference's precision or ``ref_features_error_bound`` says.
     """
 
     writes: str
     cached_ref_features_dir: str
+    ref_features_dtype: str | None
+    ref_features_error_bound: float | None
     ref_features_offset: int
     num_samples_per_shard: int
     cached_syn_texts_dir: str
@@ -57,6 +60,11 @@ IDLE = (
         "without --cached_syn_texts_dir",
     ),
     Idle(("cap_model_pretrained",), lambda s: True, "without --cache_syn_texts"),
+    Idle(
+        ("ref_features_dtype", "ref_features_error_bound"),
+        lambda s: True,
+        "when features are read: they are as they were written",
+    ),
     Idle(("cache_group_size", "cache_rank"), lambda s: True, "in a run that writes no cache"),
 )
 PITFALLS = (
@@ -122,6 +130,14 @@ def _check_writing(given: Given, written: str, dataset_type: str) -> None:
     if re.search(r"[{*?\[]|::|^[a-z0-9]+:", given.values[key]):
         raise Refusal(
             f"{given.say(key)}: a cache is written into one local folder; give its path, not a pattern or a URL"
+        )
+    form = next((key for key in ("ref_features_dtype", "ref_features_error_bound") if given.values[key]), None)
+    if form and written == CAPTIONS:
+        raise Refusal(f"{given.say(form)}: {flag} writes captions, and it is about features; leave it out")
+    if given.ref_features_dtype and given.ref_features_error_bound:
+        raise Refusal(
+            f"{given.say('ref_features_error_bound')} decides how features are stored, and so does "
+            f"{given.say('ref_features_dtype')}: leave one of them out"
         )
     if written == CAPTIONS:
         _check_captioner(given)

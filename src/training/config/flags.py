@@ -317,6 +317,21 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "files. With --cache_ref_model_features: the folder to write to (default: ref_features in "
             "--logs)",
         ),
+        Flag(
+            "--ref_features_dtype",
+            "str",
+            None,
+            "type of the features that --cache_ref_model_features writes; int8 has a scale for each vector "
+            "(default: float32 if the reference runs in it, else float16)",
+            choices=("float32", "float16", "int8"),
+        ),
+        Flag(
+            "--ref_features_error_bound",
+            "float",
+            None,
+            "write features in the fewest bytes for which no component is wrong by more than this, e.g. 0.001",
+            within="[5e-5, 0.1]",
+        ),
         Flag("--ref_features_offset", "int", 0, "row of this run that belongs to row 0 of the cached features"),
         Flag(
             "--num_samples_per_shard",
