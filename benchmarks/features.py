@@ -111,9 +111,9 @@ def write(options: Options, folder: Path) -> None:
 
 def forget(folder: Path) -> None:
     """Drop the store's files from the page cache."""
-    os.sync()
     for file in folder.rglob("*.npy"):
         descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 

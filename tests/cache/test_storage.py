@@ -120,7 +120,7 @@ def test_a_common_part_of_all_rows_is_stored_once(tmp_path):
 
 
 def test_the_sizes_promised_for_dfn(tmp_path):
-    """192 million pairs of 2 x 512: 200 GB at 1e-3, 150 GB at 2e-3, the 24 bytes of rows and checksums included."""
+    """192 million pairs of 2 x 512: 200 GB at 1e-3, 150 GB at 2e-3, with 24 bytes for row and checksum."""
     for bound, most in ((1e-3, 200e9), (2e-3, 150e9)):
         part = Storage("float32", bound).pack(unit(400, 512, 0))
         assert 192e6 * (sum(part.facts["bytes"]) + 24) < most

@@ -19,7 +19,7 @@ WRITE = f"{DATA} --data_size 2000 {REFERENCE} --cache_ref_model_features"
         (f"{WRITE} --cache_group_size 4 --cache_rank 4", "--cache_rank 4: jobs are numbered from 0 to"),
         (
             f"{WRITE} --ref_features_dtype int8 --ref_features_error_bound 0.001",
-            "--ref_features_error_bound 0.001 decides how features are stored, and so does --ref_features_dtype int8",
+            "--ref_features_error_bound 0.001 decides how features are stored, and so does --ref_features_dtype",
         ),
         (f"{WRITE} --ref_features_error_bound 1e-6", "--ref_features_error_bound 1e-06: the value must lie in"),
         (f"{CAPTION} --ref_features_dtype int8", "--ref_features_dtype int8: --cache_syn_texts writes captions"),

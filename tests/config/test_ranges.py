@@ -32,6 +32,7 @@ EDGES = {
     "(0, 1]": (["0", "1.5", "nan"], "1"),
     "[0, 1]": (["-0.5", "1.5", "nan"], "0"),
     "(-inf, inf)": (["nan", "inf"], "-1"),
+    "[5e-5, 0.1]": (["1e-05", "0.2", "0", "nan"], "0.1"),
 }
 # Other flags that these need to be valid.
 COMPANY = {

@@ -12,6 +12,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -352,12 +353,27 @@ def test_features():
     assert result["bytes"] > 3000 * (2 * 8 * 2 + 16 + 8)
     assert all(result[f"{key}_ms"] > 0 for key in ("warm", "cold", "one_by_one"))
     assert "Lookup of 64 random rows of 3,000, [2, 8], float16" in text
-    packed, text = run(
-        *("features.py", "--rows", 3000, "--dim", 64, "--batch", 64, "--repeats", 1, "--error-bound", 0.01)
-    )
-    assert packed["bytes_per_pair"] == packed["bytes"] / 3000 and packed["lookups_per_second_per_core"] > 0
-    assert packed["bytes"] < 3000 * (2 * 64 * 0.8 + 24) and packed["dfn_gb"] < 192 * (2 * 64 * 0.8 + 24)
-    assert "error of at most 0.01" in text
+
+
+def test_features_with_an_error_bound(tmp_path):
+    import features
+
+    options = features.Options(3000, 64, 64, 1, None, "float16", 0.01)
+    result = features.run(options, tmp_path)
+    assert result["bytes_per_pair"] == result["bytes"] / 3000 and result["lookups_per_second_per_core"] > 0
+    assert result["bytes"] < 3000 * (2 * 64 * 0.8 + 24)
+    assert result["dfn_gb"] == pytest.approx(0.192 * result["bytes_per_pair"])
+
+
+def test_features_notices_another_value(tmp_path, monkeypatch):
+    import features
+
+    options = features.Options(300, 16, 64, 1, None, "float16", 0.01)
+    features.write(options, tmp_path)
+    right = features.values
+    monkeypatch.setattr(features, "values", lambda rows, dim: right(rows, dim) + np.float32(0.0201))
+    with pytest.raises(AssertionError, match="the store gave other values"):
+        features.measure(options, tmp_path, cold=False)
 
 
 def test_codec():
