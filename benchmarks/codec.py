@@ -11,19 +11,21 @@ measured  the same without a promise
 zfp       zfpy with the bound as its tolerance, if it is installed
 blosc2    integers with a step of 2 E, in 16 bits, bit-shuffled and compressed with zstd, if it is installed
 
-int8 and fp8 (e4m3) have a float32 scale for each row. "At the same size" is the smallest bound for which ``norm``
-takes no more bytes. Errors are compared with what was encoded, in float64; the cosine error is the mean of
-1 - cos(x, x̂). Speed is in GB of float32 per second of one core, by its processor time, which other programs
-disturb less.
+int8 and fp8 (e4m3) have a float32 scale for each row. Of two further tables, "at the size of int8" has the
+smallest bound for which ours takes no more bytes, "at the error of float16" the largest error of float16 as the
+bound. Errors are compared with what was encoded, in float64; the cosine error is the mean of 1 - cos(x, x̂). Speed is
+in GB of float32 per second of one core, by its processor time, which other programs disturb less.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import report
-from drrho_clip.codec import Format, decode, encode
+from drrho_clip.codec import decode, encode
 
+PROMISES: dict[str, dict[str, float]] = {"limit": {"limit": 1.0}, "norm": {"norm": 1.0}, "measured": {}}
 FP8_LARGEST = 448.0  # of e4m3
 
 
@@ -98,31 +101,31 @@ def plain_ways() -> Iterator[Way]:
         yield Way(name, scaled, lambda held: held[0].float() * held[1])
 
 
+def ours(name: str, bound: float) -> Way:
+    """A way of ``drrho_clip.codec``."""
+
+    def encoded(x: Tensor) -> tuple[Any, int]:
+        held = encode(x, bound, **PROMISES[name])
+        return held, held.nbytes
+
+    return Way(name, encoded, decode)
+
+
 def bounded_ways(bound: float) -> Iterator[Way]:
     """Ways that keep ``bound``."""
-    for name, promise in (("limit", {"limit": 1.0}), ("norm", {"norm": 1.0}), ("measured", {})):
-
-        def ours(x: Tensor, promise: dict[str, float] = promise) -> tuple[Any, int]:
-            encoded = encode(x, bound, **promise)
-            return encoded, encoded.nbytes
-
-        yield Way(name, ours, decode)
-    try:
+    for name in PROMISES:
+        yield ours(name, bound)
+    if installed("zfpy"):
         import zfpy
-    except ImportError:
-        report.say("zfpy is not installed: no comparison with it (pip install zfpy)")
-    else:
 
         def zfp(x: Tensor) -> tuple[bytes, int]:
             held = zfpy.compress_numpy(x.numpy(), tolerance=bound)
             return held, len(held)
 
         yield Way("zfp", zfp, lambda held: torch.from_numpy(zfpy.decompress_numpy(held)))
-    try:
+    if installed("blosc2"):
         import blosc2
-    except ImportError:
-        report.say("blosc2 is not installed: no comparison with it (pip install blosc2)")
-    else:
+
         step = 2 * bound * (1 - 1e-3)
 
         def blosc(x: Tensor) -> tuple[Any, int]:
@@ -136,6 +139,15 @@ def bounded_ways(bound: float) -> Iterator[Way]:
             return torch.from_numpy(codes.astype(np.float32) * np.float32(step))
 
         yield Way("blosc2", blosc, unblosc)
+
+
+@cache
+def installed(package: str) -> bool:
+    """Whether there is such a package; said once where there is none."""
+    if importlib.util.find_spec(package) is None:
+        report.say(f"{package} is not installed: no comparison with it (pip install {package})")
+        return False
+    return True
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
@@ -170,27 +182,34 @@ def measure(way: Way, x: Tensor, bound: float | None, repeats: int) -> Result:
     )
 
 
-def bound_of_size(dim: int, row_bytes: int) -> float:
-    """The smallest bound, to 0.1 %, for which ``norm`` takes no more than ``row_bytes`` per row."""
-    low, high = 4e-5, 1.0
-    while high / low > 1.001:
+def smallest_bound(size_of: Callable[[float], int], size: int) -> float:
+    """The smallest bound, to 0.5 %, for which no more than ``size`` bytes are taken."""
+    low, high = 5e-5, 0.5
+    while high / low > 1.005:
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if Format.of_norm(middle, dim, 1.0).row_bytes <= row_bytes else (middle, high)
+        low, high = (low, middle) if size_of(middle) <= size else (middle, high)
     return high
 
 
-def run(options: Options) -> tuple[list[Result], list[Result]]:
-    """Results for the bounds, and those at the same size as int8."""
-    results, same_size = [], []
+def run(options: Options) -> dict[str, list[Result]]:
+    """Results for the bounds, at the size of int8, and at the error of float16."""
+    found: dict[str, list[Result]] = {"results": [], "size_of_int8": [], "error_of_float16": []}
     for dim in options.dims:
         x = embeddings(options, dim)
-        results += [measure(way, x, None, options.repeats) for way in plain_ways()]
+        plain = {way.name: measure(way, x, None, options.repeats) for way in plain_ways()}
+        found["results"] += plain.values()
         for bound in options.bounds:
-            results += [measure(way, x, bound, options.repeats) for way in bounded_ways(bound)]
-        bound = bound_of_size(dim, dim + 4)
-        norm = next(way for way in bounded_ways(bound) if way.name == "norm")
-        same_size.append(measure(norm, x, bound, options.repeats))
-    return results, same_size
+            found["results"] += [measure(way, x, bound, options.repeats) for way in bounded_ways(bound)]
+        for name in ("norm", "measured"):
+
+            def size_of(bound: float, name: str = name, x: Tensor = x) -> int:
+                return ours(name, bound).encode(x)[1]
+
+            bound = smallest_bound(size_of, (dim + 4) * len(x))
+            found["size_of_int8"].append(measure(ours(name, bound), x, bound, options.repeats))
+            bound = plain["float16"].max_error
+            found["error_of_float16"].append(measure(ours(name, bound), x, bound, options.repeats))
+    return found
 
 
 def shown(results: list[Result]) -> list[tuple[str, ...]]:
@@ -215,7 +234,7 @@ def parse() -> tuple[Options, bool]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--dims", type=int, nargs="+", default=[256, 512, 768, 1024])
-    parser.add_argument("--bounds", type=float, nargs="+", default=[1e-4, 1e-3, 2e-3, 1e-2])
+    parser.add_argument("--bounds", type=float, nargs="*", default=[1e-4, 1e-3, 2e-3, 1e-2])
     parser.add_argument("--mean", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
@@ -228,14 +247,16 @@ def main() -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     options, as_json = parse()
-    results, same_size = run(options)
+    found = run(options)
     header = ("", "E", "bits", "bytes/row", "max error", "1 - cos", "encode GB/s", "decode GB/s")
     machine = report.machine(torch.device("cpu"), 1)
-    title = f"{options.rows:,} unit-norm rows, a common part of norm {options.mean:g}, {machine}"
-    text = report.table(title, header, shown(results))
-    text += "\n\n" + report.table("At the size of int8", header, shown(same_size))
-    found = {"results": [asdict(r) for r in results], "same_size_as_int8": [asdict(r) for r in same_size]}
-    report.emit(asdict(options) | found, text, as_json)
+    titles = {
+        "results": f"{options.rows:,} unit-norm rows, a common part of norm {options.mean:g}, {machine}",
+        "size_of_int8": "At the size of int8",
+        "error_of_float16": "At the error of float16",
+    }
+    text = "\n\n".join(report.table(title, header, shown(found[name])) for name, title in titles.items())
+    report.emit(asdict(options) | {name: [asdict(r) for r in rs] for name, rs in found.items()}, text, as_json)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ WITHOUT_TORCH = (
 MAY_COMMUNICATE = {
     "drrho_clip.collectives",
     "training.distributed.collectives",
+    "training.distributed.ddp",
     "training.distributed.devices",
     "training.distributed.process_group",
     "training.distributed.rendezvous",

@@ -246,6 +246,7 @@ EFFECTS: dict[str, Effect] = {
     "dist_backend": Effect(("nccl", "gloo"), runs.group_on_gpus),
     "dist_port": Effect((None, "29123"), runs.group_of_two),
     "world_size": Effect(("2", "3"), runs.group),
+    "grad_compression": Effect((None, "bf16"), parts.wrapped),
     "ddp_static_graph": Effect(SWITCH, parts.wrapped),
     "no_set_device_rank": Effect(SWITCH, runs.group_on_gpus),
 }

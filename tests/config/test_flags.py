@@ -25,6 +25,7 @@ NEW = {
     "--eval_data_dir",
     "--eval_tasks",
     "--global_batch_size",
+    "--grad_compression",
     "--image_key",
     "--json_key",
     "--keep_last",

@@ -9,6 +9,8 @@ from training.config.params import parse
 
 ONE_OF_TWO = "keep one of them"
 REFUSALS = {
+    f"{DATA} --precision bf16 --grad_compression fp16": "the gradients of --precision bf16 have 16 bits already",
+    f"{DATA} --precision pure_fp16 --grad_compression bf16": "--grad_compression bf16: the gradients of",
     # nothing to do, data
     "": "--train-data is missing: give data to train on",
     f"{DATA} --epochs 0": "only evaluates: give --val-data, --imagenet-val, --imagenet-v2 or --eval_data_dir",

@@ -29,6 +29,15 @@ from tests.support.commands import DATA, FASTCLIP, config
             f"{DATA} --csv_quoting none --csv_encoding latin-1",
             "--csv_quoting, --csv_encoding: no effect without csv data",
         ),
+        (
+            f"{DATA} --precision pure_bf16 --grad_compression bf16",
+            "--grad_compression: no effect with this --precision, whose gradients have this type",
+        ),
+        (
+            f"{DATA} --precision amp_bf16 --grad_compression fp16",
+            "--grad_compression fp16: gradients below 6e-8 become 0, as --precision amp alone scales them; bf16 "
+            "keeps them",
+        ),
         (f"{DATA} --eps 1e-8 --optimizer lion", "--eps: no effect with this optimizer"),
         (f"{DATA} --json_key json:id", "--json_key: no effect where rows do not go by key"),
         (f"{DATA} --lock-text-unlocked-layers 1", "--lock-text-unlocked-layers: no effect without --lock-text"),

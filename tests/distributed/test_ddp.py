@@ -44,6 +44,42 @@ def test_wrapped_gradients_are_those_of_the_whole_batch_in_bucket_views(static_g
         torch.testing.assert_close(gradient, alone.weight.grad)
 
 
+def compressed_gradient(compression: str, accum: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What DDP leaves of several passes' gradients, and this rank's own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 1))
+    parameters = list(model.parameters())
+    wrapped = ddp.wrap(model, cpu_world(), static_graph=False, sync_bn=False, compression=compression)
+    data = torch.randn(2, accum, 8, 30)[dist.get_rank()]
+    own = sum(
+        torch.cat([g.flatten() for g in torch.autograd.grad(model(part).square().mean(), parameters)])
+        for part in data
+    )
+    for part in data[:-1]:
+        with wrapped.no_sync():
+            wrapped(part).square().mean().backward()
+    wrapped(data[-1]).square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in parameters]), own
+
+
+@pytest.mark.parametrize("accum", [1, 3])
+@pytest.mark.parametrize("compression, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_compressed_gradients_are_the_mean_of_rounded_ones(compression, dtype, accum):
+    """On all ranks the same: once rounded on each, and once more in their sum."""
+    (first, own), (second, other) = ranks(2).run(compressed_gradient, compression, accum)
+    assert torch.equal(first, second) and first.dtype == torch.float32
+    assert torch.equal(first, (own.to(dtype) / 2 + other.to(dtype) / 2).float())
+    unit = torch.finfo(dtype).eps / 2
+    exact = (own.double() + other.double()) / 2
+    allowed = unit * (own.abs() + other.abs()) / 2 + unit * first.abs() + torch.finfo(dtype).smallest_normal
+    assert ((first - exact).abs() <= 1.001 * allowed).all() and not torch.equal(first, exact.float())
+
+
+def test_without_compression_they_are_those_of_float32():
+    (first, own), (_, other) = ranks(2).run(compressed_gradient, "none", 1)
+    assert torch.equal(first, (own + other) / 2)
+
+
 def wrap_special_cases() -> tuple[bool, str, bool]:
     locked = nn.Linear(2, 2).requires_grad_(False)
     unchanged = ddp.wrap(locked, cpu_world(), static_graph=False, sync_bn=False) is locked

@@ -25,13 +25,19 @@ class Process:
     """Model, loss and stepper as a process builds them at its start, with the contents of a checkpoint."""
 
     def __init__(
-        self, kind: str, accum: int = 1, static_graph: bool = False, saved: tuple[dict, dict, dict] | None = None
+        self,
+        kind: str,
+        accum: int = 1,
+        static_graph: bool = False,
+        compression: str = "none",
+        saved: tuple[dict, dict, dict] | None = None,
     ) -> None:
         k, r = collectives.world_size(), collectives.rank()
         self.model = tiny_models.build(kind, text_cfg={"vocab_size": 8192})  # 2 MB: more than DDP's first bucket
         self.loss = make_loss("drrho")
         self.loss.set_epoch(1)
-        wrapped = ddp.wrap(self.model, World(r, r, k, k, CPU), static_graph=static_graph, sync_bn=False)
+        world = World(r, r, k, k, CPU)
+        wrapped = ddp.wrap(self.model, world, static_graph=static_graph, sync_bn=False, compression=compression)
         optimizer = create_optimizer(self.model, OPTIM, CPU)
         if saved is not None:
             self.model.load_state_dict(saved[0])
@@ -62,10 +68,19 @@ def _interrupted(settle: bool, *process) -> bool:
     return same and all(torch.equal(v, theirs[n]) for n, v in second.model.state_dict().items())
 
 
-PROCESSES = [("tiny-vit", 1), ("tiny-vit", 2), ("tiny-vit", 1, True), ("tiny-resnet", 1)]
+PROCESSES = [
+    ("tiny-vit", 1),
+    ("tiny-vit", 2),
+    ("tiny-vit", 1, True),
+    ("tiny-vit", 2, False, "bf16"),
+    ("tiny-resnet", 1),
+]
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=["plain", "accumulation", "static-graph", "batchnorm"])
+NAMES = ["plain", "accumulation", "static-graph", "compressed", "batchnorm"]
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
 def test_three_ranks_that_start_again_train_on_bit_for_bit(process):
     assert ranks(3).run(_interrupted, True, *process) == [True] * 3
 

@@ -384,6 +384,7 @@ def test_codec():
     assert (ways["float16"]["row_bytes"], ways["int8"]["row_bytes"], ways["limit"]["row_bytes"]) == (48, 28, 30)
     assert all(found["max_error"] <= 1e-3 for found in ways.values() if found["bound"])
     assert all(found["encode_gb_per_second"] > 0 < found["decode_gb_per_second"] for found in ways.values())
-    (same,) = result["same_size_as_int8"]
-    assert same["row_bytes"] <= 28 and same["max_error"] <= same["bound"]
+    assert [same["way"] for same in result["size_of_int8"]] == ["norm", "measured"]
+    assert all(same["row_bytes"] <= 28 and same["max_error"] <= same["bound"] for same in result["size_of_int8"])
+    assert all(same["bound"] == ways["float16"]["max_error"] for same in result["error_of_float16"])
     assert "a common part of norm 0.5" in text

@@ -227,6 +227,7 @@ def wrapped(lab: Lab, words: list[str]) -> tuple[set[str], dict[str, Any]]:
 
     def recorded(module: nn.Module, **settings: Any) -> nn.Module:
         told.update(settings)
+        module.register_comm_hook = lambda state, hook: told.update(hook=hook.__name__)
         return module
 
     world = World(0, 0, 2, 2, torch.device("cuda", 0))
@@ -236,6 +237,7 @@ def wrapped(lab: Lab, words: list[str]) -> tuple[set[str], dict[str, Any]]:
             world,
             static_graph=config.distributed.ddp_static_graph,
             sync_bn=config.model.use_bn_sync,
+            compression=config.distributed.grad_compression,
         )
     norms = {type(m).__name__ for m in module.modules() if "Norm" in type(m).__name__}
     return norms, {name: value for name, value in told.items() if name != "device_ids"}

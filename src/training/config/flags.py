@@ -696,6 +696,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "tell DistributedDataParallel that the graph is the same in every step",
         ),
         Flag(
+            "--grad_compression",
+            "str",
+            "none",
+            "type in which ranks send gradients and sum them: bf16 halves what a float32 model sends",
+            choices=("none", "bf16", "fp16"),
+        ),
+        Flag(
             "--no-set-device-rank",
             "switch",
             False,

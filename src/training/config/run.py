@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from training.config.given import Given, Refusal
 from training.config.inputs.weights import check_checkpoint
-from training.config.remarks import Idle
+from training.config.remarks import Idle, Pitfall
 
+_NOT_SCALED = ("fp32", "amp_bf16", "amp_bfloat16")  # precisions with float32 gradients as they are
 _LONGEST_NAME = 255  # bytes, on all file systems in use
 
 
@@ -57,7 +58,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How ranks find each other."""
+    """How ranks find each other, and what they exchange."""
 
     dist_url: str
     dist_backend: str
@@ -65,6 +66,7 @@ class DistributedConfig:
     world_size: int
     ddp_static_graph: bool
     no_set_device_rank: bool
+    grad_compression: str = "none"
 
 
 IDLE = (
@@ -74,11 +76,23 @@ IDLE = (
         "outside of a Slurm job",
     ),
     Idle(("wandb_notes", "wandb_project_name"), lambda s: "wandb" not in s.report_to, "without --report-to wandb"),
+    Idle(
+        ("grad_compression",),
+        lambda s: s.given.grad_compression == s.given.precision.removeprefix("pure_"),
+        "with this --precision, whose gradients have this type",
+    ),
     Idle(("u_format",), lambda s: not s.given.resume, "without --resume"),
     Idle(
         ("remote_sync_frequency", "remote_sync_protocol"),
         lambda s: not s.given.remote_sync,
         "without --remote-sync",
+    ),
+)
+PITFALLS = (
+    Pitfall(
+        lambda s: s.trains and s.given.grad_compression == "fp16" and s.given.precision in _NOT_SCALED,
+        "--grad_compression fp16: gradients below 6e-8 become 0, as --precision amp alone scales them; bf16 keeps "
+        "them",
     ),
 )
 
@@ -89,6 +103,12 @@ def resolve_run(given: Given) -> RunConfig:
     if given.resume not in (None, "", "latest"):
         check_checkpoint(given, "resume")
     precision = {"amp_bfloat16": "amp_bf16"}.get(given.precision, given.precision)
+    own = precision.removeprefix("pure_")
+    if {own, given.grad_compression} == {"bf16", "fp16"}:
+        raise Refusal(
+            f"{given.say('grad_compression')}: the gradients of {given.say('precision')} have 16 bits already; "
+            "leave it out"
+        )
     return given.group(RunConfig, report_to=_report_to(given), precision=precision)
 
 

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,11 +18,17 @@ if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
     _SYNC_BUFFERS = "broadcast_buffers"
 
 
-def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -> nn.Module:
+# Each keeps no state, so that a resumed run goes on as an uninterrupted one.
+_COMPRESSIONS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+
+
+def wrap(
+    model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool, compression: str = "none"
+) -> nn.Module:
     """``model`` in DistributedDataParallel; without it in a single process, and where nothing is to be trained.
 
     ``sync_bn`` first replaces BatchNorm layers by ones whose statistics are over all ranks. ValueError: torch has
-    such layers for GPUs only.
+    such layers for GPUs only. ``compression`` 'bf16' or 'fp16': ranks send and sum gradients in this type.
     """
     if not world.distributed:
         return model
@@ -40,7 +47,10 @@ def wrap(model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool) -
         # Only running statistics differ between ranks; open_clip's attention masks need no broadcast per forward.
         _SYNC_BUFFERS: any(isinstance(module, _BatchNorm) for module in model.modules()),
     }
-    return DistributedDataParallel(model, **settings)
+    wrapped = DistributedDataParallel(model, **settings)
+    if compression != "none":
+        wrapped.register_comm_hook(None, _COMPRESSIONS[compression])
+    return wrapped
 
 
 def check_sync_bn(world: World) -> None:

@@ -41,6 +41,7 @@ def build_task(config: Config, world: World, target: BuiltModel, reference: Buil
         world,
         static_graph=config.distributed.ddp_static_graph,
         sync_bn=config.model.use_bn_sync,
+        compression=config.distributed.grad_compression,
     )
     frozen: Reference | CachedReference | None = None
     if config.cache.cached_ref_features_dir:
