@@ -13,8 +13,8 @@ blosc2    integers with a step of 2 E, in 16 bits, bit-shuffled and compressed w
 
 int8 and fp8 (e4m3) have a float32 scale for each row. Of two further tables, "at the size of int8" has the
 smallest bound for which ours takes no more bytes, "at the error of float16" the largest error of float16 as the
-bound. Errors are compared with what was encoded, in float64; the cosine error is the mean of 1 - cos(x, x̂). Speed is
-in GB of float32 per second of one core, by its processor time, which other programs disturb less.
+bound. Errors are compared with what was encoded, in float64; the cosine error is the mean of 1 - cos(x, x̂).
+Speed is in GB of float32 per second of one core, by its processor time, which other programs disturb less.
 """
 
 from __future__ import annotations
