@@ -15,8 +15,7 @@ Constants are ``offset``, float32 [2, d], the columns' means, where one of the f
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from drrho_clip import codec
 from drrho_clip.codec import Format
-from training.cache.row_store import PartValues, Portion, RowStore
+from training.cache.row_store import PartValues, RowStore
 
 _LARGEST_INT8 = 127
 _COMPARED = 1024  # rows of a part whose similarities are compared
@@ -110,53 +109,66 @@ class PlainReader:
         return self.store.gather("features", positions)
 
 
-@dataclass(frozen=True)
 class PackedReader:
-    """Features that were packed."""
+    """Features that were packed, with ``width`` components each."""
 
-    store: RowStore
-    width: int
+    def __init__(self, store: RowStore, width: int) -> None:
+        self.store, self.width = store, width
+        # Formats that differ in the room for a row's zeros alone are unpacked together.
+        forms = [[_form(facts, side) for facts in store.facts] for side in (0, 1)]
+        self._forms = [list(dict.fromkeys(of_side)) for of_side in forms]
+        self._form_of = [np.array([f.index(form) for form in of]) for f, of in zip(self._forms, forms)]
+        self._bytes = np.array([facts.get("bytes", (0, 0)) for facts in store.facts])
+        self._offsets: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_offsets": {}}  # another process reads its own
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """float32 [n, 2, d]; NaN for vectors that were broken when they were written."""
-        features = np.empty((len(positions), 2, self.width), np.float32)
-        pieces = [(piece, piece.array[piece.source]) for piece in self.store.pieces("packed", positions)]
-        for side in (0, 1):
-            groups: dict[Format | None, list[tuple[Portion, np.ndarray]]] = defaultdict(list)
-            for piece, rows in pieces:
-                facts = self.store.facts[piece.part]
-                begin = facts["bytes"][0] if side else 0
-                form = Format(**facts["formats"][side]) if "formats" in facts else None
-                # Parts whose longest rows differ are unpacked together.
-                key = replace(form, zeros=0) if form and form.zeros is not None else form
-                groups[key].append((piece, rows[:, begin : begin + facts["bytes"][side]]))
-            for form, members in groups.items():
-                targets = np.concatenate([piece.target for piece, _ in members])
-                features[targets, side] = self._unpacked(form, members, side).numpy()
+        pieces = self.store.pieces("packed", positions)
+        counts = np.array([len(piece.source) for piece in pieces])
+        part_of = np.repeat([piece.part for piece in pieces], counts)
+        ends = np.cumsum(counts)
+        first, second = self._bytes[part_of].max(0)
+        images, texts = (np.zeros((len(positions), most), np.uint8) for most in (first, second))
+        for piece, count, end in zip(pieces, counts.tolist(), ends.tolist()):
+            rows, image_bytes = piece.array[piece.source], int(self._bytes[piece.part, 0])
+            images[end - count : end, :image_bytes] = rows[:, :image_bytes]
+            texts[end - count : end, : rows.shape[1] - image_bytes] = rows[:, image_bytes:]
+        unpacked = np.empty((len(positions), 2, self.width), np.float32)
+        for side, packed in enumerate((images, texts)):
+            form_of = self._form_of[side][part_of]
+            for number in np.unique(form_of).tolist():
+                mine = np.flatnonzero(form_of == number)
+                form = self._forms[side][number]
+                unpacked[mine, side] = self._unpacked(form, packed[mine], part_of[mine], side).numpy()
+        features = np.empty_like(unpacked)
+        features[np.concatenate([piece.target for piece in pieces])] = unpacked
         return features
 
-    def _unpacked(self, form: Format | None, members: list[tuple[Portion, np.ndarray]], side: int) -> Tensor:
-        rows = torch.from_numpy(_stacked([rows for _, rows in members]))
+    def _unpacked(self, form: Format | None, packed: np.ndarray, part_of: np.ndarray, side: int) -> Tensor:
+        rows = torch.from_numpy(packed)
         if form is None:
             return _from_int8_rows(rows)
-        offset = None
-        if form.moved:
-            each = [np.broadcast_to(self._offset(piece.part)[side], (len(p), self.width)) for piece, p in members]
-            offset = torch.from_numpy(np.concatenate(each))
-        return codec.unpack(rows, form, offset)
+        if not form.moved:
+            return codec.unpack(rows, form)
+        parts, place = np.unique(part_of, return_inverse=True)
+        offsets = np.stack([self._offset(part)[side] for part in parts.tolist()])
+        return codec.unpack(rows, form, torch.from_numpy(offsets[place]))
 
     def _offset(self, part: int) -> np.ndarray:
-        return self.store.constant("offset", part)
+        if part not in self._offsets:
+            self._offsets[part] = np.array(self.store.constant("offset", part))
+        return self._offsets[part]
 
 
-def _stacked(pieces: list[np.ndarray]) -> np.ndarray:
-    """Rows of bytes, with zeros behind those that are shorter than the longest."""
-    stacked = np.zeros((sum(map(len, pieces)), max(piece.shape[1] for piece in pieces)), np.uint8)
-    begin = 0
-    for piece in pieces:
-        stacked[begin : begin + len(piece), : piece.shape[1]] = piece
-        begin += len(piece)
-    return stacked
+def _form(facts: Mapping[str, Any], side: int) -> Format | None:
+    """How a part's images or texts are packed, without room for zeros; None: int8, or there are none."""
+    if "formats" not in facts:
+        return None
+    form = Format(**facts["formats"][side])
+    return form if form.zeros is None else replace(form, zeros=0)
 
 
 def _int8_rows(x: Tensor) -> Tensor:
