@@ -33,7 +33,7 @@ original ones, so that the step would have to be smaller.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -161,7 +161,8 @@ def encode(x: Tensor, bound: float, *, limit: float | None = None, norm: float |
     """``x`` [n, d] of float32, float16 or bfloat16, so that ``decode`` gives x̂ with |x̂ - x| <= ``bound`` = E.
 
     With a promise, the size follows from E and d, nothing waits for the device, and rows may be exchanged by
-    ranks as they are. What breaks the promise, NaN and infinities come back as NaN, so that it cannot go unseen.
+    ranks as they are. NaN, infinities and what breaks the promise come back as NaN, so that they cannot go unseen
+    (or within the bound, where they fit nevertheless).
 
     ``limit``  |x| <= limit for every component: the fewest bits of fixed width. Only components are lost that
                break the promise. The fastest.
@@ -249,7 +250,7 @@ def _pack(x: Tensor, how: Format, offset: Tensor | None) -> tuple[Tensor, Tensor
         k = torch.where(good, k, -(2**how.reach))
         return _pack_low(_folded(k), how.low), held
     v = _folded(k)
-    ends = torch.cumsum((v >> how.low) + 1, 1, dtype=torch.int32) - 1
+    ends = torch.cumsum((v >> how.low) + 1, 1, dtype=_counter(how.dim)) - 1
     room = _up(how.dim + how.zeros)
     if how.dim:
         held = held & (ends[:, -1] < room)
@@ -448,9 +449,9 @@ class _Spread:
         return found
 
     def _zeros(self, block: Tensor, how: Format, lows: Sequence[int]) -> Tensor:
-        """int32 [n, len(lows)]: the zeros of each row's second part."""
+        """Integers [n, len(lows)]: the zeros of each row's second part."""
         v = _folded(_quantized(block, how, self.offset)[0])
-        return torch.stack([(v >> low).sum(1, dtype=torch.int32) for low in lows], 1)
+        return torch.stack([(v >> low).sum(1, dtype=_counter(how.dim)) for low in lows], 1)
 
     @property
     def offset_bytes(self) -> int:
@@ -470,11 +471,15 @@ def _too_fine(bound: float, what: str) -> str:
     )
 
 
-def _float32(value: float, rounding: object) -> float:
-    """A positive float32 next to ``value``."""
+def _counter(dim: int) -> torch.dtype:
+    """The integers that hold the sum of the second parts of a row, each up to 2^16; the smaller are faster."""
+    return torch.int32 if dim < 2**15 else torch.int64
+
+
+def _float32(value: float, rounding: Callable[[float], int]) -> float:
+    """``value`` > 0 as a float32."""
     mantissa, exponent = math.frexp(value)
-    whole = math.floor(mantissa * 2**24) if rounding is math.floor else round(mantissa * 2**24)
-    return math.ldexp(whole, exponent - 24)
+    return math.ldexp(rounding(mantissa * 2**24), exponent - 24)
 
 
 def _up(bits: int) -> int:
