@@ -128,6 +128,10 @@ def _caching(config: Config) -> Iterator[tuple[str, str]]:
     c = config.cache
     yield "data", f"{config.data.dataset_type} {config.data.train_data or ''}".rstrip()
     what = "the reference's features" if c.writes == "features" else f"{c.num_syn_texts} captions"
+    if c.ref_features_dtype:
+        what += f" in {c.ref_features_dtype}"
+    if c.ref_features_error_bound:
+        what += f" with errors of at most {c.ref_features_error_bound:g}"
     job = f", as job {c.cache_rank + 1} of {c.cache_group_size}" if c.cache_group_size > 1 else ""
     folder = c.cached_ref_features_dir if c.writes == "features" else c.cached_syn_texts_dir
     yield "writes", f"{what} of each sample to {folder}/{job}"

@@ -187,3 +187,15 @@ def test_the_plan_of_a_run_that_writes(lab, capsys):
     assert plan.startswith("Caching on 1 rank")
     assert f"the reference's features of each sample to {lab.root}/none/, as job 2 of 3" in plan
     assert not (lab.root / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, form",
+    [
+        ("--ref_features_error_bound 0.002", " with errors of at most 0.002"),
+        ("--ref_features_dtype int8", " in int8"),
+    ],
+)
+def test_the_plan_says_how_features_are_stored(lab, capsys, flags, form):
+    assert main([*words(lab, lab.root / "none", flags), "--dry_run"]) == 0
+    assert f"the reference's features{form} of each sample to {lab.root}/none/" in capsys.readouterr().out
