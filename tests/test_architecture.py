@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("drrho_clip",),
     ("training.config", "training.files", "training.rng", "training.numerics", "training.machine"),
     ("training.distributed",),
-    ("training.data", "training.checkpoint"),
+    ("training.data", "training.checkpoint", "training.predictions"),
     ("training.models", "training.reports"),
     ("training.logger",),
     ("training.loop", "training.evaluation", "training.cache", "training.exporting", "training.run_report"),

@@ -17,6 +17,7 @@ from PIL import Image
 from tests.support import shards, tiny_models
 from tests.support.pictures import write_folders
 from tests.support.ranks import ranks
+from training import predictions
 from training.checkpoint.run_folder import RunFolder, choose_folder
 from training.config.params import parse
 from training.distributed.process_group import World
@@ -126,10 +127,15 @@ def plain(built, classes):
             best = logits[0].argsort(descending=True).tolist()
             right1[label] += best[0] == label
             right5[label] += label in best[:5]
+    expected["imagenet-zeroshot-val-num_samples"] = PAIRS
     expected["imagenet-zeroshot-val-top1"] = right1.sum() / PAIRS
     expected["imagenet-zeroshot-val-top5"] = right5.sum() / PAIRS
     expected["imagenet-zeroshot-val-mean_per_class_recall"] = (right1 / PER_CLASS).mean()
     return expected
+
+
+def kept(run, epoch=0):
+    return predictions.load(run / f"eval_results/predictions/epoch_{epoch}/imagenet.npz")
 
 
 def test_equals_a_plain_computation_and_is_reported(data, trained, tmp_path):
@@ -138,6 +144,13 @@ def test_equals_a_plain_computation_and_is_reported(data, trained, tmp_path):
     found = run_evaluation(config, trained, epoch=5)
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert 1 / PAIRS < expected["image_to_text_R@1"] < 1  # the model has learned something, not everything
+
+    classes = kept(tmp_path / "run", 5)
+    assert classes.right.mean() == pytest.approx(expected["imagenet-zeroshot-val-top1"])
+    in_five = (classes.top == classes.label[:, None]).any(1)
+    assert in_five.mean() == pytest.approx(expected["imagenet-zeroshot-val-top5"])
+    files = [path for _, path, _, _ in classes.places]
+    assert files == [str(file) for file in sorted((data[0] / "classes").glob("*/*.png"))]
 
     (line,) = (tmp_path / "run" / "eval_results.jsonl").read_text().splitlines()
     assert json.loads(line) == {"epoch": 5, "step": 0, **found}
@@ -158,6 +171,8 @@ def test_two_ranks_report_what_one_does(data, trained, tmp_path, limit):
     both = ranks(2).run(on_rank, config_of(data, tmp_path / "two", *flags), tmp_path / "weights.bin")
     assert both[0] == both[1] == pytest.approx(alone, rel=1e-5, abs=1e-6)
     assert alone["num_samples"] == limit
+    one, two = kept(tmp_path / "one/run"), kept(tmp_path / "two/run")
+    assert one.right.tolist() == two.right.tolist() and one.top.tolist() == two.top.tolist()
     assert len((tmp_path / "two" / "run" / "eval_results.jsonl").read_text().splitlines()) == 1
 
 
@@ -250,6 +265,9 @@ def test_broken_pictures_are_left_out_and_reported(data, trained, tmp_path):
     config = config_of((data[0], data[1], str(spoiled)), tmp_path / "b", *limit)
     found = run_evaluation(config, trained)
     assert found == {**expected, "imagenet-zeroshot-val-left_out": len(broken)}
+    classes = kept(tmp_path / "b/run")
+    assert classes.used.tolist() == [i % 4 != 1 for i in range(PAIRS)]
+    assert classes.number.tolist() == [i for i in range(PAIRS) if i % 4 != 1]
     log = (tmp_path / "b" / "run" / "out.log").read_text()
     assert f"imagenet: {len(broken)} of {PAIRS} pictures are left out, accuracies are of the others: " in log
     assert f"{len(broken)} undecodable image (e.g. {broken[0]}" in log

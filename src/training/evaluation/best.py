@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 Best = Mapping[str, Sequence[float]]
 
-_COUNTS = ("num_samples", "left_out", "epoch", "step")
+_COUNTS = ("num_samples", "num_captions", "num_sets", "left_out", "epoch", "step")
 _LOWER_IS_BETTER = ("loss", "rank")  # clip_val_loss, image_to_text_mean_rank, ...
 
 

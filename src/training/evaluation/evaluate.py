@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip import build_zero_shot_classifier
@@ -32,6 +34,7 @@ from training.evaluation.benchmark.benchmark import evaluate_sets
 from training.evaluation.benchmark.encoder import Encoder
 from training.evaluation.benchmark.results import averages, digest_of, headline, open_results
 from training.evaluation.benchmark.sets import FoundSet, find_sets
+from training.evaluation.benchmark.sources import file_place
 from training.evaluation.captions import count_ranks, merge_ranks, rank_metrics
 from training.evaluation.pairs import ValData, build_val
 from training.evaluation.retrieval import count_pairs, merge, normalized, summarize
@@ -42,12 +45,14 @@ from training.evaluation.zero_shot import (
     Pictures,
     accuracies,
     hits,
+    nearest,
     open_set,
 )
 from training.logger import RunLog
 from training.models import precision
 from training.models.create import BuiltModel
 from training.models.open_clip_model import with_labels
+from training.predictions import LEFT_OUT, Place, classified, folder_of, keep
 
 CLASSES_AT_ONCE = 10
 
@@ -78,7 +83,7 @@ class Evaluation:
         with evaluating(model):
             if self.sets and self._due(self.config.evaluation.zeroshot_frequency, epoch, final):
                 for name, pictures in self.sets.items():
-                    found = self._zero_shot(model, name, pictures)
+                    found = self._zero_shot(model, name, pictures, epoch)
                     metrics |= {f"{name}-zeroshot-val-{key}": value for key, value in found.items()}
             if self.benchmark and self._due(self.config.evaluation.zeroshot_frequency, epoch, final):
                 metrics |= self._benchmark(model, epoch)
@@ -95,8 +100,7 @@ class Evaluation:
         return frequency > 0 and (final or epochs == 0 or epoch == epochs or epoch % frequency == 0)
 
     def _retrieval(self, model: nn.Module, val: ValData) -> dict[str, float]:
-        run, scale = self._precision, model.logit_scale
-        assert isinstance(scale, Tensor), "open_clip's models have a logit scale"
+        run, logit_scale = self._precision, self._logit_scale(model)
         images: list[Tensor] = []
         texts: list[Tensor] = []
         further: list[Tensor] = []
@@ -117,7 +121,6 @@ class Evaluation:
                     sums = caption_loss(outputs, getattr(model, "pad_id", 0))
                     tokens += torch.stack([part.double() for part in sums])
                 progress.update()
-            logit_scale = scale.exp().item()
         image, text = gather_rows(images, self.world), gather_rows(texts, self.world)
         owner = gather_owners(owners, sum(map(len, images)))
         caption_loss_sum, caption_tokens = all_reduce_sum(tokens).tolist()
@@ -153,13 +156,14 @@ class Evaluation:
         with self._precision.autocast():
             return normalized(encode_text(captions.to(self.world.device, non_blocking=True)))
 
-    def _zero_shot(self, model: nn.Module, name: str, pictures: ClassificationSet) -> dict[str, float]:
+    def _zero_shot(self, model: nn.Module, name: str, pictures: ClassificationSet, epoch: int) -> dict[str, float]:
         run, world = self._precision, self.world
         encode_image = model.encode_image
         assert callable(encode_image), "open_clip's models have an image encoder"
         classifier = self._classifier(model, name, pictures)
         counts = torch.zeros(3, len(pictures.classnames), dtype=torch.float64, device=world.device)
         loader, own_skips = self._loader(pictures), Skips()
+        nearest_ones: list[tuple[Tensor, Tensor, Tensor]] = []
         with self.log.progress(len(loader), name, unit="batch") as progress, torch.no_grad():
             for batch in loader:
                 own_skips.merge(batch.skips)
@@ -168,7 +172,12 @@ class Evaluation:
                     with run.autocast():
                         features = encode_image(pixels, normalize=True)
                     labels = batch.label.to(world.device, non_blocking=True)
-                    counts += hits(normalized(features), labels, classifier)
+                    unit = normalized(features)
+                    counts += hits(unit, labels, classifier)
+                    top, probability = nearest(unit.double() @ classifier.double(), self._logit_scale(model))
+                    # This rank has every K-th picture.
+                    numbers = world.rank + world.world_size * batch.number
+                    nearest_ones.append((numbers, top.cpu(), probability.cpu()))
                 progress.update()
         skips = self._report_skips(own_skips, name, len(pictures.pictures))
         left_out = skips.counts.total()
@@ -177,14 +186,49 @@ class Evaluation:
                 flag, folder = self.config.evaluation.zero_shot[name]
                 raise ValueError(f"{flag} {folder}: it contains no usable picture; left out: {skips}")
             return {}
-        return {**accuracies(all_reduce_sum(counts)), **({"left_out": left_out} if left_out else {})}
+        self._keep(name, pictures, epoch, gather_object(nearest_ones))
+        used = len(pictures.pictures) - left_out
+        counted = {"num_samples": used, **({"left_out": left_out} if left_out else {})}
+        return {**accuracies(all_reduce_sum(counts)), **counted}
+
+    def _keep(
+        self,
+        name: str,
+        pictures: ClassificationSet,
+        epoch: int,
+        found: list[list[tuple[Tensor, Tensor, Tensor]]],
+    ) -> None:
+        """Keep the predictions for a set: of each rank and batch numbers [n], classes [n, k], probabilities."""
+        if not self.world.is_main:
+            return
+        each = [batch for part in found for batch in part]
+        numbers, top, probability = (torch.cat([batch[i] for batch in each]).numpy() for i in range(3))
+        all_top = np.full((len(pictures.pictures), top.shape[1]), LEFT_OUT, dtype=np.int64)
+        all_probability = np.zeros(all_top.shape)
+        all_top[numbers], all_probability[numbers] = top, probability
+        labels = np.array([one.label for one in pictures.pictures], dtype=np.int64)
+
+        def place(number: int) -> Place:
+            one = pictures.pictures[number]
+            return file_place(one.path, one.offset, one.size)
+
+        kept = classified(name, name, pictures.classnames, labels, all_top, all_probability, place)
+        keep(folder_of(self._results(epoch)), kept)
+
+    def _results(self, epoch: int) -> Path:
+        """The file of the results of single sets."""
+        return self.log.folder.path / "eval_results" / f"epoch_{epoch}_eval_results.jsonl"
+
+    def _logit_scale(self, model: nn.Module) -> float:
+        scale = model.logit_scale
+        assert isinstance(scale, Tensor), "open_clip's models have a logit scale"
+        return scale.exp().item()
 
     def _benchmark(self, model: nn.Module, epoch: int) -> dict[str, float]:
         """The main metrics of ``self.benchmark``; all metrics are written as ``training.evaluate`` writes them."""
-        name, run = f"epoch_{epoch}_eval_results.jsonl", self._precision
-        path = self.log.folder.path / "eval_results" / name
+        path, run = self._results(epoch), self._precision
         digest = on_main(lambda: digest_of(model, run.name, self.built.preprocess))
-        results, remark = on_main(lambda: open_results(path, digest))
+        results, remark = on_main(lambda: open_results(path, digest, folder_of(path)))
         if remark and self.world.is_main:
             self.log.warning(remark)
         size = self.config.run.batch_size // self.config.run.accum_freq
@@ -204,6 +248,9 @@ class Evaluation:
             if line is not None:
                 metric, value = headline(key, line["metrics"])
                 found[f"{key}-{metric}"] = float("nan") if value is None else value
+                found |= {
+                    f"{key}-{count}": line[count] for count in ("num_samples", "num_captions") if count in line
+                }
         if average := averages({key: line for key, line in lines.items() if line is not None}).get("Average"):
             found["datacomp-average"], found["datacomp-num_sets"] = average[0], float(average[1])
         return found

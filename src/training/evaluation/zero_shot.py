@@ -38,6 +38,7 @@ from training.evaluation.class_folders import PICTURES, find_classes, readable
 from training.evaluation.retrieval import TIE, count, expected_hits
 from training.evaluation.shard_index import SHARD_PICTURES, ShardSample, index_shard
 
+TOP = 5
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 PROBES = 8  # pictures that are decoded before a run
 
@@ -68,10 +69,12 @@ class ClassificationSet:
 
 
 class PictureBatch(NamedTuple):
-    """``image`` [n, 3, H, W] and ``label`` int64 [n] of the pictures of a batch that can be decoded."""
+    """``image`` [n, 3, H, W] of the pictures of a batch that can be decoded, their ``label`` int64 [n] and their
+    ``number`` int64 [n] among all pictures of the loader."""
 
     image: Tensor
     label: Tensor
+    number: Tensor
     skips: Skips
 
 
@@ -110,7 +113,7 @@ class PictureBatches(Dataset[PictureBatch]):
         return -(-len(self.pictures) // self.size)
 
     def __getitem__(self, i: int) -> PictureBatch:
-        images, labels, skips = [], [], Skips()
+        images, labels, numbers, skips = [], [], [], Skips()
         for number in range(len(self.pictures))[i * self.size : (i + 1) * self.size]:
             try:
                 image, label = self.pictures[number]
@@ -119,7 +122,9 @@ class PictureBatches(Dataset[PictureBatch]):
             else:
                 images.append(image)
                 labels.append(label)
-        return PictureBatch(torch.stack(images) if images else torch.empty(0), torch.tensor(labels), skips)
+                numbers.append(number)
+        pixels = torch.stack(images) if images else torch.empty(0)
+        return PictureBatch(pixels, torch.tensor(labels), torch.tensor(numbers), skips)
 
 
 def _decoded(picture: Labelled, skips: Skips) -> Image.Image | None:
@@ -181,6 +186,19 @@ def hits(image: Tensor, labels: Tensor, classifier: Tensor) -> Tensor:
     return torch.zeros(3, classifier.shape[1], dtype=torch.float64, device=image.device).index_add_(
         1, labels, each.double()
     )
+
+
+def nearest(similarity: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The most similar classes of each picture, int64 [n, k] with k ≤ ``TOP``, and their probabilities [n, k].
+
+    ``similarity`` float64 [n, C]; probabilities are those of a softmax over all classes at ``scale``, 1/τ. Both
+    are -1 throughout for a picture whose similarities are not all numbers.
+    """
+    # Stable: of classes that are equally similar the first is taken, on every device.
+    order = similarity.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
+    probability = (scale * similarity).softmax(1).gather(1, order)
+    unknown = similarity.isnan().any(1, keepdim=True)
+    return order.masked_fill(unknown, -1), probability.masked_fill(unknown, -1)
 
 
 def accuracies(counts: Tensor) -> dict[str, float]:

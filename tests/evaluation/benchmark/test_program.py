@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from collections import Counter
 
 import numpy as np
 import open_clip
@@ -17,7 +18,9 @@ import training.main
 from tests.support import evalsets, shards, tiny_models
 from tests.support.building import known_to_open_clip
 from tests.support.ranks import run_program
+from training import predictions
 from training.evaluate import main
+from training.evaluation.benchmark.sets import read_picture
 
 NAMES = [f"{color} {shape}" for color, shape in zip(shards.COLORS, shards.SHAPES * 2)][:7]
 FLICKR = "retrieval/flickr_1k_test_image_text_retrieval"
@@ -178,6 +181,55 @@ def test_retrieval_with_several_captions(place, results):
     assert further == {**metrics, "mean_recall@1": main_metric, "main_metric": None}
 
 
+def kept_of(root, key):
+    return predictions.load(root / f"run/eval_results/predictions/epoch_3/{key.replace('/', '-')}.npz")
+
+
+def test_what_is_kept_of_a_classification(place, results):
+    """And each picture can be found again."""
+    root, plain, made = place
+    similarity = plain.images(formats()) @ plain.classifier(NAMES, evalsets.TEMPLATES).T
+    order, labels = similarity.argsort(1, descending=True).numpy(), made["labels"]
+    kept = kept_of(root, "cifar10")
+    assert (kept.key, kept.name, kept.classes) == ("cifar10", "CIFAR-10", NAMES)
+    assert kept.right.tolist() == (order[:, 0] == labels).tolist() and kept.used.all()
+    assert kept.class_pictures.tolist() == [sum(labels == c) for c in range(7)]
+    assert kept.class_right.tolist() == [sum((labels == c) & (order[:, 0] == c)) for c in range(7)]
+    wrong = Counter((y, p) for y, p in zip(labels.tolist(), order[:, 0].tolist()) if y != p)
+    assert {(y, p): n for y, p, n in kept.confused.tolist()} == dict(wrong)
+    assert kept.confused[:, 2].tolist() == sorted(wrong.values(), reverse=True)
+    assert kept.number.tolist() == list(range(N)) and kept.label.tolist() == labels.tolist()
+    assert kept.top.tolist() == order[:, :5].tolist()
+    scale = plain.model.logit_scale.exp().item()
+    probability = (scale * similarity).softmax(1).sort(1, descending=True).values[:, :5].detach()
+    assert kept.probability == pytest.approx(probability.numpy(), abs=1e-3)  # float16
+    assert [read_picture(where) for where in kept.places] == formats()
+    assert results["cifar10"]["num_samples"] == N and "num_captions" not in results["cifar10"]
+
+
+def test_what_is_kept_of_retrieval(place, results):
+    root, plain, made = place
+    texts = [caption for some in made["captions"] for caption in some]
+    owner = np.array([i for i, some in enumerate(made["captions"]) for _ in some])
+    similarity = (plain.images(made["pictures"]) @ plain.texts(texts).T).numpy()
+    kept = kept_of(root, FLICKR)
+    order = (-similarity).argsort(1)
+    assert kept.image_right.tolist() == (owner[order[:, 0]] == np.arange(N)).tolist()
+    assert kept.image_query.tolist() == list(range(N)) and kept.image_top.tolist() == order[:, :5].tolist()
+    assert kept.image_hits.tolist() == (owner[order[:, :5]] == np.arange(N)[:, None]).tolist()
+    places = [[owner[j] for j in row].index(i) for i, row in enumerate(order)]
+    assert kept.image_rank.tolist() == [place + 1 for place in places]
+    assert kept.image_own.tolist() == [row[place] for row, place in zip(order, places)]
+    order = (-similarity.T).argsort(1)
+    assert kept.text_right.tolist() == (order[:, 0] == owner).tolist()
+    assert kept.text_top.tolist() == order[:, :5].tolist() and kept.text_own.tolist() == owner.tolist()
+    assert kept.text_rank.tolist() == [row.tolist().index(i) + 1 for i, row in zip(owner, order)]
+    assert kept.text_score == pytest.approx(-np.sort(-similarity.T)[:, :5], abs=1e-3)
+    assert kept.captions == dict(enumerate(texts))
+    assert {i: read_picture(where) for i, where in kept.pictures.items()} == dict(enumerate(made["pictures"]))
+    assert (results[FLICKR]["num_samples"], results[FLICKR]["num_captions"]) == (N, len(texts))
+
+
 def test_winogavil(place, results):
     _, plain, made = place
     image = plain.images(made["pictures"])
@@ -335,6 +387,8 @@ def test_a_run_evaluates_the_same_sets(place, results, tmp_path):
     assert training.main.main(line) == 0
     lines = lines_of(tmp_path / "in/eval_results/epoch_0_eval_results.jsonl")
     assert lines == {key: results[key] for key in ("cifar10", "wilds/fmow", FLICKR)}
+    kept = (tmp_path / "in/eval_results/predictions/epoch_0").glob("*.npz")
+    assert sorted(file.stem for file in kept) == sorted(key.replace("/", "-") for key in lines)
     (own,) = map(json.loads, lines_in(tmp_path / "in/eval_results.jsonl"))
     assert own["cifar10-acc1"] == results["cifar10"]["metrics"]["acc1"]
     assert own["wilds/fmow-acc_worst_region"] == results["wilds/fmow"]["metrics"]["main_metric"]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from training.data.bad_samples import Skips
 from training.evaluation.benchmark import measures
+from training.evaluation.benchmark.classification import Measured
 from training.evaluation.benchmark.encoder import Encoder, TaskFailed, embed_pictures
-from training.evaluation.benchmark.measures import Booleans, Metrics
+from training.evaluation.benchmark.measures import Booleans
 from training.evaluation.benchmark.retrieval_sets import embed_texts
 from training.evaluation.benchmark.sources import PictureSource
 
@@ -40,7 +40,7 @@ class AssociationSet:
     instances: Sequence[Instance]
     remarks: tuple[str, ...] = ()
 
-    def measure(self, encoder: Encoder, name: str) -> tuple[Metrics, Skips]:
+    def measure(self, encoder: Encoder, key: str, name: str) -> Measured:
         """The mean Jaccard scores. An instance with a picture that cannot be decoded is left out."""
         rows, numbers, skips = embed_pictures(encoder, self.source, name)
         text = embed_texts(encoder, [prompt(one.cue) for one in self.instances], name).double()
@@ -53,7 +53,7 @@ class AssociationSet:
                 sizes.append(len(one.pictures))
         if not scores:
             raise TaskFailed(f"it contains no usable instance; left out: {skips}")
-        return measures.winogavil(scores, sizes), skips
+        return Measured(measures.winogavil(scores, sizes), skips, len(scores))
 
 
 def prompt(cue: str) -> str:

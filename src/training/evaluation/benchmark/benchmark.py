@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from training.data.bad_samples import Skips
 from training.distributed.collectives import on_main, rank_in
-from training.evaluation.benchmark.classification import EvaluationSet
+from training.evaluation.benchmark.classification import EvaluationSet, Measured
 from training.evaluation.benchmark.encoder import Encoder, TaskFailed, together
-from training.evaluation.benchmark.measures import Metrics
 from training.evaluation.benchmark.results import headline
 from training.evaluation.benchmark.sets import FoundSet
 
@@ -29,9 +27,9 @@ class Outcome:
 def evaluate_sets(
     encoder: Encoder,
     sets: Sequence[FoundSet],
-    done: Callable[[FoundSet, Metrics], None],
+    done: Callable[[FoundSet, Measured], None],
 ) -> Outcome:
-    """Evaluate ``sets`` in turn. ``done(set, metrics)`` is called on rank 0 after each. Collective."""
+    """Evaluate ``sets`` in turn. ``done(set, measured)`` is called on rank 0 after each. Collective."""
     outcome = Outcome()
     for one in sets:
         try:
@@ -42,15 +40,15 @@ def evaluate_sets(
                 _log.warning("%s: not evaluated: %s", one.name, failure)
             continue
         try:
-            metrics, skips = opened.measure(encoder, one.name)
+            found = opened.measure(encoder, one.key, one.name)
         except TaskFailed as failure:
             outcome.failed[one.name] = str(failure)
             if encoder.world.is_main:
                 _log.warning("%s: not evaluated: %s", one.name, failure)
             continue
-        if left_out := skips.counts.total():
-            metrics = {**metrics, "left_out": float(left_out)}
-        on_main(partial(_report, one, opened, metrics, skips, done))
+        if left_out := found.skips.counts.total():
+            found = replace(found, metrics={**found.metrics, "left_out": float(left_out)})
+        on_main(partial(_report, one, opened, found, done))
     return outcome
 
 
@@ -62,7 +60,7 @@ def open_together(one: FoundSet) -> EvaluationSet:
 
 
 def _report(
-    one: FoundSet, opened: EvaluationSet, metrics: Metrics, skips: Skips, done: Callable[[FoundSet, Metrics], None]
+    one: FoundSet, opened: EvaluationSet, found: Measured, done: Callable[[FoundSet, Measured], None]
 ) -> None:
     for remark in opened.remarks:
         _log.info(remark)
@@ -71,8 +69,8 @@ def _report(
             "%s: it has %d pictures, the benchmark's has %d: its value is not comparable",
             *(one.name, len(opened.source), one.task.size),
         )
-    if skips.counts:
-        _log.warning("%s: %d pictures are left out: %s", one.name, skips.counts.total(), skips)
-    done(one, metrics)
-    metric, value = headline(one.key, metrics)
+    if found.skips.counts:
+        _log.warning("%s: %d pictures are left out: %s", one.name, found.skips.counts.total(), found.skips)
+    done(one, found)
+    metric, value = headline(one.key, found.metrics)
     _log.info("%s: %s %s", one.name, metric, "undefined" if value is None else f"{value:.4f}")

@@ -64,6 +64,13 @@ class Encoder:
         rank, ranks = self.world.rank, self.world.world_size
         return range(rank * n // ranks, (rank + 1) * n // ranks)
 
+    @property
+    def logit_scale(self) -> float:
+        """1/τ of the model, with which similarities become probabilities."""
+        scale = self.model.logit_scale
+        assert isinstance(scale, Tensor), "open_clip's models have a logit scale"
+        return scale.exp().item()
+
     def pictures(
         self, source: PictureSource, name: str, use: Callable[[Tensor, Tensor], None], skips: Skips
     ) -> None:

@@ -32,6 +32,7 @@ from training.models import precision
 from training.models.build import build_target
 from training.models.create import BuiltModel
 from training.models.frozen import build_saved
+from training.predictions import folder_of
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +72,9 @@ def _evaluate(given: argparse.Namespace, chosen: Chosen, path: Path, config: Con
     catalog = on_main(lambda: find_sets(given.data_dir, given.tasks, "--data_dir", "--tasks"))
     built = build(chosen, config, world)
     digest = on_main(lambda: digest_of(built.module, given.precision, built.preprocess))
-    results, remark = on_main(lambda: open_results(path, digest))
+    # With --out, results are wanted in another place than the run's folder.
+    predictions = folder_of(path) if given.out is None else None
+    results, remark = on_main(lambda: open_results(path, digest, predictions))
     todo = [one for one in catalog.found if one.key not in results.lines]
     if world.is_main:
         if remark:

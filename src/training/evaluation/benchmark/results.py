@@ -1,8 +1,8 @@
 """The results of one checkpoint: a line per task in a file that the benchmark's own scripts read, and a table.
 
-A line is ``{"key", "dataset", "metrics": {..., "main_metric"}, "digest"}``. Lines of other weights, or of another
-program, which say nothing of theirs, are moved to a file beside it: the scripts take every line of a file as one
-of the same model.
+A line is ``{"key", "dataset", "metrics": {..., "main_metric"}, "num_samples", "digest"}``. Lines of other weights,
+or of another program, which say nothing of theirs, are moved to a file beside it: the scripts take every line of a
+file as one of the same model.
 """
 
 from __future__ import annotations
@@ -20,30 +20,36 @@ import numpy as np
 import torch
 from torch import nn
 
-from training.evaluation.benchmark.measures import Metrics
+from training.evaluation.benchmark.classification import Measured
 from training.evaluation.benchmark.sets import FoundSet
 from training.evaluation.benchmark.tasks import GROUPS, TASKS, WITH_MAIN_METRIC
 from training.files import replacing
+from training.predictions import keep
 
 
 @dataclass(frozen=True)
 class Results:
-    """The lines of one model in the file ``path``, by key."""
+    """The lines of one model in the file ``path``, by key. ``predictions``: the folder for these; None: none."""
 
     path: Path
     digest: str
     lines: dict[str, dict[str, Any]]
+    predictions: Path | None = None
 
-    def keep(self, one: FoundSet, metrics: Metrics) -> None:
-        """Append the line of a set, so that it is on disk when this returns."""
+    def keep(self, one: FoundSet, found: Measured) -> None:
+        """Append the line of a set, so that it is on disk when this returns, and keep its predictions."""
         main_metric = one.task.metric if one.task else None
-        held = {name: _plain(value) for name, value in metrics.items()}
+        held = {name: _plain(value) for name, value in found.metrics.items()}
         line = {
             "key": one.key,
             "dataset": one.name,
             "metrics": {**held, "main_metric": held.get(main_metric) if main_metric else None},
+            "num_samples": found.samples,
+            **({} if found.captions is None else {"num_captions": found.captions}),
             "digest": self.digest,
         }
+        if self.predictions is not None and found.kept is not None:
+            keep(self.predictions, found.kept)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -51,8 +57,8 @@ class Results:
         self.lines[one.key] = line
 
 
-def open_results(path: Path, digest: str) -> tuple[Results, str]:
-    """The results in ``path``, which need not exist, and a remark, or nothing.
+def open_results(path: Path, digest: str, predictions: Path | None = None) -> tuple[Results, str]:
+    """The results in ``path``, which need not exist, and a remark, or nothing. ``predictions``: as in ``Results``.
 
     ValueError: the file or its folder cannot be read or written.
     """
@@ -80,7 +86,7 @@ def open_results(path: Path, digest: str) -> tuple[Results, str]:
                 file.write(kept)
     except OSError as error:
         raise ValueError(f"--out {path}: it cannot be written ({error.strerror}); give another file") from error
-    return Results(path, digest, {key: line for key, (_, line) in own.items()}), remark
+    return Results(path, digest, {key: line for key, (_, line) in own.items()}, predictions), remark
 
 
 def digest_of(model: nn.Module, *settings: object) -> str:

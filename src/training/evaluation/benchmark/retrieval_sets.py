@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.data.bad_samples import Skips
+from training.evaluation.benchmark.classification import Measured
 from training.evaluation.benchmark.encoder import Encoder, embed_pictures, together
 from training.evaluation.benchmark.measures import Metrics
 from training.evaluation.benchmark.sources import PictureSource
 from training.evaluation.captions import count_ranks, merge_ranks, recalls
+from training.evaluation.neighbours import neighbours
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class CaptionedSet:
     captions: Sequence[Sequence[str]]
     remarks: tuple[str, ...] = ()
 
-    def measure(self, encoder: Encoder, name: str) -> tuple[Metrics, Skips]:
+    def measure(self, encoder: Encoder, key: str, name: str) -> Measured:
         image, used, skips = embed_pictures(encoder, self.source, name)
         texts = [caption for number in used.tolist() for caption in self.captions[number]]
         owner = torch.repeat_interleave(torch.tensor([len(self.captions[number]) for number in used.tolist()]))
@@ -39,7 +40,12 @@ class CaptionedSet:
         of_images, of_texts = recalls(counts)
         found: Metrics = {f"image_retrieval_recall@{k}": value for k, value in of_texts.items()}
         found |= {f"text_retrieval_recall@{k}": value for k, value in of_images.items()}
-        return {**found, "mean_recall@1": (of_images[1] + of_texts[1]) / 2}, skips
+        found["mean_recall@1"] = (of_images[1] + of_texts[1]) / 2
+        kept = None
+        if encoder.world.is_main:
+            places = [self.source.place(number) for number in used.tolist()]
+            kept = neighbours(key, name, image, text, owner, counts, places, texts)
+        return Measured(found, skips, len(image), len(text), kept)
 
 
 def embed_texts(encoder: Encoder, texts: Sequence[str], name: str) -> Tensor:

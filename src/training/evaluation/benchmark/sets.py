@@ -9,8 +9,10 @@ from pathlib import Path
 
 from training.evaluation.benchmark.classification import EvaluationSet
 from training.evaluation.benchmark.shards import captioned, open_folders, open_shards
-from training.evaluation.benchmark.tables import is_table, open_table
+from training.evaluation.benchmark.sources import FilePictures, FileSpan, PictureSource
+from training.evaluation.benchmark.tables import ParquetPictures, ZipPictures, is_table, open_table
 from training.evaluation.benchmark.tasks import TASKS, BenchmarkTask, chosen, near
+from training.predictions import Place
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,23 @@ def find_sets(folder: str, words: str, flag: str, words_flag: str) -> Catalog:
             "(python -m training.download_evalsets fetches them)"
         )
     return Catalog(found, missing)
+
+
+def read_picture(place: Place) -> bytes:
+    """The file of the picture at ``place``, as a source of pictures names it. OSError: it cannot be read."""
+    kind, path, *rest = place
+    source: PictureSource
+    try:
+        if kind == "file":
+            source = FilePictures([FileSpan(str(path), *map(int, rest))])
+        elif kind == "zip":
+            source = ZipPictures([(str(path), str(rest[0]))])
+        else:
+            group, row, number = map(int, rest[1:])
+            source = ParquetPictures(str(rest[0]), [(str(path), group, row, number)])
+        return source.read(0)
+    except (ValueError, TypeError, IndexError, ImportError) as error:
+        raise OSError(f"{path}: the picture cannot be read ({error})") from error
 
 
 def needed(task: BenchmarkTask) -> str:

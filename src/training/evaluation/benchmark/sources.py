@@ -5,6 +5,7 @@ Pictures that cannot be decoded are left out and counted, as in training.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from training.data.bad_samples import Skips
 from training.evaluation.class_folders import readable
 from training.evaluation.zero_shot import decoded_or_skipped
+from training.predictions import Place
 
 
 class PictureSource(Protocol):
@@ -25,6 +27,10 @@ class PictureSource(Protocol):
 
     def name(self, number: int) -> str:
         """What a message calls the picture."""
+        ...
+
+    def place(self, number: int) -> Place:
+        """Where the picture is, for ``sets.read_picture``."""
         ...
 
     def read(self, number: int) -> bytes:
@@ -53,11 +59,20 @@ class FilePictures:
         span = self.spans[number]
         return readable(span.path) + (f", byte {span.offset}" if span.offset else "")
 
+    def place(self, number: int) -> Place:
+        path, offset, size = self.spans[number]
+        return file_place(path, offset, size)
+
     def read(self, number: int) -> bytes:
         span = self.spans[number]
         with open(span.path, "rb") as file:
             file.seek(span.offset)
             return file.read(span.size)
+
+
+def file_place(path: str, offset: int, size: int) -> Place:
+    """The place of a picture that is a file, or lies in one piece in it."""
+    return ("file", readable(os.path.abspath(path)), offset, size)
 
 
 class NumberedBatch(NamedTuple):

@@ -20,6 +20,7 @@ from training.evaluation.benchmark.classification import EvaluationSet
 from training.evaluation.benchmark.retrieval_sets import CaptionedSet
 from training.evaluation.benchmark.shards import probe
 from training.evaluation.benchmark.tasks import BenchmarkTask
+from training.predictions import Place
 
 _PICTURE_KINDS = (".jpg", ".jpeg", ".png", ".webp")
 Row = dict[str, Any]
@@ -57,6 +58,10 @@ class ZipPictures:
     def name(self, number: int) -> str:
         return ", ".join(self.members[number])
 
+    def place(self, number: int) -> Place:
+        file, member = self.members[number]
+        return ("zip", os.path.abspath(file), member)
+
     def read(self, number: int) -> bytes:
         file, member = self.members[number]
         if self._process != os.getpid():  # a process that was forked shares the position in the file
@@ -89,6 +94,10 @@ class ParquetPictures:
     def name(self, number: int) -> str:
         file, group, row, place = self.places[number]
         return f"{file}, group {group}, row {row}, picture {place}"
+
+    def place(self, number: int) -> Place:
+        file, *place = self.places[number]
+        return ("parquet", os.path.abspath(file), self.column, *place)
 
     def read(self, number: int) -> bytes:
         file, group, row, place = self.places[number]
