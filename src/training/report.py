@@ -31,9 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prepare()
         # Imported here: torch does not load everywhere, and ``prepare`` says why.
+        from training.evaluation.benchmark.sets import read_picture
         from training.run_report.build import RunReport
 
-        report = RunReport(given.runs, given.samples, given.seconds, given.train_data, given.gpu_hour_price)
+        report = RunReport(
+            given.runs, given.samples, given.seconds, given.train_data, given.gpu_hour_price, read_picture
+        )
         if given.serve is not None:
             return _serve(report, given.serve)
         out = given.out or given.runs[0] / "report.html"

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from training.files import replacing
+from training.predictions import Place
 from training.run_report.charts import Chart, png
 from training.run_report.curves import charts
 from training.run_report.history import History, read_run, signature
-from training.run_report.page import page
+from training.run_report.page.document import page
+from training.run_report.pictures import Pictures
 from training.run_report.samples import LargestU, largest_u
+
+
+def _not_read(place: Place) -> bytes:
+    raise OSError(f"{place}: pictures are not read")
 
 
 @dataclass
@@ -21,7 +27,8 @@ class RunReport:
     """A report about the runs in ``folders``.
 
     ``samples``: how many with the largest u are shown, looked up for ``seconds`` at most. ``train_data``: where
-    the training data are now; None: as the run had them. ``price``: of a card for an hour.
+    the training data are now; None: as the run had them. ``price``: of a card for an hour. ``read_picture`` gives
+    the file of a picture of an evaluation set, or an OSError.
     """
 
     folders: Sequence[Path]
@@ -29,9 +36,14 @@ class RunReport:
     seconds: float = 60.0
     train_data: str | None = None
     price: float | None = None
+    read_picture: Callable[[Place], bytes] = _not_read
     _hard: dict[tuple[object, ...], LargestU] = field(default_factory=dict)
     _made: tuple[str, str] = ("", "")
+    _pictures: Pictures = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._pictures = Pictures(self.read_picture, seconds=self.seconds)
 
     def read(self) -> tuple[list[History], list[LargestU], list[Chart]]:
         """What the page shows. ValueError: a folder is not that of a run."""
@@ -47,7 +59,7 @@ class RunReport:
         folder.mkdir(parents=True, exist_ok=True)
         written = [out]
         with replacing(out) as file:
-            file.write(page(runs, drawn, hard, self.price).encode())
+            file.write(page(runs, drawn, hard, self._pictures, self.price).encode())
         for chart in drawn:
             written.append(folder / f"{chart.key}.png")
             with replacing(written[-1]) as file:
@@ -64,7 +76,7 @@ class RunReport:
             now = self.signature()
             if now != self._made[0]:
                 runs, hard, drawn = self.read()
-                self._made = now, page(runs, drawn, hard, self.price, now)
+                self._made = now, page(runs, drawn, hard, self._pictures, self.price, now)
             return self._made[1]
 
     def _largest(self, run: History) -> LargestU:

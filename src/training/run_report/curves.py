@@ -11,14 +11,19 @@ from itertools import pairwise
 from drrho_clip.schedules import gamma
 from training.run_report.charts import Chart, Series
 from training.run_report.history import Histogram, History, finite, is_number
+from training.run_report.intervals import of_line
 from training.run_report.samples import LargestU
 
 _Points = tuple[list[float], list[float]]
 _MERGED = 4  # bins of a histogram that are drawn as one
 _QUANTILES = (0.05, 0.5, 0.95)
+_LINES = 6  # of one run in a chart of metrics; of more, their average is drawn
+_AVERAGE = "datacomp-average"
+_OF_SETS = r"^(?!.*-zeroshot-val-).*-(acc1|mean_per_class_recall|mean_recall@1|F1-macro_all|acc_\w+|jaccard\S+)$"
 _METRICS = (
-    (r"zeroshot-val-top1$|zeroshot-val-mean_per_class_recall$", "zero-shot", "Zero-shot accuracy"),
+    (r"zeroshot-val-(top1|mean_per_class_recall)$", "zero-shot", "Zero-shot accuracy"),
     (r"zeroshot-val-top5$", "zero-shot-5", "Zero-shot accuracy among the first five"),
+    (_OF_SETS, "sets", "Main metrics of sets"),
     (r"_R@1$", "recall-1", "Retrieval: R@1"),
     (r"_R@5$", "recall-5", "Retrieval: R@5"),
     (r"_R@10$", "recall-10", "Retrieval: R@10"),
@@ -68,12 +73,15 @@ def _metrics(runs: Sequence[History]) -> Iterator[Chart]:
     names = {name: None for run in runs for line in run.evaluations for name in line}
     for pattern, key, title in _METRICS:
         chosen = [name for name in names if re.search(pattern, name)]
-        series = [
-            Series(_called(runs, run, _short(name) if len(chosen) > 1 else ""), *found, run=number, style=style)
-            for number, run in enumerate(runs)
-            for style, name in enumerate(chosen)
-            if (found := _metric(run, name))[0]
-        ]
+        if len(chosen) > _LINES and _AVERAGE in names:
+            chosen = [_AVERAGE]
+        series = []
+        for number, run in enumerate(runs):
+            for style, name in enumerate(chosen):
+                x, y, low, high = _metric(run, name)
+                if x:
+                    label = _called(runs, run, _short(name) if len(chosen) > 1 else "")
+                    series.append(Series(label, x, y, number, style, low, high))
         yield Chart(key, title, "", series, markers=True, note="" if len(chosen) != 1 else chosen[0])
 
 
@@ -176,9 +184,12 @@ def _mfu(run: History) -> _Points:
     return list(run.log.mfu), [100 * share for share in run.log.mfu.values()]
 
 
-def _metric(run: History, name: str) -> _Points:
-    found = [(float(e["epoch"]), e[name]) for e in run.evaluations if is_number(e.get(name))]
-    return [x for x, _ in found], [float(y) for _, y in found]
+def _metric(run: History, name: str) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Epochs, values, and the ends of their 95 % intervals where these are known of all values."""
+    lines = [line for line in run.evaluations if is_number(line.get(name))]
+    known = [each for line in lines if (each := of_line(name, line, {})) is not None]
+    low, high = ([each[end] for each in known] if len(known) == len(lines) else [] for end in (0, 1))
+    return [float(line["epoch"]) for line in lines], [float(line[name]) for line in lines], low, high
 
 
 def _density(histogram: Histogram) -> _Points:

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 
 from training.config.flags import ALL
 from training.config.given import frozen
+from training.predictions import FOLDER, Kept, load
 from training.run_report import log_file
 from training.run_report.log_file import LogLines
 
@@ -45,7 +46,8 @@ class History:
 
     ``mfu``: step -> share, from TensorBoard. ``histograms``: column -> one for each epoch.
     ``evaluations``: lines of ``eval_results.jsonl``, the last one of each epoch. ``tasks``: lines of the newest
-    file in ``eval_results/``, which is called ``tasks_file``.
+    file in ``eval_results/``, which is called ``tasks_file``. ``kept``: key of a set -> what its newest evaluation
+    has kept, and ``kept_at``: of which checkpoint that was.
     """
 
     folder: Path
@@ -57,6 +59,8 @@ class History:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
     tasks_file: str = ""
+    kept: dict[str, Kept] = field(default_factory=dict)
+    kept_at: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -101,13 +105,14 @@ def read_run(folder: Path) -> History:
     by_epoch = {line["epoch"]: line for line in results if is_number(line.get("epoch"))}
     run.evaluations = [by_epoch[epoch] for epoch in sorted(by_epoch)]
     _read_tasks(run)
+    _read_kept(run)
     return run
 
 
 def signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Changes when something in ``folder`` does that a report shows."""
     found = []
-    for pattern in ("*", "tensorboard/*", "eval_results/*", "checkpoints/*.pt"):
+    for pattern in ("*", "tensorboard/*", "eval_results/*", f"eval_results/{FOLDER}/*/*", "checkpoints/*.pt"):
         for path in folder.glob(pattern):
             with suppress(OSError):
                 if path.is_file() and path.suffix not in (".html", ".lock"):
@@ -141,6 +146,19 @@ def _read_tasks(run: History) -> None:
     files = sorted((run.folder / "eval_results").glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
     if files:
         run.tasks, run.tasks_file = [t for t in _json_lines(files[-1]) if "metrics" in t], files[-1].name
+
+
+def _read_kept(run: History) -> None:
+    """Of each set the file that was written last."""
+    files = sorted((run.folder / "eval_results" / FOLDER).glob("*/*.npz"), key=lambda path: path.stat().st_mtime)
+    newest = {file.name: file for file in files}
+    for _, file in sorted(newest.items()):
+        try:
+            kept = load(file)
+        except ValueError as error:
+            run.problems.append(str(error))
+        else:
+            run.kept[kept.key], run.kept_at[kept.key] = kept, file.parent.name
 
 
 def _read_events(run: History) -> None:

@@ -6,8 +6,6 @@ are those of the newest complete checkpoint; names, captions and pictures are lo
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +22,6 @@ from training.checkpoint.catalog import Found
 from training.config.flags import ALL
 from training.config.inputs.csv_files import csv_files
 from training.config.parser import parse_sizes
-from training.data.decode import decode
 from training.data.lanes import Part
 from training.data.samples import RawSample
 from training.data.sources.csv_file import CsvFormat, read_pairs
@@ -33,6 +30,7 @@ from training.data.sources.paths import expand_shards, look_for_shards
 from training.data.sources.rows import with_rows
 from training.data.sources.shards import UNREADABLE, Shard, count_samples
 from training.data.sources.webdataset import ShardSource
+from training.run_report.pictures import data_url, thumbnail
 
 _PICTURE = 176  # pixels of the longer side
 _CAPTION = 400  # characters
@@ -230,16 +228,5 @@ def _guessed(shards: list[Shard], left: set[int]) -> _Order:
 def _with(hard: Hard, found: RawSample | None) -> Hard:
     if found is None:
         return hard
-    return replace(hard, name=found.name, caption=found.text[:_CAPTION], picture=_picture(found))
-
-
-def _picture(found: RawSample) -> str:
-    """A small copy as a data: URL; '' where the picture cannot be decoded."""
-    try:
-        image = decode(found.image)
-        image.thumbnail((_PICTURE, _PICTURE))
-        file = io.BytesIO()
-        image.save(file, "jpeg", quality=80)
-    except Exception:  # Pillow's decoders raise many kinds
-        return ""
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    picture = data_url(thumbnail(found.image, _PICTURE))
+    return replace(hard, name=found.name, caption=found.text[:_CAPTION], picture=picture)

@@ -1,0 +1,1 @@
+"""The page: ``document`` puts it together from ``parts``, and ``gallery`` has its pictures."""

@@ -1,0 +1,62 @@
+"""Small copies of pictures, for the page and the summary."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from training.data.decode import decode
+from training.predictions import Place
+
+
+def thumbnail(image: bytes | str | Image.Image, longest: int) -> bytes:
+    """A JPEG whose longer side has at most ``longest`` pixels; empty where the picture cannot be decoded."""
+    try:
+        picture = decode(image)
+        picture.thumbnail((longest, longest))
+        file = io.BytesIO()
+        picture.save(file, "jpeg", quality=80)
+    except Exception:  # Pillow's decoders raise many kinds
+        return b""
+    return file.getvalue()
+
+
+def data_url(jpeg: bytes) -> str:
+    """A JPEG for the page; '' of none."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() if jpeg else ""
+
+
+@dataclass
+class Pictures:
+    """Small copies of the pictures of evaluation sets, read with ``read`` where they can be.
+
+    At most ``most`` are read, in ``seconds`` of work at most; later ones are missing.
+    """
+
+    read: Callable[[Place], bytes]
+    most: int = 500
+    seconds: float = 60.0
+    longest: int = 112
+    unread: int = 0
+    _made: dict[Place, bytes] = field(default_factory=dict)
+    _spent: float = 0.0
+
+    def jpeg(self, place: Place) -> bytes:
+        """A small copy; empty where there is none."""
+        place = tuple(place)
+        if place not in self._made:
+            if len(self._made) >= self.most or self._spent > self.seconds:
+                return b""
+            start = time.monotonic()
+            try:
+                self._made[place] = thumbnail(self.read(place), self.longest)
+            except OSError:
+                self._made[place] = b""
+            self._spent += time.monotonic() - start
+            self.unread += not self._made[place]
+        return self._made[place]
