@@ -216,6 +216,21 @@ def test_linear_u_with_bounds_as_the_fastclip_code_keeps_it():
     assert columns["tau_image"][0].item() == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 100])
+@pytest.mark.parametrize("told", [None, "linear"])
+def test_blocks_are_the_columns_in_their_order(rows, told):
+    """A negative value tells for all blocks that these are logarithms."""
+    held = {"u_im": torch.tensor([[0.5], [0.0], [2.0]]), "u_tt": torch.tensor([[1.0], [3.0], [-1.0]])}
+    bounds = {f"bound_{d}": torch.tensor([[1.0], [2.0], [3.0]]) for d in ("im", "tt")}
+    linear = {name: value.abs() for name, value in held.items()} | {"u_format": "linear"}
+    for file in (held, held | bounds, linear):
+        found = list(published.blocks(file, told, rows))
+        for name, values in published.from_published(file, told).items():
+            read = torch.cat([block[name] for block in found])
+            assert torch.equal(read.nan_to_num(9.0), values.nan_to_num(9.0))
+    assert list(published.blocks({"state_dict": WEIGHTS}, told, rows)) == []
+
+
 def test_u_that_may_be_either_needs_to_be_told():
     held = {"u_im": column(0.5, 2.0), "u_tt": column(0.25, 1.0)}
     with pytest.raises(ValueError, match="u_format"):

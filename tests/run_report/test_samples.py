@@ -84,6 +84,14 @@ def test_rows_become_samples(run, data, tmp_path):
     assert difference.abs().mean() < 8
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_table_is_read_in_blocks(run, tmp_path, monkeypatch, rows):
+    whole = largest_u(run, by_key(tmp_path), 4, 60)
+    monkeypatch.setattr(samples, "_BLOCK", rows)
+    assert largest_u(run, by_key(tmp_path), 4, 60) == whole
+    assert sum(whole.spread["log_u_text"][1]) == 10
+
+
 def test_a_published_checkpoint(run, tmp_path):
     values = torch.tensor([LOG_U.get(row, -1.0) for row in range(ROWS)])
     held = {"epoch": 1, "name": "a", "state_dict": {}, **published.to_published(

@@ -11,7 +11,7 @@ in full, float32 [N, 1] per column:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,3 +73,21 @@ def from_published(held: Mapping[str, Any], u_format: str | None = None) -> dict
             if name in found:
                 found[name] = found[name].masked_fill(never, torch.nan)
     return found
+
+
+def blocks(held: Mapping[str, Any], u_format: str | None, rows: int) -> Iterator[dict[str, Tensor]]:
+    """Log u of both directions as ``from_published`` gives it, in blocks of at most ``rows`` rows, in their order.
+
+    Nothing where the file has none. The tensors may be mapped from the file: each block is read when it comes.
+    """
+    names = [f"{kind}_{d}" for kind in ("u", "bound") for d in ("im", "tt")]
+    entries = {name: held[name].reshape(-1) for name in names if name in held}
+    stored = [entry for name, entry in entries.items() if name.startswith("u_")]
+    starts = range(0, max(map(len, stored), default=0), rows)
+    kind = held.get("u_format")
+    if kind is None:  # a negative value anywhere tells it
+        negative = any(bool((entry[start : start + rows] < 0).any()) for start in starts for entry in stored)
+        kind = "log" if negative else u_format
+    for start in starts:
+        part = {name: entry[start : start + rows] for name, entry in entries.items()}
+        yield from_published({**part, "u_format": kind} if kind else part)

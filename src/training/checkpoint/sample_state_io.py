@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -118,19 +121,103 @@ def read(folder: Path, state: SampleState) -> None:
         raise ValueError(f"sample state {folder} cannot be read ({pt_file.reason(cause)})") from error
 
 
-def read_columns(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """The columns ``names``, as far as ``folder`` has them, float32 [N] each, read by one process.
+def blocks(folder: Path, names: Sequence[str], rows: int) -> Iterator[dict[str, Tensor]]:
+    """The columns ``names``, as far as ``folder`` has them, in blocks of at most ``rows`` rows, in their order.
 
-    ValueError: the files are not a sample state, or cannot be read.
+    Float32 each, NaN for rows that were not saved. Read by one process, which keeps one block in memory; nothing
+    where ``folder`` has none of them. ValueError: the files are not a sample state, or cannot be read.
     """
     saved = _Reader(folder).read_metadata()
-    kept = [name for name in names if name in saved.state_dict_metadata]
-    if not kept:
-        return {}
-    rows = max(_column(saved, name).size[0] for name in kept)
-    state = SampleState(rows, kept)
-    read(folder, state)
-    return state.local()
+    pieces = {name: _pieces(folder, saved, name) for name in names if name in saved.state_dict_metadata}
+    total = max((_column(saved, name).size[0] for name in pieces), default=0)
+    try:
+        for start in range(0, total, rows):
+            wanted = range(start, min(start + rows, total))
+            yield {name: _read_rows(places, wanted) for name, places in pieces.items()}
+    except OSError as error:
+        raise ValueError(f"sample state {folder} cannot be read ({error})") from error
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Consecutive rows of a column, which stand in ``file`` from the byte ``offset`` on."""
+
+    rows: range
+    file: Path
+    offset: int
+
+
+def _pieces(folder: Path, saved: Metadata, name: str) -> list[_Piece]:
+    """Where the rows of a column are. ValueError: not where torch puts them."""
+    found = []
+    for chunk in _column(saved, name).chunks:
+        (first,), (length,) = chunk.offsets, chunk.sizes
+        place = saved.storage_data.get(MetadataIndex(name, chunk.offsets))
+        if length and place is not None:
+            file = folder / place.relative_path
+            try:
+                offset = _values_in(file, place.offset, place.length, 4 * length)
+            except (OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
+                raise ValueError(f"sample state {folder}: {file.name} cannot be read ({error})") from error
+            found.append(_Piece(range(first, first + length), file, offset))
+    return found
+
+
+def _values_in(file: Path, offset: int, length: int, size: int) -> int:
+    """Where the ``size`` bytes of a tensor's values begin, which torch.save has written at ``offset``.
+
+    It writes a zip archive, in which they are not compressed.
+    """
+    with file.open("rb") as whole, zipfile.ZipFile(_Window(whole, offset, length)) as archive:
+        members = {Path(member.filename).name: member for member in archive.infolist()}
+        values = [member for member in archive.infolist() if Path(member.filename).parent.name == "data"]
+        order = archive.read(members["byteorder"]) if "byteorder" in members else b"little"
+        if len(values) != 1 or values[0].compress_type != zipfile.ZIP_STORED or values[0].file_size != size:
+            raise ValueError("it holds something else than the column's values")
+        if order != b"little":
+            raise ValueError("it was written on a machine of another byte order")
+        start = offset + values[0].header_offset
+        whole.seek(start + 26)  # of the two lengths in the header before the values, whose 30 bytes are fixed
+        return start + 30 + sum(struct.unpack("<HH", whole.read(4)))
+
+
+class _Window(io.RawIOBase):
+    """``length`` bytes of an open file from ``offset`` on, as a file."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, at: int, whence: int = io.SEEK_SET) -> int:
+        self._at = at + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(min(len(buffer), max(self._length - self._at, 0)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _read_rows(pieces: Sequence[_Piece], rows: range) -> Tensor:
+    """float32 [len(rows)]."""
+    found = np.full(len(rows), np.nan, dtype=np.float32)
+    for piece in pieces:
+        start, stop = max(rows.start, piece.rows.start), min(rows.stop, piece.rows.stop)
+        if start < stop:
+            with piece.file.open("rb") as file:
+                file.seek(piece.offset + 4 * (start - piece.rows.start))
+                values = np.fromfile(file, "<f4", stop - start)
+            if len(values) < stop - start:
+                raise OSError(f"{piece.file} is cut short")
+            found[start - rows.start : stop - rows.start] = values
+    return torch.from_numpy(found)
 
 
 def whole(state: SampleState) -> dict[str, Tensor]:

@@ -6,14 +6,17 @@ are those of the newest complete checkpoint; names, captions and pictures are lo
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from drrho_clip.losses.registry import LOG_U
@@ -35,6 +38,7 @@ from training.run_report.pictures import data_url, thumbnail
 _PICTURE = 176  # pixels of the longer side
 _CAPTION = 400  # characters
 _BINS = 64
+_BLOCK = 1 << 20  # rows that are in memory at a time
 _CSV = re.compile(r"\.(csv|tsv)(\.\w+)?(::|$)", re.IGNORECASE)
 
 
@@ -69,20 +73,16 @@ def largest_u(folder: Path, flags: Mapping[str, str], count: int, seconds: float
     """The ``count`` samples with the largest u of the run in ``folder``, looked up for ``seconds`` at most."""
     try:
         found, unreadable = catalog.contents(folder / "checkpoints")
-        checkpoint, columns = _newest(found, flags.get("u_format"))
+        checkpoint, table = _newest(found, flags.get("u_format"))
+        scan = _scanned(table, count)
     except (ValueError, OSError) as error:
         return LargestU(remark=f"u cannot be read: {error}")
-    if not columns:
+    if not scan.rows:
         bad = f"; {len(unreadable)} cannot be read, such as {unreadable[0]}" if unreadable else ""
         return LargestU(
             remark=f"no checkpoint here keeps u (with OpenCLIP's loss, and with --gamma 1, there is none){bad}"
         )
-    mean = torch.zeros_like(next(iter(columns.values())))
-    for column in columns.values():
-        mean += column / len(columns)
-    seen = mean.isfinite()
-    order = torch.where(seen, mean, -torch.inf).topk(min(count, int(seen.sum()))).indices.tolist()
-    hard = [Hard(row, {name: column[row].item() for name, column in columns.items()}) for row in order]
+    hard = scan.hard
     try:
         samples, remark = _look_up(hard, flags, seconds)
     except (ValueError, OSError, *UNREADABLE) as error:
@@ -91,34 +91,65 @@ def largest_u(folder: Path, flags: Mapping[str, str], count: int, seconds: float
             f"names and pictures are missing, as the training data cannot be opened ({error}); run the report in "
             "the folder in which the run was started, or give --train-data"
         )
-    return LargestU(
-        str(checkpoint),
-        len(mean),
-        int(seen.sum()),
-        tuple(samples),
-        remark,
-        {n: _spread(c) for n, c in columns.items()},
-    )
+    return LargestU(str(checkpoint), scan.rows, scan.seen, tuple(samples), remark, scan.spread)
 
 
-def _newest(found: Sequence[Found], u_format: str | None) -> tuple[Path, dict[str, Tensor]]:
-    """The newest checkpoint that keeps log u, and its columns; no columns where there is none."""
+# The blocks of a table of log u, from its first row on, as often as it is called.
+_Table = Callable[[], Iterator[Mapping[str, Tensor]]]
+
+
+def _newest(found: Sequence[Found], u_format: str | None) -> tuple[Path, _Table]:
+    """The newest checkpoint that keeps log u, and its table; an empty one where there is none."""
     for each in sorted(found, key=lambda each: each.order, reverse=True):
         if each.state is not None and sample_state_io.missing(each.state.folder, each.state.files) is None:
-            columns = sample_state_io.read_columns(each.state.folder, LOG_U)
+            table: _Table = partial(sample_state_io.blocks, each.state.folder, LOG_U, _BLOCK)
         else:
-            held = pt_file.read(each.path)
             known = u_format if u_format in ("log", "linear") else None
-            columns = {name: c for name, c in published.from_published(held, known).items() if name in LOG_U}
-        if columns:
-            return each.path, columns
-    return Path(), {}
+            table = partial(published.blocks, pt_file.read(each.path), known, _BLOCK)
+        if next(table(), None):
+            return each.path, table
+    return Path(), lambda: iter(())
 
 
-def _spread(column: Tensor) -> tuple[list[float], list[float]]:
-    values = column[column.isfinite()].numpy()
-    counts, edges = np.histogram(values, bins=_BINS) if len(values) else (np.zeros(1), np.array([0.0, 1.0]))
-    return edges.tolist(), counts.astype(float).tolist()
+@dataclass
+class _Scan:
+    """What is known of a table: as in ``LargestU``, and the samples with the largest u."""
+
+    rows: int = 0
+    seen: int = 0
+    hard: list[Hard] = field(default_factory=list)
+    spread: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+
+
+def _scanned(table: _Table, count: int) -> _Scan:
+    """Read the table twice, a block at a time: its extent and the ``count`` largest, then how it is spread."""
+    scan = _Scan()
+    limits: dict[str, tuple[float, float]] = {}
+    best: list[tuple[float, Hard]] = []
+    for block in table():
+        mean = torch.stack([*block.values()]).double().mean(0)
+        seen = mean.isfinite()
+        order = torch.where(seen, mean, -torch.inf).topk(min(count, int(seen.sum()))).indices.tolist()
+        best += [
+            (mean[i].item(), Hard(scan.rows + i, {name: column[i].item() for name, column in block.items()}))
+            for i in order
+        ]
+        best = sorted(best, key=lambda each: -each[0])[:count]
+        for name, column in block.items():
+            values = column[column.isfinite()]
+            if len(values):
+                low, high = limits.get(name, (math.inf, -math.inf))
+                limits[name] = min(low, values.min().item()), max(high, values.max().item())
+        scan.rows, scan.seen = scan.rows + len(mean), scan.seen + int(seen.sum())
+    scan.hard = [hard for _, hard in best]
+    counts: dict[str, NDArray[np.int64]] = {}
+    for block in table():
+        for name in limits:
+            values = block[name][block[name].isfinite()].numpy()
+            found, edges = np.histogram(values, bins=_BINS, range=limits[name])
+            counts[name] = counts.get(name, 0) + found
+            scan.spread[name] = edges.tolist(), counts[name].astype(float).tolist()
+    return scan
 
 
 def _look_up(hard: list[Hard], flags: Mapping[str, str], seconds: float) -> tuple[list[Hard], str]:
