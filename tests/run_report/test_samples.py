@@ -108,7 +108,7 @@ def test_broken_pictures_are_shown_without_one(run, tmp_path):
     data = shards.write_shards(tmp_path, made, per_shard=11)
     first, second, *_ = largest_u(run, {"train_data": data, "data_size": "11"}, 4, 60).samples
     assert (first.row, first.caption, first.picture) == (3, shards.caption(3), "")
-    assert second.picture.startswith("data:image/jpeg;base64,")
+    assert second.picture.startswith("data:image/png;base64,")
 
 
 @pytest.mark.parametrize(

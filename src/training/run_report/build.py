@@ -16,6 +16,7 @@ from training.run_report.history import History, read_run, signature
 from training.run_report.page.document import page
 from training.run_report.pictures import Pictures
 from training.run_report.samples import LargestU, largest_u
+from training.run_report.summary import summary
 
 
 def _not_read(place: Place) -> bytes:
@@ -54,12 +55,18 @@ class RunReport:
         return runs, hard, list(charts(runs, hard))
 
     def write(self, out: Path, runs: list[History], hard: list[LargestU], drawn: list[Chart]) -> list[Path]:
-        """Write what ``read`` returned to ``out``, each chart also as a PNG into a folder beside it; all files."""
+        """Write what ``read`` returned to ``out``, and as PNGs into a folder beside it a summary and each chart.
+
+        Returns all files.
+        """
         folder = out.parent / f"{out.stem}_png"
         folder.mkdir(parents=True, exist_ok=True)
         written = [out]
         with replacing(out) as file:
             file.write(page(runs, drawn, hard, self._pictures, self.price).encode())
+        written.append(folder / "summary.png")
+        with replacing(written[-1]) as file:
+            file.write(summary(runs, drawn, self._pictures))
         for chart in drawn:
             written.append(folder / f"{chart.key}.png")
             with replacing(written[-1]) as file:

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _WIDTH, _HEIGHT = 4.6, 2.75  # inches, of which the page's drawing has 72 units each
 _MOST = 600  # points of a line; of more, the least and the largest of equal parts are kept
@@ -19,7 +20,7 @@ _SMOOTHED = 80  # points from which on a line is drawn faint, under its running 
 COLOURS = 6
 # Colours that stand for variables of the page: ink, grid, and one for each series.
 _INK, _GRID, _SERIES = "#010101", "#020202", "#0301{:02x}"
-_PNG = ("#222222", "#dddddd", ("#0b6fb8", "#c2410c", "#15803d", "#7c3aed", "#be185d", "#0f766e"))
+ON_WHITE = ("#222222", "#dddddd", ("#0b6fb8", "#c2410c", "#15803d", "#7c3aed", "#be185d", "#0f766e"))
 _DASHES: tuple[Any, ...] = (
     "-",
     (0, (5, 2)),
@@ -107,8 +108,8 @@ def draw(chart: Chart) -> Drawing:
 
 def png(chart: Chart) -> bytes:
     """The chart as a file of its own, with its title, on white."""
-    figure, axes = _figure(chart, *_PNG)
-    axes.set_title(f"{chart.title} ({chart.unit})" if chart.unit else chart.title, fontsize=10, color=_PNG[0])
+    figure, axes = _figure(chart, *ON_WHITE)
+    axes.set_title(f"{chart.title} ({chart.unit})" if chart.unit else chart.title, fontsize=10, color=ON_WHITE[0])
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=160)
     return file.getvalue()
@@ -133,6 +134,14 @@ def _size(chart: Chart) -> tuple[float, float]:
 def _figure(chart: Chart, ink: str, grid: str, colours: Sequence[str]) -> tuple[Figure, Any]:
     figure = Figure(figsize=_size(chart), layout="constrained")
     axes = figure.add_subplot()
+    plot(axes, chart, ink, grid, colours)
+    if _keyed(chart):
+        figure.legend(loc="outside upper left", ncols=_columns(chart), fontsize=9, labelcolor=ink, frameon=False)
+    return figure, axes
+
+
+def plot(axes: Any, chart: Chart, ink: str, grid: str, colours: Sequence[str]) -> None:
+    """Draw the lines of a chart into matplotlib's ``axes``, without their names."""
     styled = any(series.style for series in chart.series)  # else runs differ in more than colour
     for mark in chart.marks:
         axes.axvline(mark, color=ink, linewidth=0.8, linestyle=(0, (2, 2)), alpha=0.6)
@@ -149,15 +158,22 @@ def _figure(chart: Chart, ink: str, grid: str, colours: Sequence[str]) -> tuple[
             x, y = thinned(series.x, _running_mean(series.y))
         axes.plot(x, y, label=series.name, **look)
     axes.set_xlabel(chart.x_label, color=ink, fontsize=10)
+    dress(axes, ink, grid)
+    if chart.markers and chart.x_label == "epochs":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        epochs = [x for series in chart.series for x in series.x]
+        if len(set(epochs)) == 1:
+            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+
+
+def dress(axes: Any, ink: str, grid: str) -> None:
+    """Colours of axes, and lines at their ticks."""
     axes.tick_params(colors=ink, labelsize=10, length=3)
     axes.grid(color=grid, linewidth=0.7)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(ink)
-    if _keyed(chart):
-        figure.legend(loc="outside upper left", ncols=_columns(chart), fontsize=9, labelcolor=ink, frameon=False)
-    return figure, axes
 
 
 def _running_mean(y: Sequence[float]) -> list[float]:

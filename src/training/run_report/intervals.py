@@ -36,14 +36,14 @@ def wilson(share: float, n: int) -> Interval | None:
 def mean_of_classes(right: Integers, pictures: Integers) -> Interval | None:
     """Of the mean recall of the classes [C] that have ``pictures``: normal, with a variance for each class.
 
-    The variance of a class is that of (right + 1) / (pictures + 2), so that a class of few pictures is not taken
-    for certain.
+    Recalls are drawn towards the share of all pictures, as if each class had two pictures more, before variances
+    are taken of them: a class of one picture, whose recall is 0 or 1, is not certain.
     """
     there = pictures > 0
     if not there.any():
         return None
     n, hits = pictures[there].astype(float), right[there].astype(float)
-    p = (hits + 1) / (n + 2)
+    p = (hits + 2 * (hits.sum() + 1) / (n.sum() + 2)) / (n + 2)
     half = _Z * math.sqrt(float((p * (1 - p) / n).sum())) / len(n)
     mean = float((hits / n).mean())
     return max(mean - half, 0.0), min(mean + half, 1.0)

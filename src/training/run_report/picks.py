@@ -96,10 +96,51 @@ def changes(before: Kept, after: Kept) -> Iterator[Change]:
         yield _change("caption of a picture", before.image_right, after.image_right)
 
 
+def differences(runs: Sequence[History]) -> Iterator[tuple[str, History, Change]]:
+    """Set, run, and how its answers differ from those of the first of ``runs``."""
+    kinds: tuple[type[Kept], ...] = (Classified, Retrieved)
+    for kind in kinds:
+        for first, *others in sets(runs, kind).values():
+            for run, other in zip(runs[1:], others):
+                if first is not None and other is not None:
+                    for change in changes(first, other):
+                        yield first.name, run, change
+
+
 def _change(what: str, before: Booleans, after: Booleans) -> Change:
     points, interval = difference(before, after)
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
     return Change(what, len(before), gained, lost, points, interval)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A picture, its class, and in a few words what is said about it."""
+
+    place: Place
+    label: str
+    said: str
+
+
+def first_look(runs: Sequence[History], most: int) -> tuple[str, list[Look]]:
+    """A title and some pictures of the first set: what the last run has right and the first one wrong.
+
+    Of one run, or where there are no such pictures, they are drawn evenly.
+    """
+    for kept in sets(runs, Classified).values():
+        there = [number for number, each in enumerate(kept) if each is not None]
+        first, last = there[0], there[-1]
+        if gained := only_right(kept, last, first, most) if last != first else []:
+            title = f"{runs[last].name} is right, {runs[first].name} is wrong"
+            return title, [Look(s.place, s.label, f"not {g.names[0]}") for s in gained if (g := s.guesses[first])]
+        drawn = evenly_drawn(kept, most)
+        looks = [
+            Look(s.place, s.label, "✓" if g.right else f"taken for {g.names[0]}")
+            for s in drawn
+            if (g := s.guesses[last])
+        ]
+        return f"What {runs[last].name} says about pictures", looks
+    return "", []
 
 
 def evenly_drawn(kept: Sequence[Classified | None], most: int) -> list[ShownPicture]:

@@ -13,22 +13,28 @@ from PIL import Image
 from training.data.decode import decode
 from training.predictions import Place
 
+_LOSSLESS = 64  # pixels up to which JPEG would be seen
+
 
 def thumbnail(image: bytes | str | Image.Image, longest: int) -> bytes:
-    """A JPEG whose longer side has at most ``longest`` pixels; empty where the picture cannot be decoded."""
+    """A small copy, whose longer side has at most ``longest`` pixels: a JPEG, or a PNG of a picture that is tiny.
+
+    Empty where the picture cannot be decoded.
+    """
     try:
         picture = decode(image)
         picture.thumbnail((longest, longest))
         file = io.BytesIO()
-        picture.save(file, "jpeg", quality=80)
+        picture.save(file, "png" if max(picture.size) <= _LOSSLESS else "jpeg", quality=80)
     except Exception:  # Pillow's decoders raise many kinds
         return b""
     return file.getvalue()
 
 
-def data_url(jpeg: bytes) -> str:
-    """A JPEG for the page; '' of none."""
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() if jpeg else ""
+def data_url(image: bytes) -> str:
+    """A small copy for the page; '' of none."""
+    kind = "jpeg" if image.startswith(b"\xff\xd8") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}" if image else ""
 
 
 @dataclass
@@ -46,7 +52,11 @@ class Pictures:
     _made: dict[Place, bytes] = field(default_factory=dict)
     _spent: float = 0.0
 
-    def jpeg(self, place: Place) -> bytes:
+    def data_url(self, place: Place) -> str:
+        """A small copy for the page; '' where there is none."""
+        return data_url(self.small(place))
+
+    def small(self, place: Place) -> bytes:
         """A small copy; empty where there is none."""
         place = tuple(place)
         if place not in self._made:

@@ -145,8 +145,8 @@ def _scanned(table: _Table, count: int) -> _Scan:
     counts: dict[str, NDArray[np.int64]] = {}
     for block in table():
         for name in limits:
-            values = block[name][block[name].isfinite()].numpy()
-            found, edges = np.histogram(values, bins=_BINS, range=limits[name])
+            finite = block[name][block[name].isfinite()].numpy()
+            found, edges = np.histogram(finite, bins=_BINS, range=limits[name])
             counts[name] = counts.get(name, 0) + found
             scan.spread[name] = edges.tolist(), counts[name].astype(float).tolist()
     return scan

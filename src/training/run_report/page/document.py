@@ -47,12 +47,12 @@ def page(
         section = _STATE if chart.key.startswith(("log-u", "tau-")) else _SECTIONS.get(chart.key, "Training")
         by_section.setdefault(section, []).append(chart)
     sections = [
-        ("Overview", _overview(runs, price)),
+        ("Overview", f'<div class="overview">{_overview(runs, price)}{gallery.glance(runs, pictures)}</div>'),
         ("Training", _figures(by_section.get("Training", []))),
         ("Metrics", metrics(runs) + _figures(by_section.get("Metrics", []))),
         ("What changed", changes(runs)),
         ("Pictures and their classes", gallery.classes(runs, pictures)),
-        ("Confusion of classes", gallery.confusion(runs)),
+        ("Confusion of classes", gallery.confusion(runs, pictures)),
         ("Retrieval", gallery.retrieval(runs, pictures)),
         ("Speed", _figures(by_section.get("Speed", []))),
         (_STATE, _figures(by_section.get(_STATE, []))),

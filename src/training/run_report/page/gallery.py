@@ -11,8 +11,9 @@ from training.run_report import picks
 from training.run_report.history import History
 from training.run_report.page.parts import escaped, table
 from training.run_report.picks import Guess, ShownPicture
-from training.run_report.pictures import Pictures, data_url
+from training.run_report.pictures import Pictures
 
+_GLANCE = 12  # pictures
 _CARDS = 12
 _NEAREST = 3  # classes that a card shows
 _MATRIX = 20  # classes up to which the whole matrix is shown
@@ -31,6 +32,18 @@ def classes(runs: Sequence[History], pictures: Pictures) -> str:
         )
         parts.append(_set(runs, key, kept, content, is_open=not parts))
     return "".join(parts) + (_unread(pictures) if parts else "")
+
+
+def glance(runs: Sequence[History], pictures: Pictures) -> str:
+    """A few pictures to begin with."""
+    title, shown = picks.first_look(runs, _GLANCE)
+    tiles = "".join(
+        f"<li>{_image(pictures, look.place, f'picture of: {look.label}')}<strong>{escaped(look.label)}</strong>"
+        f"<small>{escaped(look.said)}</small></li>"
+        for look in shown
+        if pictures.data_url(look.place)
+    )
+    return f'<div class="glance"><p>{escaped(title)}</p><ul>{tiles}</ul></div>' if tiles else ""
 
 
 def _groups(
@@ -97,28 +110,29 @@ def _guess(guess: Guess, run: str, label: str) -> str:
     lines = []
     for name, probability in list(zip(guess.names, guess.probabilities))[:_NEAREST]:
         share = max(0.0, 100 * probability)
+        said = f"{share:.0f} %" if share >= 1 else f"{share:.1f} %"
         is_right = name == label
         mark = ' <span class="mark" role="img" aria-label="right">✓</span>' if is_right else ""
         lines.append(
             f'<li{" class=hit" * is_right} style="--share:{share:.0f}%"><span>{escaped(name)}{mark}</span>'
-            f"<span>{share:.0f} %</span></li>"
+            f"<span>{said}</span></li>"
         )
     who = f'<p class="who">{escaped(run)}</p>' if run else ""
     return f'{who}<ol class="near">{"".join(lines)}</ol>'
 
 
 def _image(pictures: Pictures, place: Sequence[str | int], alt: str) -> str:
-    if jpeg := pictures.jpeg(place):
-        return f'<img src="{data_url(jpeg)}" alt="{escaped(alt)}" loading="lazy">'
+    if picture := pictures.data_url(place):
+        return f'<img src="{picture}" alt="{escaped(alt)}" loading="lazy">'
     return '<div class="none" aria-hidden="true"></div>'
 
 
-def confusion(runs: Sequence[History]) -> str:
+def confusion(runs: Sequence[History], pictures: Pictures) -> str:
     """For each set: how many pictures of a class were taken for which, as a matrix where it has few classes."""
     parts: list[str] = []
     for key, kept in picks.sets(runs, Classified).items():
         there = [(run, each) for run, each in zip(runs, kept) if each is not None]
-        content = _pairs(there)
+        content = _pairs(there, pictures)
         if len(there[0][1].classes) <= _MATRIX:
             content = (
                 '<div class="matrices">' + "".join(_matrix(run, each) for run, each in there) + "</div>" + content
@@ -149,8 +163,8 @@ def _matrix(run: History, kept: Classified) -> str:
     )
 
 
-def _pairs(there: Sequence[tuple[History, Classified]]) -> str:
-    """The most frequent confusions of all runs."""
+def _pairs(there: Sequence[tuple[History, Classified]], pictures: Pictures) -> str:
+    """The most frequent confusions of all runs, with a picture of each class."""
     counts = [{(a, b): n for a, b, n in kept.confused.tolist()} for _, kept in there]
     total: dict[tuple[int, int], int] = {}
     for each in counts:
@@ -162,11 +176,20 @@ def _pairs(there: Sequence[tuple[History, Classified]]) -> str:
         of = int(first.class_pictures[a])
         # Of the rarest pairs only so many are kept, so one that is missing may not be 0.
         cells = [f"{each[a, b]:,} of {of:,}" if (a, b) in each else "–" for each in counts]
-        rows.append((escaped(first.classes[a]), escaped(first.classes[b]), *cells))
+        rows.append((*(_class(first, number, pictures) for number in (a, b)), *cells))
     if not rows:
         return "<p>No class was taken for another one.</p>"
     heads = ["class", "taken for", *(escaped(run.name) for run, _ in there)]
     return table("The most frequent confusions: pictures of a class that were taken for another one", heads, rows)
+
+
+def _class(kept: Classified, number: int, pictures: Pictures) -> str:
+    """The name of a class, with a picture of it."""
+    examples = np.flatnonzero(kept.label == number)
+    image = ""
+    if len(examples) and (picture := pictures.data_url(kept.places[examples[0]])):
+        image = f'<img src="{picture}" alt="" loading="lazy">'
+    return f'<span class="class">{image}{escaped(kept.classes[number])}</span>'
 
 
 def retrieval(runs: Sequence[History], pictures: Pictures) -> str:
