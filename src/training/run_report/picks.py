@@ -70,7 +70,8 @@ def sets(runs: Sequence[History], kind: type[K]) -> dict[str, list[K | None]]:
         first = next((kept for kept in each if kept is not None), None)
         if first is not None:
             found[key] = [kept if kept is not None and comparable(first, kept) else None for kept in each]
-    return found
+    # What can be compared comes first.
+    return dict(sorted(found.items(), key=lambda item: item[1].count(None)))
 
 
 def comparable(a: Kept, b: Kept) -> bool:

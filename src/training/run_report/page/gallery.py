@@ -228,7 +228,7 @@ def _answers(run: History, kept: Retrieved, side: str, query: int, pictures: Pic
         own = picks.own(kept, side, query)
         items.append(_answer(kept, side, own, True, pictures, f"rank {found.rank:,}"))
     who = f'<p class="who">{escaped(run.name)}</p>' if named else ""
-    return f"{who}<ol>{''.join(items)}</ol>"
+    return f"<div>{who}<ol>{''.join(items)}</ol></div>"
 
 
 def _answer(kept: Retrieved, side: str, number: int, is_right: bool, pictures: Pictures, remark: str = "") -> str:

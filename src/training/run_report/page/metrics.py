@@ -52,7 +52,8 @@ def changes(runs: Sequence[History]) -> str:
         rows.append(
             (
                 escaped(name), escaped(found.what), escaped(run.name),
-                f"<span{sure}>{100 * found.points:+.1f}</span> <small>({low:+.1f} to {high:+.1f})</small>",
+                f"<span{sure}>{_points(100 * found.points)}</span> "
+                f"<small>({_points(low)} to {_points(high)})</small>",
                 f"{found.gained:,} of {found.n:,}", f"{found.lost:,} of {found.n:,}",
             )
         )  # fmt: skip
@@ -65,6 +66,11 @@ def changes(runs: Sequence[History]) -> str:
         "choice of the pictures does not explain.</p>"
     )
     return said + table(f"Differences to {escaped(runs[0].name)}, with 95 % intervals", head, rows)
+
+
+def _points(value: float) -> str:
+    """With its sign, as it is typeset."""
+    return f"{value:+.{1 if abs(value) >= 1 else 2}f}".replace("-", "−")
 
 
 def _sets(runs: Sequence[History]) -> str:
