@@ -132,7 +132,8 @@ def test_pictures_that_are_gone_are_told(runs, tmp_path):
         file.unlink()
     pictures = Pictures(read_picture)
     text = gallery.classes(runs, pictures)
-    assert "<img" not in text and "6 pictures could not be opened" in text and "ant" in text
+    assert "<img" not in text and "ant" in text
+    assert pictures.remark.startswith("6 pictures could not be opened; they are looked for where they were")
     assert gallery.glance(runs, pictures) == ""
     assert summary(runs, [], pictures).startswith(b"\x89PNG")
 
@@ -147,8 +148,19 @@ def test_no_more_pictures_are_read_than_said(places):
     pictures = Pictures(read, most=3)
     assert [bool(pictures.small(place)) for place in [*places, places[0]]] == [True] * 3 + [False] * 3 + [True]
     assert asked == places[:3]
-    hurried = Pictures(read_picture, seconds=0)
+    assert pictures.remark == "3 pictures were not looked for because of the limit of 3"
+    hurried = Pictures(read_picture, seconds=1e-9)
     assert [bool(hurried.small(place)) for place in places[:3]] == [True, False, False]
+    assert hurried.remark == "2 pictures were not looked for because of --seconds"
+
+
+def test_another_page_reads_only_what_is_new(places):
+    asked = []
+    pictures = Pictures(lambda place: asked.append(place) or read_picture(place), most=2)
+    for some in (places[:2], places[1:3], places[:1]):
+        pictures.begin()
+        assert all(pictures.small(place) for place in some) and not pictures.remark
+    assert asked == [*places[:3], places[0]]
     assert thumbnail(b"no picture", 10) == b""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.support import evalsets, shards
 from training import report as program
 from training.run_report.build import RunReport
 from training.run_report.intervals import wilson
@@ -28,10 +29,18 @@ COMMON = (
 )
 
 
+N = 12  # pictures of each set
+
+
 @pytest.fixture(scope="module")
 def runs(lab) -> tuple[Path, Path]:
-    first = lab.run(lab.words(f"{COMMON} --epochs 3"))
-    second = lab.run(lab.words(f"{COMMON} --epochs 3 --lr 2e-3"))
+    sets = lab.root / "sets_of_the_report"
+    evalsets.write_classification(sets / "wds_cifar10_test", [i % 4 for i in range(N)], shards.SHAPES[:4])
+    pairs = [{"__key__": f"{i}", "jpg": evalsets.encoded(i, "jpg"), "txt": shards.caption(i)} for i in range(N)]
+    evalsets.write_wds(sets / "wds_mine_test", pairs, kind="retrieval")
+    line = f"{COMMON} --epochs 3 --imagenet-val @pictures --eval_data_dir {sets} --zeroshot-frequency 3"
+    first = lab.run(lab.words(line))
+    second = lab.run(lab.words(f"{line} --lr 0.05"))
     assert (first.code, second.code) == (0, 0)
     return first.folder, second.folder
 
@@ -64,7 +73,10 @@ class Structure(HTMLParser):
             if name in given and not given[name].startswith(("#", "data:")):
                 self.loaded.append(given[name])
         named = {"img": "alt", "input": "aria-label", "nav": "aria-label"}.get(tag)
-        if (named and not given.get(named)) or (given.get("role") == "img" and not given.get("aria-label")):
+        decorates = tag == "img" and given.get("alt") == ""
+        if (named and not given.get(named) and not decorates) or (
+            given.get("role") == "img" and not given.get("aria-label")
+        ):
             self.unlabelled.append(tag)
 
 
@@ -73,6 +85,8 @@ def test_the_page_holds_all_it_needs_and_can_be_read_aloud(page):
     found = Structure(text)
     assert found.loaded == [] and "@import" not in text
     assert found.unlabelled == []
+    # Pictures of classes stand before the names of these.
+    assert text.count('alt=""') == text.count('<span class="class"><img')
     assert len(found.ids) == len(set(found.ids))
     assert found.headings[0] == 1 and found.headings.count(1) == 1
     assert all(after - before <= 1 for before, after in zip(found.headings, found.headings[1:]))
@@ -85,6 +99,8 @@ def test_what_the_page_says(page, runs):
         "Loss", "Temperature τ", "Weight γ", "Learning rate", "Throughput", "Waiting for data", "Retrieval: R@1",
         "log u of images over time", "How log u of captions is spread", "Samples with the largest u",
         "missing text", "Flags that differ between the runs", "--lr", "process hours",
+        "Pictures and their classes", "CIFAR-10", "Confusion of classes", "Which picture has this caption?",
+        "Differences to run", "imagenet-zeroshot-val-top1", "mean_recall@1",
     ):  # fmt: skip
         assert words in text, words
     differing = text[text.index("Flags that differ") : text.index("All chosen flags")]
@@ -95,6 +111,18 @@ def test_what_the_page_says(page, runs):
         logged = re.findall(r" Loss: ([-\d.e]+)", (folder / "out.log").read_text())
         assert series["name"] == folder.name
         assert series["y"] == pytest.approx([float(value) for value in logged], rel=1e-4)
+
+
+def test_metrics_have_intervals(page, runs):
+    text = page.read_text()
+    for folder in runs:
+        lines = (folder / "eval_results/epoch_3_eval_results.jsonl").read_text().splitlines()
+        line = next(found for found in map(json.loads, lines) if found["key"] == "cifar10")
+        low, high = wilson(line["metrics"]["acc1"], N)
+        assert f"({low:.3f} to {high:.3f})</small><br><small>acc1" in text
+        last = json.loads((folder / "eval_results.jsonl").read_text().splitlines()[-1])
+        low, high = wilson(last["imagenet-zeroshot-val-top1"], 6)
+        assert f"({low:.3f} to {high:.3f})" in text[text.index("imagenet-zeroshot-val-top1") :]
 
 
 def test_each_chart_is_a_picture_too(page):
@@ -119,11 +147,16 @@ def test_histograms_of_u_are_kept_each_epoch_and_are_those_of_the_checkpoint(run
 
 PROBE = """<script>
 const faults = []; addEventListener("error", (event) => faults.push(event.message));
-addEventListener("load", () => {
+addEventListener("load", async () => {
+  for (const part of document.querySelectorAll("details")) part.open = true;
+  for (const image of document.images) image.loading = "eager";
+  await Promise.all([...document.images].map((image) => image.decode().catch(() => faults.push("a picture"))));
   const slider = document.querySelector("#loss input"), before = slider.getAttribute("aria-valuetext");
   slider.value = 0; slider.dispatchEvent(new Event("input"));
-  document.body.dataset.probe = JSON.stringify({
-    faults, wide: document.documentElement.scrollWidth - innerWidth, before,
+  parent.document.body.dataset.probe = JSON.stringify({
+    faults, pictures: document.images.length, viewport: innerWidth,
+    small: [...document.querySelectorAll("button, summary, nav a")].filter((e) => e.tabIndex < 0).length,
+    wide: document.documentElement.scrollWidth - innerWidth, before,
     after: slider.getAttribute("aria-valuetext"), ink: getComputedStyle(document.body).color,
     lines: [...document.querySelectorAll("figure svg")].map((svg) => [...svg.querySelectorAll("path")]
       .filter((path) => path.getAttribute("style")?.includes("var(--s") && path.getTotalLength() > 5).length),
@@ -132,23 +165,27 @@ addEventListener("load", () => {
 
 
 @pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed (apt-get install chromium)")
-@pytest.mark.parametrize("width", [500, 900, 1600])
+@pytest.mark.parametrize("width", [400, 900, 1600])
 def test_in_a_browser(page, tmp_path, width):
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text().replace("<head>", f"<head>{PROBE}", 1))
+    """All parts opened, in a frame: Chromium's windows have 500 pixels at least."""
+    probed = page.read_text().replace("<head>", f"<head>{PROBE}", 1)
+    frame = f'<iframe style="border: 0; width: {width}px; height: 900px" srcdoc="{html.escape(probed)}"></iframe>'
+    (tmp_path / "frame.html").write_text(f'<!doctype html><body style="margin: 0">{frame}</body>')
     done = subprocess.run(
         [
             BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-            f"--window-size={width},1000", "--enable-logging=stderr", "--virtual-time-budget=3000",
-            *(["--blink-settings=preferredColorScheme=0"] if width == 900 else []), "--dump-dom", probed.as_uri(),
+            "--window-size=1700,1000", "--enable-logging=stderr", "--virtual-time-budget=3000",
+            *(["--blink-settings=preferredColorScheme=0"] if width == 900 else []),
+            "--dump-dom", (tmp_path / "frame.html").as_uri(),
         ],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
-    (held,) = re.findall(r'data-probe="([^"]*)"', done.stdout)
+    (held,) = re.findall(r'<body [^>]*data-probe="([^"]*)"', done.stdout)
     seen = json.loads(html.unescape(held))
     assert seen["faults"] == []
-    assert seen["wide"] <= 0
+    assert seen["viewport"] == width and seen["wide"] <= 0
+    assert seen["pictures"] > 60 and seen["small"] == 0
     assert all(lines >= 2 for lines in seen["lines"]) and len(seen["lines"]) > 10
     assert seen["before"] != seen["after"] and seen["after"].startswith("epochs ")
 

@@ -48,6 +48,7 @@ class RunReport:
 
     def read(self) -> tuple[list[History], list[LargestU], list[Chart]]:
         """What the page shows. ValueError: a folder is not that of a run."""
+        self._pictures.begin()
         runs = [read_run(folder) for folder in self.folders]
         names = [run.name for run in runs]
         runs = [replace(r, name=str(r.folder)) if names.count(r.name) > 1 else r for r in runs]

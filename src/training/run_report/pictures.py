@@ -41,16 +41,21 @@ def data_url(image: bytes) -> str:
 class Pictures:
     """Small copies of the pictures of evaluation sets, read with ``read`` where they can be.
 
-    At most ``most`` are read, in ``seconds`` of work at most; later ones are missing.
+    For one page at most ``most`` are read, in ``seconds`` of work at most; later ones are missing. ``begin``
+    begins another page, which keeps what it has in common with the one before.
     """
 
     read: Callable[[Place], bytes]
     most: int = 500
     seconds: float = 60.0
     longest: int = 112
-    unread: int = 0
     _made: dict[Place, bytes] = field(default_factory=dict)
+    _before: dict[Place, bytes] = field(default_factory=dict)
+    _late: set[Place] = field(default_factory=set)
     _spent: float = 0.0
+
+    def begin(self) -> None:
+        self._before, self._made, self._late, self._spent = self._made, {}, set(), 0.0
 
     def data_url(self, place: Place) -> str:
         """A small copy for the page; '' where there is none."""
@@ -60,13 +65,31 @@ class Pictures:
         """A small copy; empty where there is none."""
         place = tuple(place)
         if place not in self._made:
-            if len(self._made) >= self.most or self._spent > self.seconds:
+            if place in self._before:
+                self._made[place] = self._before[place]
+            elif len(self._made) >= self.most or self._spent >= self.seconds:
+                self._late.add(place)
                 return b""
-            start = time.monotonic()
-            try:
-                self._made[place] = thumbnail(self.read(place), self.longest)
-            except OSError:
-                self._made[place] = b""
-            self._spent += time.monotonic() - start
-            self.unread += not self._made[place]
+            else:
+                start = time.monotonic()
+                try:
+                    self._made[place] = thumbnail(self.read(place), self.longest)
+                except OSError:
+                    self._made[place] = b""
+                self._spent += time.monotonic() - start
         return self._made[place]
+
+    @property
+    def remark(self) -> str:
+        """Which pictures are missing, and why; '' where none is."""
+        unread = sum(not image for image in self._made.values())
+        said = []
+        if unread:
+            said.append(
+                f"{unread:,} pictures could not be opened; they are looked for where they were when the runs were "
+                "evaluated"
+            )
+        if self._late:
+            end = "--seconds" if self._spent >= self.seconds else f"the limit of {self.most}"
+            said.append(f"{len(self._late):,} pictures were not looked for because of {end}")
+        return ". ".join(said)

@@ -62,6 +62,8 @@ def page(
         ("Flags", _flags(runs)),
         ("Warnings", _notes(runs)),
     ]
+    if pictures.remark:
+        sections.append(("Missing pictures", f"<p>{escaped(pictures.remark)}.</p>"))
     shown = [(name, content) for name, content in sections if content]
     nav = "".join(f'<li><a href="#{anchor(name)}">{escaped(name)}</a></li>' for name, _ in shown)
     body = "".join(

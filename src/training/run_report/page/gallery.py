@@ -31,7 +31,7 @@ def classes(runs: Sequence[History], pictures: Pictures) -> str:
             if shown
         )
         parts.append(_set(runs, key, kept, content, is_open=not parts))
-    return "".join(parts) + (_unread(pictures) if parts else "")
+    return "".join(parts)
 
 
 def glance(runs: Sequence[History], pictures: Pictures) -> str:
@@ -80,15 +80,6 @@ def _set(
     return (
         f"<details{' open' * is_open}><summary><h3>{escaped(name)}</h3></summary>"
         f'<p class="note">{escaped(said)}.</p>{content}</details>'
-    )
-
-
-def _unread(pictures: Pictures) -> str:
-    if not pictures.unread:
-        return ""
-    return (
-        f'<p class="note">{pictures.unread:,} pictures could not be opened. They are looked for where they were '
-        "when the runs were evaluated.</p>"
     )
 
 
