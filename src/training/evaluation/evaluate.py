@@ -162,7 +162,7 @@ class Evaluation:
         assert callable(encode_image), "open_clip's models have an image encoder"
         classifier = self._classifier(model, name, pictures)
         counts = torch.zeros(3, len(pictures.classnames), dtype=torch.float64, device=world.device)
-        loader, own_skips = self._loader(pictures), Skips()
+        loader, own_skips, scale = self._loader(pictures), Skips(), self._logit_scale(model)
         nearest_ones: list[tuple[Tensor, Tensor, Tensor]] = []
         with self.log.progress(len(loader), name, unit="batch") as progress, torch.no_grad():
             for batch in loader:
@@ -174,10 +174,10 @@ class Evaluation:
                     labels = batch.label.to(world.device, non_blocking=True)
                     unit = normalized(features)
                     counts += hits(unit, labels, classifier)
-                    top, probability = nearest(unit.double() @ classifier.double(), self._logit_scale(model))
+                    top, probability = nearest(unit.double() @ classifier.double(), scale)
                     # This rank has every K-th picture.
                     numbers = world.rank + world.world_size * batch.number
-                    nearest_ones.append((numbers, top.cpu(), probability.cpu()))
+                    nearest_ones.append((numbers, top, probability))
                 progress.update()
         skips = self._report_skips(own_skips, name, len(pictures.pictures))
         left_out = skips.counts.total()
@@ -186,7 +186,8 @@ class Evaluation:
                 flag, folder = self.config.evaluation.zero_shot[name]
                 raise ValueError(f"{flag} {folder}: it contains no usable picture; left out: {skips}")
             return {}
-        self._keep(name, pictures, epoch, gather_object(nearest_ones))
+        found = [tuple(part.cpu() for part in batch) for batch in nearest_ones]
+        self._keep(name, pictures, epoch, gather_object(found))
         used = len(pictures.pictures) - left_out
         counted = {"num_samples": used, **({"left_out": left_out} if left_out else {})}
         return {**accuracies(all_reduce_sum(counts)), **counted}
@@ -196,7 +197,7 @@ class Evaluation:
         name: str,
         pictures: ClassificationSet,
         epoch: int,
-        found: list[list[tuple[Tensor, Tensor, Tensor]]],
+        found: list[list[tuple[Tensor, ...]]],
     ) -> None:
         """Keep the predictions for a set: of each rank and batch numbers [n], classes [n, k], probabilities."""
         if not self.world.is_main:

@@ -6,6 +6,7 @@ Each part is read as far as it is there. A run that goes on may be read at any t
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -165,6 +166,10 @@ def _read_events(run: History) -> None:
     folder = run.folder / "tensorboard"
     if not folder.is_dir():
         return
+    # It warns of steps that were taken again, which the report tells in its own way.
+    told = logging.getLogger("tensorboard")
+    level = told.level
+    told.setLevel(logging.ERROR)
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -179,6 +184,8 @@ def _read_events(run: History) -> None:
                 run.histograms[tag.removeprefix(_STATE)] = [each for each in found if each is not None]
     except Exception as error:  # a file that is being written, or of another program, fails in any way
         run.problems.append(f"TensorBoard's events cannot be read ({' '.join(str(error).split())[:200]})")
+    finally:
+        told.setLevel(level)
 
 
 def _histogram(epoch: int, value: Any) -> Histogram | None:
