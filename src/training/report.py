@@ -1,8 +1,9 @@
 """One page about one run or several: ``python -m training.report RUN_DIR [RUN_DIR ...] [--out report.html]``.
 
-The page holds curves, metrics, the samples with the largest u, samples left out, restarts and flags, and opens
-without a network; each chart is also a PNG in a folder beside it. ``--serve`` shows it at http://127.0.0.1:PORT
-while the runs go on. Exit code 0: it is written, 2: the command is wrong.
+The page holds curves, metrics, pictures of evaluation sets and what is said about them, the samples with the
+largest u, samples left out, restarts and flags, and opens without a network; a summary and each chart are also PNGs
+in a folder beside it. ``--serve`` shows it at http://127.0.0.1:PORT while the runs go on. Exit code 0: it is
+written, 2: the command is wrong.
 """
 
 from __future__ import annotations
@@ -51,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    charts = f"\n{len(written) - 1} charts in {written[1].parent}" if written[1:] else ", without a chart"
-    console.show(f"{written[0]}{charts}")
+    console.show(f"{written[0]}\nsummary.png and {len(written) - 2} charts in {written[1].parent}")
     return 0
 
 
@@ -94,7 +94,10 @@ def _parser() -> argparse.ArgumentParser:
         "--samples", type=_count, default=24, help="how many samples with the largest u are shown (default 24)"
     )
     parser.add_argument(
-        "--seconds", type=_seconds, default=60.0, help="how long they are looked for in the shards (default 60)"
+        "--seconds",
+        type=_seconds,
+        default=60.0,
+        help="how long they are looked for in the shards, and pictures of evaluation sets read (default 60)",
     )
     parser.add_argument(
         "--train-data",

@@ -11,7 +11,15 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from tests.support import shards
 from tests.support.pictures import write_folders
-from training.evaluation.zero_shot import PictureBatches, Pictures, accuracies, hits, open_set, zero_shot_metrics
+from training.evaluation.zero_shot import (
+    PictureBatches,
+    Pictures,
+    accuracies,
+    hits,
+    nearest,
+    open_set,
+    zero_shot_metrics,
+)
 
 
 def write_datacomp(path, labels, per_shard=4, formats=("jpeg", "png", "webp")):
@@ -270,6 +278,19 @@ def test_accuracies_equal_a_sort():
     recalls = [first[labels == c].mean() for c in range(12) if c != 3]
     assert found["mean_per_class_recall"] == pytest.approx(np.mean(recalls))
     assert 1 / 12 < found["top1"] < found["top5"] < 1 and found["top1"] != found["mean_per_class_recall"]
+
+
+def test_nearest_equals_a_sort():
+    similarity = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).double()
+    similarity[2, 4:] = similarity[2, 3]  # of equal ones the first
+    similarity[5, 1] = torch.nan
+    top, probability = nearest(similarity, 20.0)
+    for row, classes, shares in zip(similarity.numpy()[:5], top.numpy(), probability.numpy()):
+        expected = np.exp(20 * row) / np.exp(20 * row).sum()
+        assert classes.tolist() == sorted(range(9), key=lambda c: -row[c])[:5]
+        assert shares == pytest.approx(expected[classes])
+    assert top[5].tolist() == probability[5].tolist() == [-1] * 5
+    assert nearest(similarity[:, :3], 1.0)[0].shape == (6, 3)
 
 
 def test_collapsed_classes_score_chance_and_nan_scores_nothing():

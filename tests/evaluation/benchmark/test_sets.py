@@ -13,7 +13,7 @@ from tests.support.pictures import write_folders
 from training.evaluation.benchmark.associations import AssociationSet
 from training.evaluation.benchmark.classification import LabelledSet, MultilabelSet
 from training.evaluation.benchmark.retrieval_sets import CaptionedSet
-from training.evaluation.benchmark.sets import find_sets
+from training.evaluation.benchmark.sets import find_sets, read_picture
 from training.evaluation.benchmark.tasks import TASKS, WITH_MAIN_METRIC
 
 FLICKR = "nlphuji/flickr_1k_test_image_text_retrieval"
@@ -177,6 +177,7 @@ def test_parquet(tmp_path):
     found = only(tmp_path)
     assert found.captions == [["a0"], ["a1", "b1"], ["a2"], ["a3", "b3"], ["a4"]]
     assert [found.source.read(i) for i in (4, 0, 1, 2, 3)] == [jpg(i) for i in (4, 0, 1, 2, 3)]
+    assert [read_picture(found.source.place(i)) for i in (4, 0, 3)] == [jpg(i) for i in (4, 0, 3)]
 
     shutil.rmtree(tmp_path / "nlphuji")
     (tmp_path / "nlphuji/winogavil").mkdir(parents=True)
@@ -194,6 +195,7 @@ def test_parquet(tmp_path):
     assert isinstance(found, AssociationSet)
     assert [list(one.right) for one in found.instances] == [[False, True, False], [False, True]]
     assert [found.source.read(n) for n in found.instances[1].pictures] == [jpg(5), jpg(4)]
+    assert read_picture(found.source.place(found.instances[1].pictures[0])) == jpg(5)
 
 
 def test_arrays_are_read_without_running_code(tmp_path):

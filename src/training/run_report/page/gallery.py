@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from training.predictions import Classified, Retrieved
+from training.predictions import CONFUSED, Classified, Retrieved
 from training.run_report import picks
 from training.run_report.history import History
 from training.run_report.page.parts import escaped, table
@@ -165,8 +165,11 @@ def _pairs(there: Sequence[tuple[History, Classified]], pictures: Pictures) -> s
     rows = []
     for a, b in sorted(total, key=lambda pair: -total[pair])[:_PAIRS]:
         of = int(first.class_pictures[a])
-        # Of the rarest pairs only so many are kept, so one that is missing may not be 0.
-        cells = [f"{each[a, b]:,} of {of:,}" if (a, b) in each else "–" for each in counts]
+        # Only the most frequent pairs are kept, so one that is missing is 0 where there are less.
+        cells = [
+            f"{each.get((a, b), 0):,} of {of:,}" if (a, b) in each or len(each) < CONFUSED else "–"
+            for each in counts
+        ]
         rows.append((*(_class(first, number, pictures) for number in (a, b)), *cells))
     if not rows:
         return "<p>No class was taken for another one.</p>"
