@@ -1,8 +1,8 @@
 """One page about one run or several: ``python -m training.report RUN_DIR [RUN_DIR ...] [--out report.html]``.
 
 The page holds curves, metrics, pictures of evaluation sets and what is said about them, the samples with the
-largest u, samples left out, restarts and flags, and opens without a network; a summary and each chart are also PNGs
-in a folder beside it. ``--serve`` shows it at http://127.0.0.1:PORT while the runs go on. Exit code 0: it is
+largest u, samples left out, restarts and flags, and opens without a network; a summary and each chart are also
+PNGs in a folder beside it. ``--serve`` shows it at http://127.0.0.1:PORT while the runs go on. Exit code 0: it is
 written, 2: the command is wrong.
 """
 

@@ -21,6 +21,7 @@ from training import predictions
 from training.checkpoint.run_folder import RunFolder, choose_folder
 from training.config.params import parse
 from training.distributed.process_group import World
+from training.evaluation.benchmark.sets import read_picture
 from training.evaluation.evaluate import open_evaluation, open_sets
 from training.logger import open_run
 from training.models.build import build_target
@@ -134,8 +135,12 @@ def plain(built, classes):
     return expected
 
 
-def kept(run, epoch=0):
-    return predictions.load(run / f"eval_results/predictions/epoch_{epoch}/imagenet.npz")
+def picture_of(caption):
+    return next(shards.sample(i)["jpg"] for i in range(PAIRS) if shards.caption(i) == caption)
+
+
+def kept(run, epoch=0, key="imagenet"):
+    return predictions.load(run / f"eval_results/predictions/epoch_{epoch}/{key}.npz")
 
 
 def test_equals_a_plain_computation_and_is_reported(data, trained, tmp_path):
@@ -144,6 +149,17 @@ def test_equals_a_plain_computation_and_is_reported(data, trained, tmp_path):
     found = run_evaluation(config, trained, epoch=5)
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert 1 / PAIRS < expected["image_to_text_R@1"] < 1  # the model has learned something, not everything
+    found_for = kept(tmp_path / "run", 5, "val-data")
+    for direction, right, rank in (
+        ("image_to_text", found_for.image_right, found_for.image_rank),
+        ("text_to_image", found_for.text_right, found_for.text_rank),
+    ):
+        assert right.mean() == pytest.approx(expected[f"{direction}_R@1"])
+        assert rank.mean() == pytest.approx(expected[f"{direction}_mean_rank"])
+    assert found_for.captions == {i: shards.caption(i) for i in range(PAIRS)}
+    assert [read_picture(where) for where in found_for.pictures.values()] == [
+        shards.sample(i)["jpg"] for i in range(PAIRS)
+    ]
 
     classes = kept(tmp_path / "run", 5)
     assert classes.right.mean() == pytest.approx(expected["imagenet-zeroshot-val-top1"])
@@ -173,6 +189,10 @@ def test_two_ranks_report_what_one_does(data, trained, tmp_path, limit):
     assert alone["num_samples"] == limit
     one, two = kept(tmp_path / "one/run"), kept(tmp_path / "two/run")
     assert one.right.tolist() == two.right.tolist() and one.top.tolist() == two.top.tolist()
+    one, two = (kept(tmp_path / name / "run", key="val-data") for name in ("one", "two"))
+    ranked = ({found.captions[i]: rank for i, rank in enumerate(found.text_rank)} for found in (one, two))
+    assert next(ranked) == next(ranked)  # two ranks have them in another order
+    assert all(read_picture(two.pictures[i]) == picture_of(text) for i, text in two.captions.items())
     assert len((tmp_path / "two" / "run" / "eval_results.jsonl").read_text().splitlines()) == 1
 
 
@@ -359,3 +379,10 @@ def test_lines_of_a_text_file_are_captions(data, trained, tmp_path):
     config = config_of((data[0], val, data[2]), tmp_path / "d", zero_shot=False)
     both = ranks(2).run(on_rank, config, tmp_path / "weights.bin")
     assert both[0] == both[1] == pytest.approx(found, rel=1e-5, abs=1e-6)
+    picture = {text: shards.sample(i)["jpg"] for i, some in enumerate(captions) for text in some}
+    for name in ("a", "d"):
+        held = kept(tmp_path / name / "run", key="val-data")
+        assert held.text_right.mean() == pytest.approx(found["text_to_image_R@1"])
+        assert held.image_right.mean() == pytest.approx(found["image_to_text_R@1"])
+        shown = {held.captions[i]: read_picture(held.pictures[held.text_own[i]]) for i in range(len(texts))}
+        assert shown == picture

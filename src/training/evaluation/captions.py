@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.evaluation.retrieval import expected_hits
+from training.evaluation.retrieval import PairCounts, expected_hits
 
 KS = (1, 5, 10)
 TIE = 1e-9  # above the rounding of float64, below the differences of float32 features
@@ -53,6 +53,12 @@ def count_ranks(
     text_above, text_tied = _compare(y, x, own, texts, tile)
     image_tied, text_tied = (image_tied - own_tied).clamp(min=0), (text_tied - 1).clamp(min=0)
     return RankCounts(*(part.cpu() for part in (image_above, image_tied, own_tied, text_above, text_tied)))
+
+
+def of_pairs(counts: PairCounts) -> RankCounts:
+    """Of pictures that have one caption each."""
+    alone = torch.ones_like(counts.above[0])
+    return RankCounts(counts.above[0], counts.tied[0], alone, counts.above[1], counts.tied[1])
 
 
 def merge_ranks(parts: list[RankCounts]) -> RankCounts:

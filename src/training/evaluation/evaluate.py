@@ -35,7 +35,8 @@ from training.evaluation.benchmark.encoder import Encoder
 from training.evaluation.benchmark.results import averages, digest_of, headline, open_results
 from training.evaluation.benchmark.sets import FoundSet, find_sets
 from training.evaluation.benchmark.sources import file_place
-from training.evaluation.captions import count_ranks, merge_ranks, rank_metrics
+from training.evaluation.captions import count_ranks, merge_ranks, of_pairs, rank_metrics
+from training.evaluation.neighbours import neighbours
 from training.evaluation.pairs import ValData, build_val
 from training.evaluation.retrieval import count_pairs, merge, normalized, summarize
 from training.evaluation.zero_shot import (
@@ -55,6 +56,7 @@ from training.models.open_clip_model import with_labels
 from training.predictions import LEFT_OUT, Place, classified, folder_of, keep
 
 CLASSES_AT_ONCE = 10
+KEPT_PAIRS = 100_000  # of more pairs, it is not kept what was found, since rank 0 would hold all captions
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Evaluation:
             if self.benchmark and self._due(self.config.evaluation.zeroshot_frequency, epoch, final):
                 metrics |= self._benchmark(model, epoch)
             if self.val is not None and self._due(self.config.evaluation.val_frequency, epoch, final):
-                metrics |= self._retrieval(model, self.val)
+                metrics |= self._retrieval(model, self.val, epoch)
         if metrics:
             self.log.info(f"Eval Epoch: {epoch} " + "\t".join(f"{k}: {round(v, 4)}" for k, v in metrics.items()))
             self.log.eval_result({"epoch": epoch, "step": step, **metrics})
@@ -99,12 +101,14 @@ class Evaluation:
         epochs = self.config.schedule.epochs
         return frequency > 0 and (final or epochs == 0 or epoch == epochs or epoch % frequency == 0)
 
-    def _retrieval(self, model: nn.Module, val: ValData) -> dict[str, float]:
+    def _retrieval(self, model: nn.Module, val: ValData, epoch: int) -> dict[str, float]:
         run, logit_scale = self._precision, self._logit_scale(model)
         images: list[Tensor] = []
         texts: list[Tensor] = []
         further: list[Tensor] = []
         owners: list[int] = []
+        places: list[Place] = []
+        own_captions: list[tuple[str, ...]] = []
         tokens = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         with self.log.progress(len(val), "validation", unit="batch") as progress, torch.no_grad():
             for batch in val:
@@ -115,6 +119,8 @@ class Evaluation:
                     further.append(self._texts(model, batch.more))
                 with run.autocast():
                     outputs = with_labels(model(pixels, captions), captions)
+                places += batch.places
+                own_captions += batch.captions
                 images.append(normalized(outputs["image_features"]))
                 texts.append(normalized(outputs["text_features"]))
                 if "logits" in outputs:
@@ -136,16 +142,25 @@ class Evaluation:
             counted = count_pairs(image, text, logit_scale, share=share, update=progress.update)
             counts = merge(gather_object(counted))
         metrics = summarize(counts, image, text, logit_scale)
-        if len(owner):
-            own = torch.arange(len(image), dtype=torch.int64)
+        every, ranked, more = text, of_pairs(counts), len(owner) > 0
+        owner = torch.cat([torch.arange(len(image), dtype=torch.int64), owner]).to(self.world.device)
+        if more:
             every = torch.cat([text, gather_rows(further, self.world)])
-            owner = torch.cat([own, owner]).to(self.world.device)
             of_images, of_texts = (
                 range(share[0] * n // share[1], (share[0] + 1) * n // share[1]) for n in (len(image), len(every))
             )
-            counts_of_all = merge_ranks(gather_object(count_ranks(image, every, owner, of_images, of_texts)))
-            metrics |= rank_metrics(counts_of_all)
+            ranked = merge_ranks(gather_object(count_ranks(image, every, owner, of_images, of_texts)))
+            metrics |= rank_metrics(ranked)
             metrics["num_captions"] = len(every)
+        if len(image) <= KEPT_PAIRS:
+            parts = gather_object((places, own_captions))
+            if self.world.is_main:
+                # In the order of the features: of all ranks, first captions and then further ones.
+                all_places = [place for part, _ in parts for place in part]
+                first = [some[0] for _, part in parts for some in part]
+                others = [caption for _, part in parts for some in part for caption in some[1:]]
+                held = image, every, owner, ranked, all_places, [*first, *others]
+                keep(folder_of(self._results(epoch)), neighbours("val-data", "--val-data", *held))
         if caption_tokens:
             metrics["val_generative_loss"] = caption_loss_sum / caption_tokens
         return {**metrics, "num_samples": len(image)}

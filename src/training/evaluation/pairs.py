@@ -24,6 +24,8 @@ from training.data.tokenizer import Tokenizer
 from training.data.transforms import eval_transform
 from training.data.worker import LONGEST_TEXT, decode_or_skip, this_worker
 from training.distributed.process_group import World
+from training.evaluation.benchmark.sources import file_place, member_place
+from training.predictions import Place, shortened
 
 
 def build_val(config: Config, world: World, target: Model, table: CsvSource | None = None) -> ValData | None:
@@ -61,12 +63,15 @@ class ValBatch(NamedTuple):
     """``image`` float [n, 3, H, W], normalized, and ``text`` int64 [n, L], the first caption of each.
 
     ``more`` int64 [m, L]: further captions, where samples have several; ``owner`` int64 [m]: whose they are.
+    ``places`` and ``captions`` [n]: where the pictures are, and all captions of each, for people.
     """
 
     image: Tensor
     text: Tensor
     more: Tensor
     owner: Tensor
+    places: list[Place]
+    captions: list[tuple[str, ...]]
 
 
 class ValData:
@@ -138,7 +143,13 @@ class ValStream(IterableDataset[tuple[ValBatch, Skips]]):
             self._tokens([raw.text for raw in raws]),
             self._tokens([text for _, text in further]),
             torch.tensor([i for i, _ in further], dtype=torch.int64),
+            [_place(raw) for raw in raws],
+            [tuple(shortened(text) for text in (raw.text, *raw.more)) for raw in raws],
         )
 
     def _tokens(self, texts: list[str]) -> Tensor:
         return self.tokenizer([text[:LONGEST_TEXT] for text in texts]) if texts else torch.empty(0)
+
+
+def _place(raw: RawSample) -> Place:
+    return file_place(raw.image, 0, -1) if isinstance(raw.image, str) else member_place(raw.name)

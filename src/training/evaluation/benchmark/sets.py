@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from training.evaluation.benchmark.classification import EvaluationSet
@@ -12,6 +13,7 @@ from training.evaluation.benchmark.shards import captioned, open_folders, open_s
 from training.evaluation.benchmark.sources import FilePictures, FileSpan, PictureSource
 from training.evaluation.benchmark.tables import ParquetPictures, ZipPictures, is_table, open_table
 from training.evaluation.benchmark.tasks import TASKS, BenchmarkTask, chosen, near
+from training.evaluation.shard_index import index_shard
 from training.predictions import Place
 
 
@@ -108,14 +110,24 @@ def read_picture(place: Place) -> bytes:
     try:
         if kind == "file":
             source = FilePictures([FileSpan(str(path), *map(int, rest))])
+        elif kind == "sample":
+            found = _pictures_in(str(path))[str(rest[0])]
+            source = FilePictures([FileSpan(str(path), *found)])
         elif kind == "zip":
             source = ZipPictures([(str(path), str(rest[0]))])
         else:
             group, row, number = map(int, rest[1:])
             source = ParquetPictures(str(rest[0]), [(str(path), group, row, number)])
         return source.read(0)
-    except (ValueError, TypeError, IndexError, ImportError) as error:
+    except (ValueError, TypeError, LookupError, ImportError) as error:
         raise OSError(f"{path}: the picture cannot be read ({error})") from error
+
+
+@lru_cache(maxsize=8)
+def _pictures_in(shard: str) -> dict[str, tuple[int, int]]:
+    """Key of a sample -> where its picture is in a tar file. ValueError: it cannot be read."""
+    samples = index_shard(Path(shard), shard, ())
+    return {sample.key: sample.picture for sample in samples if sample.picture is not None}
 
 
 def needed(task: BenchmarkTask) -> str:

@@ -75,6 +75,12 @@ def file_place(path: str, offset: int, size: int) -> Place:
     return ("file", readable(os.path.abspath(path)), offset, size)
 
 
+def member_place(name: str) -> Place:
+    """The place of the picture of the sample ``name``, ``SHARD.tar/KEY``; it is looked for in that shard."""
+    shard, _, key = name.partition(".tar/")
+    return ("sample", readable(os.path.abspath(f"{shard}.tar")), key)
+
+
 class NumberedBatch(NamedTuple):
     """``image`` [n, 3, H, W] and the ``number`` int64 [n] in the set, of the pictures that can be decoded."""
 
