@@ -15,7 +15,7 @@ from tests.support.kept import classes, retrieval, run
 from training.evaluation.benchmark.sets import read_picture
 from training.run_report.page import gallery
 from training.run_report.page.metrics import changes
-from training.run_report.pictures import Pictures, thumbnail
+from training.run_report.pictures import Thumbnails, thumbnail
 from training.run_report.summary import summary
 
 LABELS = [0, 0, 1, 1, 2, 2]
@@ -80,7 +80,7 @@ class Page(HTMLParser):
 
 
 def test_each_picture_stands_with_its_class_and_what_is_said_of_it(runs):
-    page = Page(gallery.classes(runs, Pictures(read_picture)))
+    page = Page(gallery.classes(runs, Thumbnails(read_picture)))
     said = dict(zip(page.headings, page.items))
     (one, four) = said["second is right, first is wrong"]
     expected = "[1] ant first <bee> 50 % ant ✓ 50 % cat 50 % second ant ✓ 50 % <bee> 50 % cat 50 %"
@@ -89,11 +89,11 @@ def test_each_picture_stands_with_its_class_and_what_is_said_of_it(runs):
     assert [item[:3] for item in said["first is right, second is wrong"]] == ["[3]"]
     assert [item[:3] for item in said["Drawn evenly from the set"]] == [f"[{i}]" for i in range(6)]
     assert [item[:3] for item in said["Surest mistakes"]] == ["[5]"]
-    assert "<bee>" not in gallery.classes(runs, Pictures(read_picture))
+    assert "<bee>" not in gallery.classes(runs, Thumbnails(read_picture))
 
 
 def test_the_matrix_has_all_pictures_and_the_pairs_their_counts(runs):
-    text = gallery.confusion(runs, Pictures(read_picture))
+    text = gallery.confusion(runs, Thumbnails(read_picture))
     first, second = re.findall(r"<table><caption>\w+: rows are classes.*?</table>", text)
     for table, top in ((first, BEFORE), (second, AFTER)):
         counts = np.zeros((3, 3), int)
@@ -110,7 +110,7 @@ def test_the_matrix_has_all_pictures_and_the_pairs_their_counts(runs):
 
 
 def test_retrieval_shows_the_first_ones_and_the_right_one_behind_them(runs):
-    page = Page(gallery.retrieval(runs, Pictures(read_picture)))
+    page = Page(gallery.retrieval(runs, Thumbnails(read_picture)))
     said = {title: [" ".join(item.split()) for item in items] for title, items in zip(page.headings, page.items)}
     assert said["Which picture has this caption?"] == [
         "a dog first [0] ✓ [1] second [0] ✓ [1]",
@@ -132,7 +132,7 @@ def test_what_changed_is_counted(runs):
 def test_pictures_that_are_gone_are_told(runs, tmp_path):
     for file in tmp_path.glob("*.png"):
         file.unlink()
-    pictures = Pictures(read_picture)
+    pictures = Thumbnails(read_picture)
     text = gallery.classes(runs, pictures)
     assert "<img" not in text and "ant" in text
     assert pictures.remark.startswith("6 pictures could not be opened; they are looked for where they were")
@@ -147,18 +147,18 @@ def test_no_more_pictures_are_read_than_said(places):
         asked.append(place)
         return read_picture(place)
 
-    pictures = Pictures(read, most=3)
+    pictures = Thumbnails(read, most=3)
     assert [bool(pictures.small(place)) for place in [*places, places[0]]] == [True] * 3 + [False] * 3 + [True]
     assert asked == places[:3]
     assert pictures.remark == "3 pictures were not looked for because of the limit of 3"
-    hurried = Pictures(read_picture, seconds=1e-9)
+    hurried = Thumbnails(read_picture, seconds=1e-9)
     assert [bool(hurried.small(place)) for place in places[:3]] == [True, False, False]
     assert hurried.remark == "2 pictures were not looked for because of --seconds"
 
 
 def test_another_page_reads_only_what_is_new(places):
     asked = []
-    pictures = Pictures(lambda place: asked.append(place) or read_picture(place), most=2)
+    pictures = Thumbnails(lambda place: asked.append(place) or read_picture(place), most=2)
     for some in (places[:2], places[1:3], places[:1]):
         pictures.begin()
         assert all(pictures.small(place) for place in some) and not pictures.remark
@@ -168,8 +168,8 @@ def test_another_page_reads_only_what_is_new(places):
 
 def test_the_summary_is_a_picture_of_all_parts(runs):
     """Taller than that of one run without pictures."""
-    tall = Image.open(io.BytesIO(summary(runs, [], Pictures(read_picture))))
-    low = Image.open(io.BytesIO(summary([run("alone")], [], Pictures(read_picture))))
+    tall = Image.open(io.BytesIO(summary(runs, [], Thumbnails(read_picture))))
+    low = Image.open(io.BytesIO(summary([run("alone")], [], Thumbnails(read_picture))))
     assert tall.width == low.width and tall.height > 3 * low.height
     red, green, blue = (np.asarray(tall.convert("RGB")).reshape(-1, 3) == colour(4)).T
     assert (red & green & blue).sum() > 500  # the picture that only the second run has right

@@ -83,8 +83,7 @@ def test_what_was_found_for_a_query():
     similarity = np.array([[0.1, 0.9, 0.5], [0.2, 0.8, 0.3], [0.7, 0.6, 0.4]])
     kept = retrieval(similarity, top=2)
     found = picks.found(kept, "image", 0)
-    assert (found.numbers, found.hits, found.rank) == ([1, 2], [False, False], 3)
-    assert picks.own(kept, "image", 0) == 0
+    assert (found.numbers, found.hits, found.rank, found.own) == ([1, 2], [False, False], 3, 0)
     found = picks.found(kept, "text", 1)
     assert (found.numbers, found.hits, found.rank) == ([0, 1], [False, True], 2)
 

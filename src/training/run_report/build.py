@@ -14,7 +14,7 @@ from training.run_report.charts import Chart, png
 from training.run_report.curves import charts
 from training.run_report.history import History, read_run, signature
 from training.run_report.page.document import page
-from training.run_report.pictures import Pictures
+from training.run_report.pictures import Thumbnails
 from training.run_report.samples import LargestU, largest_u
 from training.run_report.summary import summary
 
@@ -40,11 +40,11 @@ class RunReport:
     read_picture: Callable[[Place], bytes] = _not_read
     _hard: dict[tuple[object, ...], LargestU] = field(default_factory=dict)
     _made: tuple[str, str] = ("", "")
-    _pictures: Pictures = field(init=False)
+    _pictures: Thumbnails = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self._pictures = Pictures(self.read_picture, seconds=self.seconds)
+        self._pictures = Thumbnails(self.read_picture, seconds=self.seconds)
 
     def read(self) -> tuple[list[History], list[LargestU], list[Chart]]:
         """What the page shows. ValueError: a folder is not that of a run."""

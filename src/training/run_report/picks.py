@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from training.run_report.history import History
 from training.run_report.intervals import Interval, difference
 
 K = TypeVar("K", bound=Kept)
+Side = Literal["text", "image"]  # what is asked with: a caption, for its picture, or a picture, for its caption
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,16 @@ class ShownPicture:
 
 
 @dataclass(frozen=True)
-class Found:
+class Findings:
     """What a model finds for one query: ``numbers`` [k] of pictures or captions, and ``hits`` [k], the right ones.
 
-    ``rank``: of the best right one, from 1.
+    ``rank``: of the best right one, from 1, and ``own``: its number.
     """
 
     numbers: Sequence[int]
     hits: Sequence[bool]
     rank: int
+    own: int
 
 
 @dataclass(frozen=True)
@@ -169,13 +171,13 @@ def only_right(kept: Sequence[Classified | None], one: int, other: int, most: in
     return _shown(kept, _varied(a, chosen, most))
 
 
-def queries(kept: Sequence[Retrieved | None], side: str, most: int) -> list[int]:
-    """Queries of the ``side`` text or image: half of them such that one run finds the right answer and another
-    does not, as far as there are such; the others are evenly spaced.
+def queries(kept: Sequence[Retrieved | None], side: Side, most: int) -> list[int]:
+    """Queries of a side: half of them such that one run finds the right answer and another does not, as far as
+    there are such; the others are evenly spaced.
     """
-    there = [each for each in kept if each is not None]
-    numbers: Integers = getattr(there[0], f"{side}_query")
-    first = np.stack([getattr(each, f"{side}_rank") == 1 for each in there])
+    there = [_of(each, side) for each in kept if each is not None]
+    numbers = there[0].numbers
+    first = np.stack([each.rank == 1 for each in there])
     differing = numbers[first.any(0) & ~first.all(0)]
     chosen = differing[:: max(1, len(differing) // max(most // 2, 1))][: most // 2].tolist()
     left = [n for n in numbers.tolist() if n not in set(chosen)]
@@ -183,18 +185,29 @@ def queries(kept: Sequence[Retrieved | None], side: str, most: int) -> list[int]
     return sorted(chosen + left[:: max(1, len(left) // max(rest, 1))][:rest])
 
 
-def found(kept: Retrieved, side: str, query: int) -> Found:
+def found(kept: Retrieved, side: Side, query: int) -> Findings:
     """What was found for a query."""
-    (i,) = np.flatnonzero(getattr(kept, f"{side}_query") == query)
-    numbers: Integers = getattr(kept, f"{side}_top")[i]
-    hits = kept.image_hits[i] if side == "image" else numbers == kept.text_own[i]
-    return Found(numbers.tolist(), hits.tolist(), int(getattr(kept, f"{side}_rank")[i]))
+    of = _of(kept, side)
+    (i,) = np.flatnonzero(of.numbers == query)
+    return Findings(of.top[i].tolist(), of.hits[i].tolist(), int(of.rank[i]), int(of.own[i]))
 
 
-def own(kept: Retrieved, side: str, query: int) -> int:
-    """The number of the right answer to a query, of several the best."""
-    (i,) = np.flatnonzero(getattr(kept, f"{side}_query") == query)
-    return int(getattr(kept, f"{side}_own")[i])
+@dataclass(frozen=True)
+class _Queries:
+    """The queries of one side, as in ``Retrieved``."""
+
+    numbers: Integers
+    top: Integers
+    hits: Booleans
+    rank: Integers
+    own: Integers
+
+
+def _of(kept: Retrieved, side: Side) -> _Queries:
+    if side == "image":
+        return _Queries(kept.image_query, kept.image_top, kept.image_hits, kept.image_rank, kept.image_own)
+    hits = kept.text_top == kept.text_own[:, None]
+    return _Queries(kept.text_query, kept.text_top, hits, kept.text_rank, kept.text_own)
 
 
 def _right(kept: Classified) -> Booleans:

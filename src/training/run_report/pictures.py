@@ -38,7 +38,7 @@ def data_url(image: bytes) -> str:
 
 
 @dataclass
-class Pictures:
+class Thumbnails:
     """Small copies of the pictures of evaluation sets, read with ``read`` where they can be.
 
     For one page at most ``most`` are read, in ``seconds`` of work at most; later ones are missing. ``begin``

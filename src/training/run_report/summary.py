@@ -15,7 +15,7 @@ from training.predictions import Place, Retrieved
 from training.run_report import picks, values
 from training.run_report.charts import COLOURS, ON_WHITE, Chart, dress, plot
 from training.run_report.history import History
-from training.run_report.pictures import Pictures
+from training.run_report.pictures import Thumbnails
 from training.run_report.values import MetricValue
 
 # The charts that say most, in this order.
@@ -27,7 +27,7 @@ _GOOD, _QUIET = "#15803d", "#666666"
 _MOST = 28  # characters of a name
 
 
-def summary(runs: Sequence[History], charts: Sequence[Chart], pictures: Pictures) -> bytes:
+def summary(runs: Sequence[History], charts: Sequence[Chart], pictures: Thumbnails) -> bytes:
     """A PNG, on white; parts for which there is nothing are left out."""
     by_key = {chart.key: chart for chart in charts}
     chosen = [by_key[key] for key in _CHOSEN if key in by_key][:_CHARTS]
@@ -140,7 +140,7 @@ def _draw_looks(part: SubFigure, title: str, seen: Sequence[tuple[picks.Look, Im
 _Answers = tuple[str, str, int, list[tuple[Image.Image, bool]], Image.Image]
 
 
-def _chosen_queries(runs: Sequence[History], pictures: Pictures) -> list[_Answers]:
+def _chosen_queries(runs: Sequence[History], pictures: Thumbnails) -> list[_Answers]:
     """Some captions and the pictures that the last run finds for them."""
     for kept in picks.sets(runs, Retrieved).values():
         found = []
@@ -149,7 +149,7 @@ def _chosen_queries(runs: Sequence[History], pictures: Pictures) -> list[_Answer
             answers = picks.found(last, "text", query)
             images = [(_opened(pictures, last.pictures[n]), hit) for n, hit in zip(answers.numbers, answers.hits)]
             held = [(image, hit) for image, hit in images if image is not None]
-            own = _opened(pictures, last.pictures[picks.own(last, "text", query)])
+            own = _opened(pictures, last.pictures[answers.own])
             if len(held) == len(images) and own is not None:
                 found.append((last.captions[query], run.name, answers.rank, held, own))
         return found[:_QUERIES]
@@ -183,7 +183,7 @@ def _show(axes: Any, image: Image.Image, frame: str | None = None) -> None:
             spine.set(color=frame, linewidth=4)
 
 
-def _opened(pictures: Pictures, place: Place) -> Image.Image | None:
+def _opened(pictures: Thumbnails, place: Place) -> Image.Image | None:
     data = pictures.small(place)
     return Image.open(io.BytesIO(data)).convert("RGB") if data else None
 

@@ -13,7 +13,7 @@ from training.run_report.history import History
 from training.run_report.page import gallery
 from training.run_report.page.metrics import changes, metrics
 from training.run_report.page.parts import anchor, duration, escaped, table, written
-from training.run_report.pictures import Pictures
+from training.run_report.pictures import Thumbnails
 from training.run_report.samples import Hard, LargestU
 
 _POLICY = (
@@ -33,7 +33,7 @@ def page(
     runs: Sequence[History],
     charts: Sequence[Chart],
     hard: Sequence[LargestU],
-    pictures: Pictures,
+    pictures: Thumbnails,
     price: float | None = None,
     signature: str = "",
 ) -> str:

@@ -10,8 +10,8 @@ from training.predictions import CONFUSED, Classified, Retrieved
 from training.run_report import picks
 from training.run_report.history import History
 from training.run_report.page.parts import escaped, table
-from training.run_report.picks import Guess, ShownPicture
-from training.run_report.pictures import Pictures
+from training.run_report.picks import Guess, ShownPicture, Side
+from training.run_report.pictures import Thumbnails
 
 _GLANCE = 12  # pictures
 _CARDS = 12
@@ -21,7 +21,7 @@ _PAIRS = 15
 _QUERIES = 6
 
 
-def classes(runs: Sequence[History], pictures: Pictures) -> str:
+def classes(runs: Sequence[History], pictures: Thumbnails) -> str:
     """For each set of classification: what changed between runs, pictures drawn evenly, and sure mistakes."""
     parts: list[str] = []
     for key, kept in picks.sets(runs, Classified).items():
@@ -34,7 +34,7 @@ def classes(runs: Sequence[History], pictures: Pictures) -> str:
     return "".join(parts)
 
 
-def glance(runs: Sequence[History], pictures: Pictures) -> str:
+def glance(runs: Sequence[History], pictures: Thumbnails) -> str:
     """A few pictures to begin with."""
     title, shown = picks.first_look(runs, _GLANCE)
     tiles = "".join(
@@ -83,7 +83,7 @@ def _set(
     )
 
 
-def _cards(shown: Sequence[ShownPicture], runs: Sequence[History], pictures: Pictures) -> str:
+def _cards(shown: Sequence[ShownPicture], runs: Sequence[History], pictures: Thumbnails) -> str:
     cards = []
     for each in shown:
         picture = _image(pictures, each.place, f"picture {each.number}, a {each.label}")
@@ -112,13 +112,13 @@ def _guess(guess: Guess, run: str, label: str) -> str:
     return f'{who}<ol class="near">{"".join(lines)}</ol>'
 
 
-def _image(pictures: Pictures, place: Sequence[str | int], alt: str) -> str:
+def _image(pictures: Thumbnails, place: Sequence[str | int], alt: str) -> str:
     if picture := pictures.data_url(place):
         return f'<img src="{picture}" alt="{escaped(alt)}" loading="lazy">'
     return '<div class="none" aria-hidden="true"></div>'
 
 
-def confusion(runs: Sequence[History], pictures: Pictures) -> str:
+def confusion(runs: Sequence[History], pictures: Thumbnails) -> str:
     """For each set: how many pictures of a class were taken for which, as a matrix where it has few classes."""
     parts: list[str] = []
     for key, kept in picks.sets(runs, Classified).items():
@@ -154,7 +154,7 @@ def _matrix(run: History, kept: Classified) -> str:
     )
 
 
-def _pairs(there: Sequence[tuple[History, Classified]], pictures: Pictures) -> str:
+def _pairs(there: Sequence[tuple[History, Classified]], pictures: Thumbnails) -> str:
     """The most frequent confusions of all runs, with a picture of each class."""
     counts = [{(a, b): n for a, b, n in kept.confused.tolist()} for _, kept in there]
     total: dict[tuple[int, int], int] = {}
@@ -177,7 +177,7 @@ def _pairs(there: Sequence[tuple[History, Classified]], pictures: Pictures) -> s
     return table("The most frequent confusions: pictures of a class that were taken for another one", heads, rows)
 
 
-def _class(kept: Classified, number: int, pictures: Pictures) -> str:
+def _class(kept: Classified, number: int, pictures: Thumbnails) -> str:
     """The name of a class, with a picture of it."""
     examples = np.flatnonzero(kept.label == number)
     image = ""
@@ -186,7 +186,7 @@ def _class(kept: Classified, number: int, pictures: Pictures) -> str:
     return f'<span class="class">{image}{escaped(kept.classes[number])}</span>'
 
 
-def retrieval(runs: Sequence[History], pictures: Pictures) -> str:
+def retrieval(runs: Sequence[History], pictures: Thumbnails) -> str:
     """For each set of retrieval: some captions and the pictures that are found for them, and the reverse."""
     parts: list[str] = []
     for key, kept in picks.sets(runs, Retrieved).items():
@@ -195,7 +195,7 @@ def retrieval(runs: Sequence[History], pictures: Pictures) -> str:
     return "".join(parts)
 
 
-def _queries(runs: Sequence[History], kept: Sequence[Retrieved | None], side: str, pictures: Pictures) -> str:
+def _queries(runs: Sequence[History], kept: Sequence[Retrieved | None], side: Side, pictures: Thumbnails) -> str:
     title = "Which picture has this caption?" if side == "text" else "Which caption has this picture?"
     there = [(run, each) for run, each in zip(runs, kept) if each is not None]
     first = there[0][1]
@@ -214,18 +214,19 @@ def _queries(runs: Sequence[History], kept: Sequence[Retrieved | None], side: st
     return f'<h4>{title}</h4>{note}<ul class="retrieval {side}">{"".join(rows)}</ul>'
 
 
-def _answers(run: History, kept: Retrieved, side: str, query: int, pictures: Pictures, named: bool) -> str:
+def _answers(run: History, kept: Retrieved, side: Side, query: int, pictures: Thumbnails, named: bool) -> str:
     """What one run found: the first ones, and the right one behind them where it is not among these."""
     found = picks.found(kept, side, query)
     items = [_answer(kept, side, n, hit, pictures) for n, hit in zip(found.numbers, found.hits)]
     if not any(found.hits):
-        own = picks.own(kept, side, query)
-        items.append(_answer(kept, side, own, True, pictures, f"rank {found.rank:,}"))
+        items.append(_answer(kept, side, found.own, True, pictures, f"rank {found.rank:,}"))
     who = f'<p class="who">{escaped(run.name)}</p>' if named else ""
     return f"<div>{who}<ol>{''.join(items)}</ol></div>"
 
 
-def _answer(kept: Retrieved, side: str, number: int, is_right: bool, pictures: Pictures, remark: str = "") -> str:
+def _answer(
+    kept: Retrieved, side: Side, number: int, is_right: bool, pictures: Thumbnails, remark: str = ""
+) -> str:
     mark = '<span class="mark" role="img" aria-label="right">✓</span>' if is_right else ""
     text = f"<small>{remark}</small>" if remark else ""
     if side == "text":
