@@ -38,7 +38,7 @@ def summary(runs: Sequence[History], charts: Sequence[Chart], pictures: Thumbnai
     heights = {
         "names": 0.5,
         "curves": 2.5 * bool(chosen),
-        "metrics": (0.9 + 0.24 * len(metrics) * max(1, 0.6 * len(runs))) * bool(metrics),
+        "metrics": (0.9 + len(metrics) * max(0.26, 0.22 * len(runs))) * bool(metrics),
         "looks": 2.1 * bool(seen),
         "queries": 0.35 * bool(queries) + 1.15 * len(queries),
     }

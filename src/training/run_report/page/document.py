@@ -46,8 +46,9 @@ def page(
     for chart in charts:
         section = _STATE if chart.key.startswith(("log-u", "tau-")) else _SECTIONS.get(chart.key, "Training")
         by_section.setdefault(section, []).append(chart)
+    css = "overview wide" if len(runs) > 2 else "overview"  # then the table needs all of the width
     sections = [
-        ("Overview", f'<div class="overview">{_overview(runs, price)}{gallery.glance(runs, pictures)}</div>'),
+        ("Overview", f'<div class="{css}">{_overview(runs, price)}{gallery.glance(runs, pictures)}</div>'),
         ("Training", _figures(by_section.get("Training", []))),
         ("Metrics", metrics(runs) + _figures(by_section.get("Metrics", []))),
         ("What changed", changes(runs)),

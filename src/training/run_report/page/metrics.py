@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from training.run_report import picks, values
 from training.run_report.history import History
-from training.run_report.page.parts import escaped, table, written
+from training.run_report.page.parts import breakable, escaped, table, written
 from training.run_report.values import MetricValue
 
 
@@ -14,7 +14,7 @@ def metrics(runs: Sequence[History]) -> str:
     """The newest values of each run, and those of the sets in ``eval_results/``."""
     last = [run.evaluations[-1]["epoch"] if run.evaluations else None for run in runs]
     rows = [
-        (escaped(name), *(_cell(found, epoch) for found, epoch in zip(each, last)))
+        (breakable(name), *(_cell(found, epoch) for found, epoch in zip(each, last)))
         for name, each in values.evaluated(runs).items()
     ]
     text = ""
@@ -80,7 +80,7 @@ def _sets(runs: Sequence[History]) -> str:
         return ""
     rows = []
     for name, each in values.of_sets(there).items():
-        cells = ["" if v is None else f"{_value(v)}<br><small>{escaped(v.name)}</small>" for v in each]
+        cells = ["" if v is None else f"{_value(v)}<br><small>{breakable(v.name)}</small>" for v in each]
         rows.append((escaped(name), *cells))
     heads = [f"{escaped(run.name)}<br><small>{escaped(run.tasks_file)}</small>" for run in there]
     text = table("Main metrics of single sets, with 95 % intervals", ["set", *heads], rows)

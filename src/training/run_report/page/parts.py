@@ -11,6 +11,11 @@ def escaped(value: object) -> str:
     return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
 
 
+def breakable(name: str) -> str:
+    """The name of a metric, which may be continued in the next line after each underscore."""
+    return escaped(name).replace("_", "_<wbr>")
+
+
 def anchor(name: str) -> str:
     return name.lower().replace(" ", "-")
 
