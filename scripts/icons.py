@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
 """Builds image-text pairs from user-interface icons: 140 sets that different people drew, under free licences.
 
-The art is npm's @iconify/json, fetched by name (104 MB) and kept in `--cache`, with the pictures once they are drawn,
-so that an interrupted run goes on where it was. What is written is decided by the arguments alone.
+The art is npm's @iconify/json, fetched by name (104 MB) and kept in `--cache`, with the pictures once they are
+drawn, so that an interrupted run goes on where it was. What is written is decided by the arguments alone.
 
-* pictures     drawn on white, the longer side filling the square; one of each caption in a set (the largest drawing,
-               then the first name). Blank ones are left out, and what cannot be drawn.
+* pictures     drawn on white, the longer side filling the square; one of each caption in a set (the largest
+               drawing, then the first name). Blank ones are left out, and what cannot be drawn.
 * captions     the name's words without numbers and sizes: `home-outline-24` is "home outline".
-* split        by set. 21 well-known sets are the test, 8 the validation, for tuning; of the rest, ordered by size, every
-               other one is half A (for references), the others half B (for targets). Further sets of those who drew a
-               test or validation set are left out, and so is every picture of A and B that is also, pixel for pixel,
-               in the test or the validation.
+* split        by set. 21 well-known sets are the test, 8 the validation, for tuning; of the rest, ordered by size,
+               every other one is half A (for references), the others half B (for targets). Further sets of those
+               who drew a test or validation set are left out, and so is every picture of A and B that is also,
+               pixel for pixel, in the test or the validation.
 * concepts     captions without words of style ("home outline" and "home filled" are "home"). Those with enough
                pictures in the evaluated sets and in both halves are the classes of zero-shot classification.
 * retrieval    one picture of each of 2,000 captions, drawn at random.
 
-In OUT: `a/NNNNN.tar`, `b/NNNNN.tar` (NAME.png, NAME.txt, NAME.json with the row in `key`, the set and the icon's name)
-in an order that mixes the sets; `wds_icons_test/`, `wds_icons_val/` in DataComp's layout, `retrieval_test/`,
-`retrieval_val/` for --val-data; `set.json` in each folder, and `sets.json` with every set's part, author and licence.
+In OUT: `a/NNNNN.tar`, `b/NNNNN.tar` in an order that mixes the sets (NAME.png, NAME.txt, and NAME.json with the
+row in `key`, the set and the icon's name); `wds_icons_test/`, `wds_icons_val/` in DataComp's layout;
+`retrieval_test/`, `retrieval_val/` for --val-data; `set.json` in each folder; `sets.json` with part, author and
+licence of every set.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -59,10 +60,11 @@ TEST = (
 )
 VAL = ("akar-icons", "ci", "cil", "flowbite", "gg", "iconamoon", "jam", "tdesign")
 SAME_HAND = ("bxs", "famicons", "lucide-lab", "sidekickicons", "uim", "uis", "uit")  # as a set of TEST or VAL
-STYLE_WORDS = frozenset(
-    "alt baseline bold broken bulk duotone fill filled flat light line linear lined micro mini outline outlined "
-    "regular round rounded sharp solid stroke thin tone twotone two".split()
-)
+STYLE_WORDS = {
+    *("alt", "baseline", "bold", "broken", "bulk", "duotone", "fill", "filled", "flat", "light", "line", "linear"),
+    *("lined", "micro", "mini", "outline", "outlined", "regular", "round", "rounded", "sharp", "solid", "stroke"),
+    *("thin", "tone", "twotone", "two"),
+}
 TEMPLATES = ("{c}", "{c} outline", "{c} filled")
 EVALUATED_LEAST = {"test": 6, "val": 4}  # pictures of a concept in the evaluated sets
 TRAINED_LEAST = 5  # and in either half
