@@ -66,7 +66,7 @@ STYLE_WORDS = {
     *("thin", "tone", "twotone", "two"),
 }
 TEMPLATES = ("{c}", "{c} outline", "{c} filled")
-EVALUATED_LEAST = {"test": 6, "val": 4}  # pictures of a concept in the evaluated sets
+EVALUATED_LEAST = {"test": 6, "val": 2}  # pictures of a concept in the evaluated sets
 TRAINED_LEAST = 5  # and in either half
 RETRIEVAL = 2000  # captions
 BLANK = 2.0  # standard deviation of the pixels, of 255
