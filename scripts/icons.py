@@ -12,7 +12,8 @@ drawn, so that an interrupted run goes on where it was. What is written is decid
                who drew a test or validation set are left out, and so is every picture of A and B that is also,
                pixel for pixel, in the test or the validation.
 * concepts     captions without words of style ("home outline" and "home filled" are "home"). Those with enough
-               pictures in the evaluated sets and in both halves are the classes of zero-shot classification.
+               pictures (6 in the test or 2 in the validation, and 5 in each half) are the classes
+               of zero-shot classification; pixel-identical pictures of a class are in it once.
 * retrieval    one picture of each of 2,000 captions, drawn at random.
 
 In OUT: `a/NNNNN.tar`, `b/NNNNN.tar` in an order that mixes the sets (NAME.png, NAME.txt, and NAME.json with the
@@ -266,7 +267,7 @@ def classes_of(evaluated: list[Picture], a: list[Picture], b: list[Picture], lea
 
 
 def classified(pictures: list[Picture], classes: list[str]) -> list[Picture]:
-    """Pictures of a class, once where one class has the same pixels several times."""
+    """Pictures of the classes, each once in a class."""
     wanted = set(classes)
     found = {
         (picture.png, picture.concept): picture for picture in reversed(pictures) if picture.concept in wanted
