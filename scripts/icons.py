@@ -67,6 +67,7 @@ STYLE_WORDS = {
     *("thin", "tone", "twotone", "two"),
 }
 TEMPLATES = ("{c}", "{c} outline", "{c} filled")
+PARTS = ("a", "b", "test", "val", "left out")
 EVALUATED_LEAST = {"test": 6, "val": 2}  # pictures of a concept in the evaluated sets
 TRAINED_LEAST = 5  # and in either half
 RETRIEVAL = 2000  # captions
@@ -370,7 +371,7 @@ def build(args: argparse.Namespace) -> None:
 
 def write_all(out: Path, sets: dict[str, dict], drawn: dict[str, list[Picture]], args: argparse.Namespace) -> None:
     parts = deal({prefix: len(pictures) for prefix, pictures in drawn.items()})
-    pictures: dict[str, list[Picture]] = {part: [] for part in ("a", "b", "test", "val", "left out")}
+    pictures: dict[str, list[Picture]] = {part: [] for part in PARTS}
     for prefix, part in parts.items():
         pictures[part] += drawn[prefix]
     evaluated = {picture.png for part in ("test", "val") for picture in pictures[part]}
@@ -396,6 +397,19 @@ def write_all(out: Path, sets: dict[str, dict], drawn: dict[str, list[Picture]],
     (out / "sets.json").write_text(json.dumps(about, indent=1))
 
 
+def listing(out: Path) -> str:
+    """The sets of `out` as a Markdown table."""
+    file = out / "sets.json"
+    if not file.exists():
+        raise SystemExit(f"--list: {file} is not there, run scripts/icons.py --out {out} first")
+    rows = sorted(json.loads(file.read_text()).items(), key=lambda row: (PARTS.index(row[1]["part"]), row[0]))
+    lines = ["| part | set | name | author | license | pictures |", "|---|---|---|---|---|---|"]
+    for prefix, about in rows:
+        cells = (about["part"], prefix, about["name"], about["author"], about["license"], f"{about['pictures']:,}")
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def resvg_version() -> str:
     try:
         return importlib.metadata.version("resvg-py")
@@ -414,6 +428,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard-size", type=int, default=2500, help="samples per shard (2500)")
     parser.add_argument("--seed", type=int, default=0, help="of the order and of the captions of retrieval (0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw (one per core)")
+    parser.add_argument(
+        "--list", action="store_true", help="print the sets of OUT, with authors and licences, and end"
+    )
     args = parser.parse_args(argv)
     for name in ("size", "shard_size", "workers"):
         if getattr(args, name) < 1:
@@ -421,5 +438,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def main() -> None:
+    args = parse()
+    if args.list:
+        print(listing(args.out))
+    else:
+        build(args)
+
+
 if __name__ == "__main__":
-    build(parse())
+    main()

@@ -216,6 +216,14 @@ def test_what_is_there_is_not_made_again_unless_it_differs(made: Path) -> None:
     assert [json.loads(sample["json"])["name"] for sample in read(made / "small/a")] != first
 
 
+def test_sets_are_listed_with_their_licences(made: Path) -> None:
+    done = build(made, "--list")
+    assert "| test | lucide | Lucide | A | MIT | 4 |" in done.stdout.splitlines()
+    assert len(done.stdout.splitlines()) == 2 + len(TRAINING | EVALUATED) + 1
+    done = build(made, "--list", "--out", "nowhere")
+    assert done.returncode == 1 and "run scripts/icons.py --out nowhere first" in done.stderr
+
+
 def test_a_failing_npm_is_said_and_leaves_nothing(made: Path) -> None:
     npm = made / "bin" / "npm"
     words = npm.read_text()
