@@ -18,8 +18,8 @@ ACCURACY = ("icons", "acc1")
 COLUMNS = {
     ACCURACY: "zero-shot accuracy",
     ("icons", "acc5"): "right class among 5",
-    ("retrieval_test", "mean_recall@1"): "retrieval R@1",
-    ("retrieval_test", "mean_recall@5"): "retrieval R@5",
+    ("retrieval", "mean_recall@1"): "retrieval R@1",
+    ("retrieval", "mean_recall@5"): "retrieval R@5",
 }
 Measured = dict[tuple[str, str], float]
 
@@ -47,8 +47,8 @@ def measured(run: Path) -> Measured:
     lines = [json.loads(line) for line in files[-1].read_text().splitlines()]
     metrics = {(line["key"], name): value for line in lines for name, value in line["metrics"].items()}
     for k in (1, 5):  # of texts for an image and of images for a text
-        both = [metrics["retrieval_test", f"{kind}_retrieval_recall@{k}"] for kind in ("image", "text")]
-        metrics["retrieval_test", f"mean_recall@{k}"] = statistics.mean(both)
+        both = [metrics["retrieval", f"{kind}_retrieval_recall@{k}"] for kind in ("image", "text")]
+        metrics["retrieval", f"mean_recall@{k}"] = statistics.mean(both)
     return {column: metrics[column] for column in COLUMNS}
 
 

@@ -33,7 +33,7 @@ def write_run(folder: Path, epoch: int, accuracy: float) -> None:
     recalls = {f"{kind}_retrieval_recall@{k}": accuracy / 2 * k for kind in ("image", "text") for k in (1, 5)}
     lines = [
         {"key": "icons", "metrics": {"acc1": accuracy, "acc5": 2 * accuracy}},
-        {"key": "retrieval_test", "metrics": {**recalls, "mean_recall@1": accuracy / 2}},
+        {"key": "retrieval", "metrics": {**recalls, "mean_recall@1": accuracy / 2}},
     ]
     (folder / "eval_results").mkdir(parents=True, exist_ok=True)
     path = folder / "eval_results" / f"epoch_{epoch}_eval_results.jsonl"
