@@ -65,5 +65,7 @@ train fastclip_v3 b $target_parts "${fastclip[@]}"
 train drrho_clip b $target_parts "${fastclip[@]}" \
   --ref_model $model --ref_model_checkpoint "$logs/reference/checkpoints/epoch_$reference_parts.pt"
 
-python -m training.report "$logs"/{fastclip_v3,drrho_clip,openclip,reference} --out "$logs/report.html"
+# The page says what the last of its runs has right and the first has wrong.
+python -m training.report "$logs"/{fastclip_v3,openclip,reference,drrho_clip} --out "$logs/report.html"
+cp "$logs/report_png/summary.png" "$logs/report.png"
 python scripts/demo/table.py "$logs"
