@@ -427,7 +427,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=32, help="pixels of an edge (32)")
     parser.add_argument("--shard-size", type=int, default=2500, help="samples per shard (2500)")
     parser.add_argument("--seed", type=int, default=0, help="of the order and of the captions of retrieval (0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw (one per core)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that draw (one per core)"
+    )
     parser.add_argument(
         "--list", action="store_true", help="print the sets of OUT, with authors and licences, and end"
     )
