@@ -14,7 +14,7 @@ from pathlib import Path
 
 RUNS = {"reference": "reference", "openclip": "OpenCLIP", "fastclip_v3": "FastCLIP-v3", "drrho_clip": "DRRho-CLIP"}
 OTHERS, OURS = ("openclip", "fastclip_v3"), "drrho_clip"
-ACCURACY = ("icons", "acc1")
+ACCURACY, PICTURES = ("icons", "acc1"), ("icons", "num_samples")
 COLUMNS = {
     ACCURACY: "zero-shot accuracy",
     ("icons", "acc5"): "right class among 5",
@@ -27,18 +27,16 @@ Measured = dict[tuple[str, str], float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", type=Path, nargs="+", help="folder of the four runs of a seed")
-    parser.add_argument("--data", type=Path, default=Path("data/icons"), help="folder of scripts/icons.py")
     args = parser.parse_args()
-    pictures = json.loads((args.data / "wds_icons_test" / "set.json").read_text())["samples"]
     seeds = [{run: measured(logs / run) for run in RUNS} for logs in args.logs]
-    text = "\n".join([*table(seeds), "", *verdicts(seeds, pictures)]) + "\n"
+    text = "\n".join([*table(seeds), "", *verdicts(seeds)]) + "\n"
     if len(args.logs) == 1:
         (args.logs[0] / "table.md").write_text(text)
     print(text, end="")
 
 
 def measured(run: Path) -> Measured:
-    """What the run's last evaluation measured, from 0 to 1."""
+    """What the run's last evaluation measured, from 0 to 1, and over how many pictures."""
     files = sorted(
         run.glob("eval_results/epoch_*_eval_results.jsonl"), key=lambda path: int(path.name.split("_")[1])
     )
@@ -46,10 +44,11 @@ def measured(run: Path) -> Measured:
         raise SystemExit(f"{run}: has no eval_results/epoch_N_eval_results.jsonl; run scripts/demo.sh")
     lines = [json.loads(line) for line in files[-1].read_text().splitlines()]
     metrics = {(line["key"], name): value for line in lines for name, value in line["metrics"].items()}
+    pictures = next(line["num_samples"] for line in lines if line["key"] == ACCURACY[0])
     for k in (1, 5):  # of texts for an image and of images for a text
         both = [metrics["retrieval", f"{kind}_retrieval_recall@{k}"] for kind in ("image", "text")]
         metrics["retrieval", f"mean_recall@{k}"] = statistics.mean(both)
-    return {column: metrics[column] for column in COLUMNS}
+    return {PICTURES: pictures, **{column: metrics[column] for column in COLUMNS}}
 
 
 def table(seeds: Sequence[dict[str, Measured]]) -> list[str]:
@@ -63,8 +62,9 @@ def table(seeds: Sequence[dict[str, Measured]]) -> list[str]:
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
-def verdicts(seeds: Sequence[dict[str, Measured]], pictures: int) -> list[str]:
+def verdicts(seeds: Sequence[dict[str, Measured]]) -> list[str]:
     """By how much DRRho-CLIP's accuracy is above the others', with standard errors."""
+    pictures = int(seeds[0][OURS][PICTURES])
     over = f"{len(seeds)} seeds" if len(seeds) > 1 else f"{pictures:,} pictures"
     lines = [f"In percent. Differences in zero-shot accuracy, with their standard error over {over}:"]
     for other in OTHERS:
