@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""The study of docs/study.md: trains its grid of cells, restartable, and says what they show.
+
+    python scripts/icons.py --out data/icons
+    python scripts/study.py --data data/icons --out logs/study --list
+    python scripts/study.py --data data/icons --out logs/study
+
+A cell that is in the table is not trained again, and an interrupted run goes on. On a CPU one cell is trained at a
+time, with GPUs one on each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from study import cells, jobs, smoke
+from study.runs import ROOT, Studio
+from study.table import Table
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    # Read when torch is loaded, which happens in a process that all runs are forked from.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(args.threads)}
+    gpus = count_gpus() if args.device == "auto" else 0
+    if args.smoke:
+        args.data = args.out / "data"
+        if not args.data.exists():
+            smoke.make(args.data)
+    studio = Studio(args.data.absolute(), args.out.absolute(), "amp_bf16" if gpus else "fp32", args.threads, gpus)
+    out = args.results or args.out
+    desk = jobs.Desk(
+        cells.SMOKE if args.smoke else cells.ICONS, studio, Table(out / "results.csv"), Table(out / "tuning.csv")
+    )
+    claims = frozenset(args.claims.split(","))
+    if unknown := sorted(claims - cells.CLAIMS.keys()):
+        print(
+            f"error: --claims {args.claims}: there is no claim {unknown[0]}, choose from 1 to 7", file=sys.stderr
+        )
+        return 2
+    try:
+        agenda = jobs.agenda(desk, cells.grid(desk.plan, claims))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.list:
+        listing(desk, agenda)
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: studio.stop())
+    signal.signal(signal.SIGINT, lambda *_: studio.stop())
+    failed = jobs.work(desk, agenda, args.jobs or max(gpus, 1))
+    if studio.stopping.is_set():
+        print("stopped; the same command goes on")
+    return 1 if failed else 0
+
+
+def listing(desk: jobs.Desk, agenda: list[jobs.Job]) -> None:
+    """Print all jobs in their order, those that are done, and how long the rest would take."""
+    pace, total = speed(desk), 0.0
+    for job in agenda:
+        done = job.done(desk)
+        seconds = job.samples(desk) / pace
+        total += 0 if done else seconds
+        claims = ",".join(sorted(job.claims)) if isinstance(job, jobs.Train) else ""
+        print(f"{'done' if done else f'{seconds:5.0f} s':>8}  {claims:>5}  {job}")
+    print(f"{total / 3600:.1f} hours of processor time for what is left, at {pace:.0f} samples/s")
+
+
+def speed(desk: jobs.Desk) -> float:
+    """Samples per second of processor time, of the runs so far; 1,000 before the first."""
+    rows = [*desk.results.rows().values(), *desk.tuned.rows().values()]
+    rows = [row for row in rows if row["resumed"] == "0" and row["model"] == "small"]
+    seconds = sum(float(row["cpu_seconds"]) for row in rows)
+    return sum(float(row["samples_read"]) for row in rows) / seconds if seconds else 1000.0
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/icons"), help="folder of scripts/icons.py")
+    parser.add_argument("--out", type=Path, default=Path("logs/study"), help="folder for runs, features and logs")
+    parser.add_argument("--results", type=Path, help="folder of results.csv and tuning.csv (default: --out)")
+    parser.add_argument(
+        "--claims", default=",".join(cells.CLAIMS), help="claims to train cells for (default: all)"
+    )
+    parser.add_argument("--list", action="store_true", help="print what is done and what is left, then end")
+    parser.add_argument("--smoke", action="store_true", help="the whole machinery on tiny data, in a minute")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: one, or one on each GPU)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a run on the CPU")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto: GPUs where there are any")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What is trained: a cell is one run of the trainer. Which cells answer which claim, the most needed first."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+REFERENCE_SEED = 100  # of references' initial weights and order: no target has it
+TUNING_SEED = 50  # of the runs that choose settings: no cell has it
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A frozen reference: a run of ``method`` on ``data`` over ``samples`` samples, as it was after ``at``."""
+
+    data: str = "a"
+    samples: int = 0
+    at: int = 0
+    model: str = "small"
+    method: str = "openclip"
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.samples}@{self.at}" + ("" if self.model == "small" else f"-{self.model}")
+
+    @property
+    def cell(self) -> Cell:
+        """The run that it is a checkpoint of."""
+        return Cell(self.method, self.samples, data=self.data, model=self.model, seed=REFERENCE_SEED)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: ``samples`` is how many the target is trained on, counted with repetition.
+
+    ``settings``: flags of the method that replace the tuned ones; used by the runs that tune.
+    """
+
+    method: str
+    samples: int
+    data: str = "b"
+    batch: int = 256
+    seed: int = 0
+    model: str = "small"
+    reference: Reference | None = None
+    settings: tuple[tuple[str, str], ...] | None = None
+
+    @property
+    def reference_name(self) -> str:
+        return self.reference.name if self.reference else ""
+
+    def id(self, settings: str) -> str:
+        """The name of the run with these ``settings``: of its folder, and of its row."""
+        words = [self.method, self.data, f"{self.samples}", f"b{self.batch}", f"s{self.seed}", self.model]
+        words += [self.reference_name] if self.reference else []
+        return "_".join([*words, hashlib.sha256(settings.encode()).hexdigest()[:6]])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a study. ``budgets`` ascend; ``reference`` is the strong one, ``strengths`` its checkpoints."""
+
+    budgets: tuple[int, ...]
+    strengths: tuple[int, ...]
+    tuning: int
+    tuning_epochs: int
+    seeds: int = 5
+    few: int = 3
+    batch: int = 256
+    reference: Reference = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reference", Reference("a", self.strengths[-1], self.strengths[-1]))
+
+
+UNIT = 168 * 256  # samples: half an epoch of b, and a whole number of steps of every batch size from 32 to 1,024
+ICONS = Plan(
+    budgets=tuple(UNIT * k for k in (1, 2, 4, 8, 16)),
+    strengths=tuple(UNIT * k for k in (2, 4, 8, 16, 32)),
+    tuning=UNIT * 2,
+    tuning_epochs=UNIT * 4,
+)
+SMOKE = Plan(budgets=(128, 256), strengths=(128, 256), tuning=128, tuning_epochs=256, seeds=2, few=1, batch=64)
+
+MAIN = ("openclip", "fastclip_v3", "drrho_fixed", "drrho_v3")
+CLAIMS = {
+    "1": "a reference helps",
+    "2": "weak to strong",
+    "3": "data efficiency",
+    "4": "scaling",
+    "5": "against heuristics",
+    "6": "FastCLIP's own claim",
+    "7": "the reference decides",
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A cell and the claims that it is for."""
+
+    claims: frozenset[str]
+    cell: Cell
+
+
+def grid(plan: Plan, claims: frozenset[str] = frozenset(CLAIMS)) -> list[Wanted]:
+    """The cells for ``claims``, most needed first, each once."""
+    found: dict[Cell, frozenset[str]] = {}
+    for of, cell in _grid(plan):
+        found[cell] = found.get(cell, frozenset()) | frozenset(of.split())
+    return [Wanted(of, cell) for cell, of in found.items() if of & claims]
+
+
+def _grid(plan: Plan) -> Iterator[tuple[str, Cell]]:
+    low, high = plan.budgets[: max(len(plan.budgets) - 3, 1)], plan.budgets[max(len(plan.budgets) - 3, 1) :]
+    few, every = range(plan.few), range(plan.seeds)
+
+    def cells(methods: tuple[str, ...], budgets: tuple[int, ...], seeds: range, **other: object) -> Iterator[Cell]:
+        for samples in budgets:
+            for seed in seeds:
+                for method in methods:
+                    cell = Cell(method, samples, seed=seed, batch=plan.batch)
+                    yield replace(with_reference(cell, plan.reference), **other)
+
+    def all_of(of: str, found: Iterator[Cell]) -> Iterator[tuple[str, Cell]]:
+        return ((of, cell) for cell in found)
+
+    # Claims 1 and 4: first few seeds at small budgets, then the larger ones, then all seeds.
+    yield from all_of("1 4", cells(MAIN, low, few))
+    yield from all_of("1 4", cells(MAIN, high[:2], few))
+    yield from all_of("1 4", cells(MAIN, high[2:], range(1)))
+    yield from all_of("1 4", cells(MAIN, plan.budgets[:-1], every))
+
+    # Claim 7: the strength of the reference, and with it claim 2: where a target passes it.
+    middle = plan.budgets[min(2, len(plan.budgets) - 1) :][:2]
+    for at in plan.strengths[:-1]:
+        weaker = replace(plan.reference, at=at)
+        yield from all_of("2 7", cells(("drrho_fixed",), middle, few, reference=weaker))
+    yield from all_of("1 4", cells(MAIN, plan.budgets[-1:], few))
+
+    # Claim 2: weak references under long training, and under a larger tower.
+    for at in plan.strengths[:2]:
+        weaker = replace(plan.reference, at=at)
+        yield from all_of("2", cells(("drrho_fixed",), plan.budgets[-1:], few, reference=weaker))
+    for at in (plan.strengths[1], plan.strengths[-1]):
+        weaker = replace(plan.reference, at=at)
+        large = cells(("openclip", "drrho_fixed"), middle[:1], few, model="large")
+        yield from all_of("2", (replace(cell, reference=weaker) if cell.reference else cell for cell in large))
+
+    # Claim 3: parts of b, for as long as the others train on all of it.
+    for part in ("half", "quarter", "eighth"):
+        yield from all_of("3", cells(("openclip", "fastclip_v3", "drrho_fixed"), middle, few, data=f"b-{part}"))
+
+    # Claim 5: other ways to use a reference.
+    others = ("distill", "jest", "jest_topk", "drrho_select", "drrho_distill")
+    yield from all_of("5", cells(others, middle[:1], few))
+    yield from all_of("5", cells(("jest", "jest_topk", "drrho_select"), plan.budgets[:1], few))
+
+    # Claim 6: batch sizes, many epochs over a small set, and the family.
+    for batch in (plan.batch // 8, plan.batch // 2, plan.batch * 4):
+        yield from all_of("6", cells(("openclip", "fastclip_v3"), middle[:1], few, batch=batch))
+    yield from all_of("6", cells(("openclip", "fastclip_v3"), plan.budgets[-1:], few, data="b-eighth"))
+    family = ("siglip", "fastclip_v0", "fastclip_v1", "fastclip_v2", "sogclr", "isogclr")
+    yield from all_of("6", cells(family, middle[:1], few))
+    yield from all_of("1", cells(("drrho_v1", "drrho_v2"), middle[:1], few))
+
+    # Claim 7: the reference's data and size, and noise in the target's captions.
+    for other in (
+        replace(plan.reference, data="b"),
+        replace(plan.reference, data="a+b"),
+        replace(plan.reference, model="large"),
+    ):
+        yield from all_of("7", cells(("drrho_fixed",), middle[:1], few, reference=other))
+    for noise in ("noise20", "noise40"):
+        yield from all_of(
+            "7", cells(("openclip", "fastclip_v3", "drrho_fixed"), middle[:1], few, data=f"b-{noise}")
+        )
+
+
+def with_reference(cell: Cell, reference: Reference) -> Cell:
+    """``cell`` with ``reference`` where its method needs one."""
+    from study.methods import METHODS
+
+    return replace(cell, reference=reference if METHODS[cell.method].reference else None)

@@ -1,0 +1,149 @@
+"""The methods that the study compares, each by its published flags, and what is tuned of each.
+
+All methods share model, data, order of samples, initial weights, optimizer and schedule (``runs.COMMON``). Each
+one's own settings are searched along its axes, one after the other, in about as many short runs (``tuning.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LEARNING_RATES = ("2e-3", "1e-3", "4e-3")
+GAMMA = "--gamma"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One search: a flag and its values, the first of which is where the search starts."""
+
+    flag: str
+    values: tuple[str, ...]
+
+    @property
+    def needs_epochs(self) -> bool:
+        """Whether the setting acts from the second epoch on: gamma is 1 throughout the first."""
+        return self.flag == GAMMA
+
+
+@dataclass(frozen=True)
+class Method:
+    """``flags`` make a run of the trainer this method.
+
+    ``reference``   whether it needs a reference.
+    ``tuned_as``    the method whose settings it takes instead of being tuned itself; '' for its own.
+    ``super_batch`` samples that are read for each one that is trained on (batch selection).
+    ``model``       entries added to the model's config: SigLIP's initial temperature and bias.
+    """
+
+    name: str
+    title: str
+    flags: tuple[str, ...]
+    axes: tuple[Axis, ...] = ()
+    reference: bool = False
+    tuned_as: str = ""
+    super_batch: int = 1
+    model: tuple[tuple[str, float], ...] = ()
+
+
+def _flags(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_RATE = Axis("--lr", LEARNING_RATES)
+_LEARNED = (Axis("--temperature", ("0.07", "0.03")), Axis("--lr_tau", ("2e-3", "5e-4", "1e-2")))
+_FIXED = Axis("--temperature", ("0.03", "0.01", "0.05", "0.07"))
+_RHO = Axis("--rho", ("8.5", "6.5", "11.0"))
+_GAMMA = Axis(GAMMA, ("1.0", "0.8", "0.5"))
+_V0 = _flags("--fastclip --temperature_scheme global_learnable")
+_V1 = _flags("--fastclip --temperature_scheme global_constant")
+_V2 = _flags("--fastclip --temperature_scheme individual_learnable --lr_tau_scheduler const")
+_V3 = _flags("--fastclip --multiply_tau --temperature_scheme global_learnable --lr_tau_scheduler step_thresh")
+_FIXED_TAU = _flags("--fastclip --multiply_tau --temperature_scheme global_constant --fastclip_eps 1e-4")
+_JEST = _flags("--ref_features_usage select --ref_filter_ratio 0.8")
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("openclip", "OpenCLIP", (), (_RATE, Axis("--lr_tau", ("2e-3", "1e-2", "3e-2")))),
+        Method(
+            "siglip",
+            "SigLIP",
+            ("--siglip",),
+            (_RATE, Axis("--lr_tau", ("2e-3", "1e-2", "3e-2"))),
+            model=(("init_logit_scale", 2.302585092994046), ("init_logit_bias", -10.0)),
+        ),
+        Method("fastclip_v0", "FastCLIP-v0", _V0, (_RATE, *_LEARNED, _GAMMA)),
+        Method("fastclip_v1", "FastCLIP-v1", _V1, (_RATE, _FIXED, _GAMMA)),
+        Method(
+            "fastclip_v2",
+            "FastCLIP-v2",
+            _V2,
+            (
+                _RATE,
+                Axis("--temperature", ("0.03", "0.07")),
+                Axis("--lr_tau", ("1e-2", "1e-3")),
+                Axis("--rho", ("7.0", "5.0", "9.0")),
+                _GAMMA,
+            ),
+        ),
+        Method("fastclip_v3", "FastCLIP-v3", _V3, (_RATE, *_LEARNED, _RHO, _GAMMA)),
+        Method("sogclr", "SogCLR", (*_V1, "--gamma_schedule", "constant"), tuned_as="fastclip_v1"),
+        Method("isogclr", "iSogCLR", (*_V2, "--gamma_schedule", "constant"), tuned_as="fastclip_v2"),
+        Method("drrho_fixed", "DRRho-CLIP, fixed τ", _FIXED_TAU, (_RATE, _FIXED, _GAMMA), reference=True),
+        Method("drrho_v3", "DRRho-CLIP, learned τ", _V3, (_RATE, *_LEARNED, _RHO, _GAMMA), reference=True),
+        Method("drrho_v1", "DRRho-CLIP on v1", _V1, (_RATE, _FIXED, _GAMMA), reference=True),
+        Method(
+            "drrho_v2",
+            "DRRho-CLIP on v2",
+            _V2,
+            (
+                _RATE,
+                Axis("--temperature", ("0.03", "0.07")),
+                Axis("--lr_tau", ("1e-2", "1e-3")),
+                Axis("--rho", ("7.0", "5.0", "9.0")),
+                _GAMMA,
+            ),
+            reference=True,
+        ),
+        Method("jest", "JEST", _JEST, reference=True, tuned_as="openclip", super_batch=5),
+        Method(
+            "jest_topk",
+            "JEST top-k",
+            (*_JEST, "--ref_filter_topk"),
+            reference=True,
+            tuned_as="openclip",
+            super_batch=5,
+        ),
+        Method(
+            "distill",
+            "distillation",
+            _flags("--loss distill"),
+            (
+                _RATE,
+                Axis("--distill_weight", ("0.5", "1.0")),
+                Axis("--distill_logit_scale", ("30", "15", "60")),
+            ),
+            reference=True,
+        ),
+        Method(
+            "drrho_select",
+            "DRRho-CLIP + selection",
+            (*_FIXED_TAU, *_flags("--ref_features_usage select,ref --ref_filter_ratio 0.8")),
+            reference=True,
+            tuned_as="drrho_fixed",
+            super_batch=5,
+        ),
+        Method(
+            "drrho_distill",
+            "DRRho-CLIP + distillation",
+            (*_FIXED_TAU, *_flags("--ref_features_usage ref,distill")),
+            (
+                _RATE,
+                _FIXED,
+                Axis("--distill_weight", ("0.5", "1.0")),
+                Axis("--distill_logit_scale", ("30", "15", "60")),
+            ),
+            reference=True,
+        ),
+    )
+}

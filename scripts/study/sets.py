@@ -1,0 +1,113 @@
+"""The training sets of the study: the halves that ``scripts/icons.py`` writes, and sets derived from them.
+
+    a, b              the halves
+    a+b               both
+    b-half, -quarter, -eighth   nested random parts of b
+    b-noise20, -noise40         b with the captions of that share of its pictures shuffled among them
+
+A derived set is written once, below ``derived/``. Its rows are numbered from 0, its order is the half's.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SHARES = {"half": 2, "quarter": 4, "eighth": 8}
+EVALUATED = {"test": ("icons", "retrieval"), "val": ("icons_val", "retrieval_val")}  # zero-shot, retrieval: keys
+TASKS = "wds_icons_test,wds_icons_val,retrieval_test,retrieval_val"
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """``pattern`` is a value for --train-data, ``sizes`` has the samples of each source that it joins."""
+
+    pattern: str
+    sizes: tuple[int, ...]
+
+    @property
+    def samples(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def data_size(self) -> str:
+        """A value for --data_size."""
+        return "::".join(map(str, self.sizes))
+
+
+def find(root: Path, name: str) -> TrainingSet:
+    """The training set ``name`` in the folder ``root`` of ``scripts/icons.py``; derived ones are made if need be.
+
+    ValueError: there is no such set.
+    """
+    if "+" in name:
+        parts = [find(root, part) for part in name.split("+")]
+        return TrainingSet("::".join(part.pattern for part in parts), sum((part.sizes for part in parts), ()))
+    half, _, change = name.partition("-")
+    folder = root / "derived" / name if change else root / half
+    if change and not (folder / "set.json").exists():
+        _derive(root / half, folder, change)
+    described = folder / "set.json"
+    if not described.exists():
+        raise ValueError(f"--data {root}: {folder} holds no set.json; make the sets with scripts/icons.py first")
+    about = json.loads(described.read_text())
+    return TrainingSet(str(folder / f"{{00000..{about['shards'] - 1:05d}}}.tar"), (about["samples"],))
+
+
+def _derive(source: Path, folder: Path, change: str) -> None:
+    samples = list(_read(source))
+    order = np.random.default_rng(0).permutation(len(samples))
+    if change in SHARES:
+        kept = np.sort(order[: len(samples) // SHARES[change]])
+        samples = [samples[i] for i in kept]
+    elif match := re.fullmatch(r"noise(\d+)", change):
+        changed = order[: len(samples) * int(match[1]) // 100]
+        captions = [samples[i][1] for i in np.roll(changed, 1)]  # of the one before: nobody keeps its own
+        for i, caption in zip(changed, captions, strict=True):
+            samples[i] = (samples[i][0], caption)
+    else:
+        raise ValueError(
+            f"{folder.name}: no such set; there are parts ({', '.join(SHARES)}) and noiseN, N percent"
+        )
+    write(folder, [{"png": png, "txt": text} for png, text in samples], per_shard=8192)
+
+
+def _read(folder: Path) -> Iterator[tuple[bytes, bytes]]:
+    """Picture and caption of each sample, in the order of the shards."""
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            members: dict[str, bytes] = {}
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                members[member.name.rpartition(".")[2]] = file.read()
+                if len(members) == 3:
+                    yield members["png"], members["txt"]
+                    members = {}
+
+
+def write(folder: Path, samples: Sequence[Mapping[str, bytes]], per_shard: int) -> None:
+    """Write ``samples``, extension -> content, as shards with ``set.json``; a json gives each its row."""
+    scratch = folder.with_name(folder.name + f".{os.getpid()}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    starts = range(0, len(samples), per_shard)
+    for number, start in enumerate(starts):
+        with tarfile.open(scratch / f"{number:05d}.tar", "w") as tar:
+            for key in range(start, min(start + per_shard, len(samples))):
+                members = {**samples[key], "json": json.dumps({"key": key}).encode()}
+                for extension, content in members.items():
+                    info = tarfile.TarInfo(f"{key:08d}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    (scratch / "set.json").write_text(json.dumps({"shards": len(starts), "samples": len(samples)}))
+    scratch.rename(folder)

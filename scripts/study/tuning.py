@@ -1,0 +1,59 @@
+"""Each method's own settings, chosen by short runs on the validation sets, which are neither training nor test.
+
+Coordinate search: along one axis after the other, all its values are tried with the best ones so far, and the best
+is kept. Axes of gamma come last and are tried over several epochs, since it is 1 throughout the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from study.cells import TUNING_SEED, Cell, Plan, with_reference
+from study.methods import METHODS
+
+Row = Mapping[str, object]
+
+
+class Untuned(Exception):
+    """A run that the choice depends on is missing."""
+
+
+def score(row: Row) -> float:
+    """What is maximized: the mean of zero-shot top-1 accuracy and retrieval recall@1 on the validation sets."""
+    return (float(str(row["val_top1"])) + float(str(row["val_recall1"]))) / 2
+
+
+def settings(
+    name: str, plan: Plan, rows: Mapping[str, Row], *, epochs: bool, trial: Callable[[Cell], Row] | None = None
+) -> dict[str, str]:
+    """The settings of method ``name``: flag -> value.
+
+    ``epochs``: whether to choose those that act from the second epoch on, too. ``trial`` runs what is not in
+    ``rows``; Untuned: something is not there, and ``trial`` is None.
+    """
+    method = METHODS[METHODS[name].tuned_as or name]
+    chosen: dict[str, str] = {}
+    first = {axis.flag: axis.values[0] for axis in method.axes if not axis.needs_epochs}
+    for axis in method.axes:
+        if axis.needs_epochs and not epochs:
+            continue
+        scores: dict[str, float] = {}
+        for value in axis.values:
+            tried = first | chosen | {axis.flag: value}
+            cell = Cell(
+                method.name,
+                plan.tuning_epochs if axis.needs_epochs else plan.tuning,
+                batch=plan.batch,
+                seed=TUNING_SEED,
+                settings=tuple(tried.items()),
+            )
+            cell = replace(with_reference(cell, plan.reference), settings=tuple(tried.items()))
+            row = rows.get(cell.id(" ".join(f"{f} {v}" for f, v in tried.items())))
+            if row is None:
+                if trial is None:
+                    raise Untuned(name)
+                row = trial(cell)
+            scores[value] = score(row)
+        chosen[axis.flag] = max(scores, key=lambda value: scores[value])
+    return chosen
