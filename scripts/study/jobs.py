@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from study import tuning
+from study import sets, tuning
 from study.cells import Cell, Plan, Reference, Wanted
 from study.methods import METHODS
 from study.runs import RunFailed, Studio, measures_of, shown
@@ -120,10 +120,8 @@ class TrainReference:
         studio, share = desk.studio, one.at / one.samples
         out = studio.out / "references" / f"{one.name}.jsonl"
         flags = ["--checkpoint", str(studio.checkpoint(one)), "--data_dir", str(studio.data), "--out", str(out)]
-        from study.sets import TASKS
-
         studio.start(
-            "training.evaluate", [*flags, "--tasks", TASKS, "--workers", "0"], f"reference_{one.name}", slot
+            "training.evaluate", [*flags, "--tasks", sets.TASKS, "--workers", "0"], f"reference_{one.name}", slot
         )
         desk.results.append(
             {
@@ -158,6 +156,7 @@ class Features:
 
     def run(self, desk: Desk, slot: int) -> None:
         studio, folder = desk.studio, desk.studio.features(self.reference, self.data)
+        sets.make(studio.data, self.data)
         data = studio.training_set(self.data)
         name = f"features_{self.reference.name}_{self.data}"
         flags = [

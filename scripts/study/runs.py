@@ -114,6 +114,7 @@ class Studio:
         text = shown(settings)
         run = cell.id(text)
         resumed = (self.folder(run) / "checkpoints").exists()
+        sets.make(self.data, cell.data)
         flags = [*self.flags(cell, settings, run), *more]
         used = self.start("training.main", flags, run, slot)
         steps = cell.samples // cell.batch

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+PER_SHARD = 2048
 SHARES = {"half": 2, "quarter": 4, "eighth": 8}
 EVALUATED = {"test": ("icons", "retrieval"), "val": ("icons_val", "retrieval_val")}  # zero-shot, retrieval: keys
 TASKS = "wds_icons_test,wds_icons_val,retrieval_test,retrieval_val"
@@ -45,7 +46,7 @@ class TrainingSet:
 
 
 def find(root: Path, name: str) -> TrainingSet:
-    """The training set ``name`` in the folder ``root`` of ``scripts/icons.py``; derived ones are made if need be.
+    """The training set ``name`` in the folder ``root`` of ``scripts/icons.py``, which may be still to ``make``.
 
     ValueError: there is no such set.
     """
@@ -53,35 +54,37 @@ def find(root: Path, name: str) -> TrainingSet:
         parts = [find(root, part) for part in name.split("+")]
         return TrainingSet("::".join(part.pattern for part in parts), sum((part.sizes for part in parts), ()))
     half, _, change = name.partition("-")
-    folder = root / "derived" / name if change else root / half
-    if change and not (folder / "set.json").exists():
-        _derive(root / half, folder, change)
-    described = folder / "set.json"
+    described = root / half / "set.json"
     if not described.exists():
-        raise ValueError(f"--data {root}: {folder} holds no set.json; make the sets with scripts/icons.py first")
-    about = json.loads(described.read_text())
+        raise ValueError(f"--data {root}: there is no {described}; make the sets with scripts/icons.py first")
+    about, folder = json.loads(described.read_text()), root / half
+    if change:
+        samples = about["samples"] // SHARES.get(change, 1)
+        about, folder = {"samples": samples, "shards": -(-samples // PER_SHARD)}, root / "derived" / name
     return TrainingSet(str(folder / f"{{00000..{about['shards'] - 1:05d}}}.tar"), (about["samples"],))
 
 
-def _derive(source: Path, folder: Path, change: str) -> None:
-    samples = list(_read(source))
+def make(root: Path, name: str) -> None:
+    """Write the training set ``name`` if it is one that is derived and not there. ValueError: as for ``find``."""
+    half, _, change = name.partition("-")
+    folder = root / "derived" / name
+    if "+" in name or not change or folder.exists():
+        return
+    samples = list(_read(root / half))
     order = np.random.default_rng(0).permutation(len(samples))
     if change in SHARES:
-        kept = np.sort(order[: len(samples) // SHARES[change]])
-        samples = [samples[i] for i in kept]
+        samples = [samples[i] for i in np.sort(order[: len(samples) // SHARES[change]])]
     elif match := re.fullmatch(r"noise(\d+)", change):
         changed = order[: len(samples) * int(match[1]) // 100]
-        captions = [samples[i][1] for i in np.roll(changed, 1)]  # of the one before: nobody keeps its own
+        captions = [samples[i]["txt"] for i in np.roll(changed, 1)]  # of another one of them
         for i, caption in zip(changed, captions, strict=True):
-            samples[i] = (samples[i][0], caption)
+            samples[i]["txt"] = caption
     else:
-        raise ValueError(
-            f"{folder.name}: no such set; there are parts ({', '.join(SHARES)}) and noiseN, N percent"
-        )
-    write(folder, [{"png": png, "txt": text} for png, text in samples], per_shard=8192)
+        raise ValueError(f"{name}: no such set; there are parts ({', '.join(SHARES)}) and noiseN, N percent")
+    write(folder, samples, PER_SHARD)
 
 
-def _read(folder: Path) -> Iterator[tuple[bytes, bytes]]:
+def _read(folder: Path) -> Iterator[dict[str, bytes]]:
     """Picture and caption of each sample, in the order of the shards."""
     for shard in sorted(folder.glob("*.tar")):
         with tarfile.open(shard) as tar:
@@ -91,7 +94,7 @@ def _read(folder: Path) -> Iterator[tuple[bytes, bytes]]:
                 assert file is not None
                 members[member.name.rpartition(".")[2]] = file.read()
                 if len(members) == 3:
-                    yield members["png"], members["txt"]
+                    yield {"png": members["png"], "txt": members["txt"]}
                     members = {}
 
 
