@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""The study of docs/study.md: trains its grid of cells, restartable, and says what they show.
+"""The study of docs/study.md: trains its grid of cells and says what they show.
 
     python scripts/icons.py --out data/icons
-    python scripts/study.py --data data/icons --out logs/study --list
-    python scripts/study.py --data data/icons --out logs/study
+    python scripts/study.py --data data/icons --out logs/study --list     # what is done, what is left, how long
+    python scripts/study.py --data data/icons --out logs/study            # train it, or go on with it
+    python scripts/study.py --out logs/study --report docs/study.md       # tables and pictures from the results
 
-A cell that is in the table is not trained again, and an interrupted run goes on. On a CPU one cell is trained at a
-time, with GPUs one on each.
+Every finished run is a row of OUT/results.csv, those that chose settings of OUT/tuning.csv. A cell that has its row is
+not trained again, and an interrupted run goes on. On a CPU one cell is trained at a time, with GPUs one on each.
 """
 
 from __future__ import annotations
@@ -17,49 +18,67 @@ import signal
 import sys
 from pathlib import Path
 
-from study import cells, jobs, smoke
+import scaling_law
+from study import cells, jobs, pictures, report, smoke
+from study.analysis import Results
 from study.runs import ROOT, Studio
 from study.table import Table
+
+PAGE = ROOT / "docs" / "study.md"
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    # Read when torch is loaded, which happens in a process that all runs are forked from.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(args.threads)}
-    gpus = count_gpus() if args.device == "auto" else 0
-    if args.smoke:
-        args.data = args.out / "data"
-        if not args.data.exists():
-            smoke.make(args.data)
-    studio = Studio(args.data.absolute(), args.out.absolute(), "amp_bf16" if gpus else "fp32", args.threads, gpus)
-    out = args.results or args.out
-    desk = jobs.Desk(
-        cells.SMOKE if args.smoke else cells.ICONS, studio, Table(out / "results.csv"), Table(out / "tuning.csv")
-    )
     claims = frozenset(args.claims.split(","))
     if unknown := sorted(claims - cells.CLAIMS.keys()):
         print(
             f"error: --claims {args.claims}: there is no claim {unknown[0]}, choose from 1 to 7", file=sys.stderr
         )
         return 2
+    plan, data = (cells.SMOKE, args.out / "data") if args.smoke else (cells.ICONS, args.data)
+    if args.smoke and not data.exists():
+        smoke.make(data)
+    # Read when torch is loaded, which happens in a process that all runs are forked from.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(args.threads)}
+    gpus = count_gpus() if args.device == "auto" else 0
+    studio = Studio(data.absolute(), args.out.absolute(), "amp_bf16" if gpus else "fp32", args.threads, gpus)
+    tables = args.results or args.out
+    desk = jobs.Desk(plan, studio, Table(tables / "results.csv"), Table(tables / "tuning.csv"))
     try:
-        agenda = jobs.agenda(desk, cells.grid(desk.plan, claims))
-    except ValueError as error:
+        if args.report:
+            return report_on(desk, args.report, args.report, args.pictures)
+        agenda = jobs.agenda(desk, cells.grid(plan, claims))
+        if args.list:
+            return listing(desk, agenda)
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.list:
-        listing(desk, agenda)
-        return 0
-    signal.signal(signal.SIGTERM, lambda *_: studio.stop())
-    signal.signal(signal.SIGINT, lambda *_: studio.stop())
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, lambda *_: studio.stop())
     failed = jobs.work(desk, agenda, args.jobs or max(gpus, 1))
     if studio.stopping.is_set():
         print("stopped; the same command goes on")
+        return 1
+    if args.smoke and not failed:
+        return report_on(desk, PAGE, args.out / "study.md", args.out)
     return 1 if failed else 0
 
 
-def listing(desk: jobs.Desk, agenda: list[jobs.Job]) -> None:
+def report_on(desk: jobs.Desk, page: Path, out: Path, folder: Path) -> int:
+    """Write ``page`` with tables from the results to ``out``, and the pictures that the results are enough for."""
+    rows = desk.results.rows()
+    out.write_text(report.fill(page.read_text(), rows, desk.tuned.rows(), desk.plan))
+    results = Results.of(rows.values())
+    pictures.weak_to_strong(folder / "weak_to_strong.png", results, desk.plan)
+    groups = report.laws(results, desk.plan)
+    if groups:
+        fitted = scaling_law.bootstrap(groups)
+        scaling_law.draw(folder / "scaling_law.png", groups, fitted, "samples")
+    return 0
+
+
+def listing(desk: jobs.Desk, agenda: list[jobs.Job]) -> int:
     """Print all jobs in their order, those that are done, and how long the rest would take."""
     pace, total = speed(desk), 0.0
     for job in agenda:
@@ -69,6 +88,7 @@ def listing(desk: jobs.Desk, agenda: list[jobs.Job]) -> None:
         claims = ",".join(sorted(job.claims)) if isinstance(job, jobs.Train) else ""
         print(f"{'done' if done else f'{seconds:5.0f} s':>8}  {claims:>5}  {job}")
     print(f"{total / 3600:.1f} hours of processor time for what is left, at {pace:.0f} samples/s")
+    return 0
 
 
 def speed(desk: jobs.Desk) -> float:
@@ -94,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
         "--claims", default=",".join(cells.CLAIMS), help="claims to train cells for (default: all)"
     )
     parser.add_argument("--list", action="store_true", help="print what is done and what is left, then end")
-    parser.add_argument("--smoke", action="store_true", help="the whole machinery on tiny data, in a minute")
+    parser.add_argument("--report", type=Path, metavar="PAGE", help="bring PAGE's tables in line with the results")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "assets", help="folder of --report's pictures")
+    parser.add_argument("--smoke", action="store_true", help="the whole machinery on tiny data, all below --out")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one, or one on each GPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run on the CPU")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto: GPUs where there are any")

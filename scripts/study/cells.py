@@ -68,6 +68,7 @@ class Plan:
     seeds: int = 5
     few: int = 3
     batch: int = 256
+    values: int | None = None  # tried along each axis; None: all
     reference: Reference = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ ICONS = Plan(
     tuning=UNIT * 2,
     tuning_epochs=UNIT * 4,
 )
-SMOKE = Plan(budgets=(128, 256), strengths=(128, 256), tuning=128, tuning_epochs=256, seeds=2, few=1, batch=64)
+SMOKE = Plan(budgets=(64, 128, 192, 256), strengths=(128, 256), tuning=64, tuning_epochs=256, batch=64, values=1)
 
 MAIN = ("openclip", "fastclip_v3", "drrho_fixed", "drrho_v3")
 CLAIMS = {
@@ -106,9 +107,19 @@ class Wanted:
 def grid(plan: Plan, claims: frozenset[str] = frozenset(CLAIMS)) -> list[Wanted]:
     """The cells for ``claims``, most needed first, each once."""
     found: dict[Cell, frozenset[str]] = {}
-    for of, cell in _grid(plan):
+    for of, cell in _smoke(plan) if plan is SMOKE else _grid(plan):
         found[cell] = found.get(cell, frozenset()) | frozenset(of.split())
     return [Wanted(of, cell) for cell, of in found.items() if of & claims]
+
+
+def _smoke(plan: Plan) -> Iterator[tuple[str, Cell]]:
+    """As few cells as the tables and pictures need."""
+    for samples in plan.budgets:
+        yield "1 4", Cell("openclip", samples, batch=plan.batch)
+    for seed in (0, 1):
+        yield "1", Cell("openclip", plan.budgets[2], batch=plan.batch, seed=seed)
+        yield "1 7", Cell("drrho_fixed", plan.budgets[2], batch=plan.batch, seed=seed, reference=plan.reference)
+    yield "3", Cell("openclip", plan.budgets[2], batch=plan.batch, data="b-half")
 
 
 def _grid(plan: Plan) -> Iterator[tuple[str, Cell]]:

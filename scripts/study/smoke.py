@@ -17,7 +17,7 @@ NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 TEMPLATES = ("{c}", "a {c}")
 
 
-def make(root: Path, train: int = 512, test: int = 96) -> None:
+def make(root: Path, train: int = 192, test: int = 60) -> None:
     """Write halves, zero-shot and retrieval sets below ``root``."""
     for seed, half in enumerate(("a", "b")):
         write(root / half, [_pair(seed, i) for i in range(train)], per_shard=train // 2)

@@ -39,7 +39,7 @@ def settings(
         if axis.needs_epochs and not epochs:
             continue
         scores: dict[str, float] = {}
-        for value in axis.values:
+        for value in axis.values[: plan.values]:
             tried = first | chosen | {axis.flag: value}
             cell = Cell(
                 method.name,

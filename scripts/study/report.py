@@ -1,0 +1,328 @@
+"""The tables of docs/study.md, made from the results, and put between its markers.
+
+A block of the page begins with ``<!-- study: NAME -->`` and ends with ``<!-- end -->``; what stands outside is
+written by hand. ``blocks`` has every NAME.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from study import tuning
+from study.analysis import MISSING, Estimate, Results
+from study.cells import CLAIMS, MAIN, Cell, Plan, Reference, with_reference
+from study.methods import METHODS
+from study.power_law import FEWEST, bootstrap
+
+BLOCK = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NOTHING = "Not run yet."
+Rows = Mapping[str, Mapping[str, str]]
+
+
+def fill(page: str, results: Rows, tuned: Rows, plan: Plan) -> str:
+    """``page`` with its blocks as the results have them. ValueError: a block that does not exist."""
+    made = blocks(results, tuned, plan)
+
+    def block(match: re.Match[str]) -> str:
+        if match[2] not in made:
+            raise ValueError(f"there is no block {match[2]!r}, but {', '.join(made)}")
+        return f"{match[1]}\n{made[match[2]]}\n\n{match[3]}"
+
+    return BLOCK.sub(block, page)
+
+
+def blocks(results: Rows, tuned: Rows, plan: Plan) -> dict[str, str]:
+    """Name -> Markdown."""
+    found = Results.of(results.values())
+    compared = {claim: list(make(plan)) for claim, make in COMPARISONS.items()}
+    made = {
+        "runs": _runs(results, tuned),
+        "settings": _settings(tuned, plan),
+        "references": _references(found),
+        "verdicts": _verdicts(found, compared, plan),
+        "means": _means(found, plan),
+        "scaling": _scaling(found, plan),
+    }
+    return made | {f"claim_{claim}": _differences(found, items) for claim, items in compared.items()}
+
+
+# What is compared
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``ours`` against ``theirs``, a cell or the reference of ours (None), in the row ``label``."""
+
+    label: str
+    ours: Cell
+    theirs: Cell | None
+
+    def estimate(self, results: Results, column: str = "test_top1") -> Estimate:
+        if self.theirs is None:
+            return results.beyond_reference(self.ours, column)
+        return results.difference(self.ours, self.theirs, column)
+
+
+def _cell(plan: Plan, method: str, samples: int, reference: Reference | None = None, **other: object) -> Cell:
+    cell = with_reference(Cell(method, samples, batch=plan.batch), reference or plan.reference)
+    return replace(cell, **other)  # type: ignore[arg-type]
+
+
+def _name(cell: Cell) -> str:
+    return METHODS[cell.method].title
+
+
+def _against(label: str, ours: Cell, *theirs: Cell) -> Iterator[Comparison]:
+    for other in theirs:
+        yield Comparison(f"{label}: {_name(ours)} − {_name(other)}", ours, other)
+
+
+def _middle(plan: Plan) -> tuple[int, ...]:
+    return plan.budgets[min(2, len(plan.budgets) - 1) :][:2]
+
+
+def _helps(plan: Plan) -> Iterator[Comparison]:
+    for samples in plan.budgets:
+        openclip, v3, *robust = (_cell(plan, method, samples) for method in MAIN)
+        for ours in robust:
+            yield from _against(thousands(samples), ours, openclip, v3)
+    samples = _middle(plan)[0]
+    for method in ("drrho_v1", "drrho_v2"):
+        label = thousands(samples)
+        yield from _against(label, _cell(plan, method, samples), _cell(plan, "openclip", samples))
+
+
+def _passes(plan: Plan) -> Iterator[Comparison]:
+    for samples in (*_middle(plan), plan.budgets[-1]):
+        for at in plan.strengths:
+            weaker = replace(plan.reference, at=at)
+            label = f"{thousands(samples)} under a reference of {thousands(at)}: DRRho-CLIP − its reference"
+            yield Comparison(label, _cell(plan, "drrho_fixed", samples, weaker), None)
+    for at in (plan.strengths[1], plan.strengths[-1]):
+        weaker, samples = replace(plan.reference, at=at), _middle(plan)[0]
+        label = f"{thousands(samples)}, larger tower, under a reference of {thousands(at)}"
+        ours = _cell(plan, "drrho_fixed", samples, weaker, model="large")
+        yield Comparison(f"{label}: DRRho-CLIP − its reference", ours, None)
+        yield from _against(label, ours, _cell(plan, "openclip", samples, model="large"))
+
+
+def _parts(plan: Plan) -> Iterator[Comparison]:
+    for samples in _middle(plan):
+        whole = [_cell(plan, method, samples) for method in ("openclip", "fastclip_v3")]
+        for part in ("half", "quarter", "eighth"):
+            ours = _cell(plan, "drrho_fixed", samples, data=f"b-{part}")
+            for other in whole:
+                label = f"{thousands(samples)}: DRRho-CLIP on a {part} − {_name(other)} on all"
+                yield Comparison(label, ours, other)
+            same = _cell(plan, "openclip", samples, data=f"b-{part}")
+            label = f"{thousands(samples)}: DRRho-CLIP on a {part} − OpenCLIP on the same {part}"
+            yield Comparison(label, ours, same)
+
+
+def _heuristics(plan: Plan) -> Iterator[Comparison]:
+    samples, few = _middle(plan)[0], plan.budgets[0]
+    ours = _cell(plan, "drrho_fixed", samples)
+    for method in ("distill", "jest", "jest_topk", "drrho_select", "drrho_distill"):
+        yield from _against(f"{thousands(samples)} trained on", ours, _cell(plan, method, samples))
+    for method in ("jest", "jest_topk", "drrho_select"):
+        read = few * METHODS[method].super_batch
+        label = f"{thousands(samples)} − {thousands(few)} chosen of {thousands(read)}"
+        yield from _against(label, ours, _cell(plan, method, few))
+
+
+def _family(plan: Plan) -> Iterator[Comparison]:
+    samples = _middle(plan)[0]
+    for batch in (plan.batch // 8, plan.batch // 2, plan.batch, plan.batch * 4):
+        ours, other = (_cell(plan, method, samples, batch=batch) for method in ("fastclip_v3", "openclip"))
+        yield from _against(f"{thousands(samples)}, batch {batch}", ours, other)
+    last = plan.budgets[-1]
+    ours, other = (_cell(plan, method, last, data="b-eighth") for method in ("fastclip_v3", "openclip"))
+    yield from _against(f"{thousands(last)} on an eighth", ours, other)
+    for method in ("siglip", "fastclip_v0", "fastclip_v1", "fastclip_v2", "sogclr", "isogclr"):
+        yield from _against(thousands(samples), _cell(plan, method, samples), _cell(plan, "openclip", samples))
+
+
+def _references_decide(plan: Plan) -> Iterator[Comparison]:
+    for samples in _middle(plan):
+        for at in plan.strengths:
+            label = f"{thousands(samples)} under a reference of {thousands(at)}"
+            ours = _cell(plan, "drrho_fixed", samples, replace(plan.reference, at=at))
+            yield from _against(label, ours, _cell(plan, "openclip", samples))
+    samples = _middle(plan)[0]
+    for title, reference in (
+        ("trained on b itself", replace(plan.reference, data="b")),
+        ("trained on a and b", replace(plan.reference, data="a+b")),
+        ("with a larger tower", replace(plan.reference, model="large")),
+    ):
+        ours = _cell(plan, "drrho_fixed", samples, reference)
+        yield from _against(
+            f"{thousands(samples)} under a reference {title}", ours, _cell(plan, "openclip", samples)
+        )
+    for noise in (20, 40):
+        ours, *others = (
+            _cell(plan, method, samples, data=f"b-noise{noise}")
+            for method in ("drrho_fixed", "openclip", "fastclip_v3")
+        )
+        yield from _against(f"{thousands(samples)}, {noise} % of the captions shuffled", ours, *others)
+
+
+COMPARISONS: dict[str, Callable[[Plan], Iterable[Comparison]]] = {
+    "1": _helps,
+    "2": _passes,
+    "3": _parts,
+    "5": _heuristics,
+    "6": _family,
+    "7": _references_decide,
+}
+
+
+# Tables
+
+
+def thousands(samples: int) -> str:
+    return f"{samples / 1000:.0f}k" if samples >= 1000 else str(samples)
+
+
+def shown(one: Estimate, sign: bool = False) -> str:
+    """'24.6 ± 0.8': the half of the 95 % interval; one seed has none."""
+    if one.n == 0:
+        return "–"
+    mean = f"{one.mean:+.1f}" if sign else f"{one.mean:.1f}"
+    return f"{mean} ± {one.half:.1f}" if math.isfinite(one.half) else mean
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Markdown; ``NOTHING`` without rows."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    names = list(head)
+    return "\n".join([f"| {' | '.join(names)} |", f"|{'---|' * len(names)}", *lines]) if lines else NOTHING
+
+
+def _differences(results: Results, items: Iterable[Comparison]) -> str:
+    rows, missing = [], 0
+    for item in items:
+        top1, recall = item.estimate(results), item.estimate(results, "test_recall1")
+        if top1.n == 0:
+            missing += 1
+            continue
+        rows.append(
+            [
+                *(item.label, shown(results.mean(item.ours)), shown(top1, sign=True), shown(recall, sign=True)),
+                *(str(top1.n), top1.verdict),
+            ]
+        )
+    made = table(("comparison", "top-1", "difference", "of recall@1", "seeds", "above 0"), rows)
+    if not rows:
+        return NOTHING
+    return f"{made}\n\nNot run yet: {missing} comparisons." if missing else made
+
+
+def _means(results: Results, plan: Plan) -> str:
+    rows = []
+    for samples in plan.budgets:
+        found = [results.mean(_cell(plan, method, samples)) for method in MAIN]
+        if any(one.n for one in found):
+            rows.append([thousands(samples), *map(shown, found), "/".join(str(one.n) for one in found)])
+    return table(("samples", *(METHODS[method].title for method in MAIN), "seeds"), rows)
+
+
+def _verdicts(results: Results, compared: Mapping[str, Iterable[Comparison]], plan: Plan) -> str:
+    rows = []
+    for claim, title in CLAIMS.items():
+        if claim == "4":
+            rows.append([claim, title, _scaling_verdict(results, plan)])
+            continue
+        counts = Counter(item.estimate(results).verdict for item in compared[claim])
+        run = sum(counts.values()) - counts[MISSING]
+        words = [f"{verdict} in {n}" for verdict, n in sorted(counts.items()) if verdict != MISSING]
+        rows.append([claim, title, f"{', '.join(words)} of {run} comparisons" if run else "not run yet"])
+    return table(("claim", "", "verdict"), rows)
+
+
+def laws(results: Results, plan: Plan) -> dict[str, dict[float, list[float]]]:
+    """Method -> budget -> errors, of the methods of claim 4 with enough budgets."""
+    found = {}
+    for method in MAIN:
+        runs = {
+            float(samples): [1 - top1 / 100 for top1 in seeds.values()]
+            for samples in plan.budgets
+            if (seeds := results.seeds(_cell(plan, method, samples), "test_top1"))
+        }
+        if len(runs) >= FEWEST:
+            found[METHODS[method].title] = runs
+    return found
+
+
+def _scaling(results: Results, plan: Plan) -> str:
+    fitted = bootstrap(laws(results, plan))
+    rows = []
+    for name, one in fitted.items():
+        (low, high), law = one.interval(), one.law
+        floor = "{:.3f} ({:.3f} to {:.3f})".format(law.floor, *one.interval(2))
+        rows.append([name, f"{law.beta:.2f} ({low:.2f} to {high:.2f})", f"{law.alpha:.3f}", floor])
+    return table(("", "β (95 %)", f"α at {thousands(plan.budgets[0])}", "floor (95 %)"), rows)
+
+
+def _scaling_verdict(results: Results, plan: Plan) -> str:
+    fitted = bootstrap(laws(results, plan))
+    base = fitted.get(METHODS["openclip"].title)
+    words = []
+    for method in ("drrho_fixed", "drrho_v3"):
+        one = fitted.get(METHODS[method].title)
+        if base is None or one is None:
+            continue
+        draws = sorted(one.draws[:, 1] - base.draws[:, 1])
+        low, high = draws[int(0.025 * len(draws))], draws[int(0.975 * len(draws)) - 1]
+        verdict = "steeper" if high < 0 else "flatter" if low > 0 else "undecided"
+        words.append(f"{METHODS[method].title}: {verdict}, β differs by {low:+.2f} to {high:+.2f}")
+    return "; ".join(words) or "not run yet"
+
+
+def _references(results: Results) -> str:
+    rows = []
+    for name, row in sorted(results.references.items(), key=lambda one: (one[1]["model"], int(one[1]["samples"]))):
+        rows.append(
+            [
+                *(name, row["data"], row["model"], thousands(int(row["samples"]))),
+                *(f"{float(row[column]):.1f}" for column in ("test_top1", "test_recall1", "val_top1")),
+            ]
+        )
+    return table(("reference", "data", "model", "samples", "top-1", "recall@1", "validation top-1"), rows)
+
+
+def _settings(tuned: Rows, plan: Plan) -> str:
+    rows = []
+    for name, method in METHODS.items():
+        if method.tuned_as:
+            continue
+        for epochs in (True, False):
+            try:
+                found = tuning.settings(name, plan, tuned, epochs=epochs)
+            except tuning.Untuned:
+                continue
+            trials = sum(row["method"] == name for row in tuned.values())
+            words = " ".join(f"`{flag} {value}`" for flag, value in found.items())
+            later = any(axis.needs_epochs for axis in method.axes) and not epochs
+            rows.append([method.title, words + (", γ not yet" if later else ""), str(trials)])
+            break
+    return table(("method", "chosen", "runs"), rows)
+
+
+def _runs(results: Rows, tuned: Rows) -> str:
+    rows = [*results.values(), *tuned.values()]
+    if not rows:
+        return NOTHING
+    kinds = Counter(row["kind"] for row in rows)
+    hours = sum(float(row["cpu_seconds"]) for row in rows) / 3600
+    samples = sum(int(row["samples_read"]) for row in rows if row["kind"] != "reference")
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    dates = sorted(row["date"][:10] for row in rows)
+    return (
+        f"{kinds['cell']} cells, {kinds['tuning']} runs for tuning and {kinds['reference']} checkpoints of "
+        f"references, from {dates[0]} to {dates[-1]} on {devices}: {samples / 1e6:.1f} million samples in "
+        f"{hours:.1f} hours of processor time."
+    )
