@@ -6,8 +6,9 @@
     python scripts/study.py --data data/icons --out logs/study            # train it, or go on with it
     python scripts/study.py --out logs/study --report docs/study.md       # tables and pictures from the results
 
-Every finished run is a row of OUT/results.csv, those that chose settings of OUT/tuning.csv. A cell that has its row is
-not trained again, and an interrupted run goes on. On a CPU one cell is trained at a time, with GPUs one on each.
+Every finished run is a row of OUT/results.csv, or of OUT/tuning.csv where it chose settings. A cell that has its
+row is not trained again, and an interrupted run goes on. On a CPU one cell is trained at a time, with GPUs one on
+each.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ class Reference:
     at: int = 0
     model: str = "small"
     method: str = "openclip"
+    batch: int = 256
 
     @property
     def name(self) -> str:
@@ -27,7 +28,7 @@ class Reference:
     @property
     def cell(self) -> Cell:
         """The run that it is a checkpoint of."""
-        return Cell(self.method, self.samples, data=self.data, model=self.model, seed=REFERENCE_SEED)
+        return Cell(self.method, self.samples, self.data, self.batch, REFERENCE_SEED, self.model)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ class Plan:
     reference: Reference = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "reference", Reference("a", self.strengths[-1], self.strengths[-1]))
+        object.__setattr__(
+            self, "reference", Reference("a", self.strengths[-1], self.strengths[-1], batch=self.batch)
+        )
 
 
 UNIT = 168 * 256  # samples: half an epoch of b, and a whole number of steps of every batch size from 32 to 1,024

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from study import sets, tuning
 from study.cells import Cell, Plan, Reference, Wanted
 from study.methods import METHODS
-from study.runs import RunFailed, Studio, measures_of, shown
+from study.runs import RunFailed, Studio, measures_of
 from study.table import Table
 
 CACHE = "--cache_ref_model_features --batch-size 1024 --workers 0"
@@ -186,7 +186,7 @@ class Train:
 
     def done(self, desk: Desk) -> bool:
         try:
-            return self.cell.id(shown(desk.settings(self.cell))) in desk.results.rows()
+            return self.cell.id(tuning.shown(desk.settings(self.cell))) in desk.results.rows()
         except tuning.Untuned:
             return False
 

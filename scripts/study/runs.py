@@ -18,6 +18,7 @@ from study import sets
 from study.cells import Cell, Reference
 from study.methods import METHODS
 from study.program import Program
+from study.tuning import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 # What all runs share. The reference's stored features are of the whole picture, the target sees a crop of it.
@@ -198,10 +199,6 @@ class Used:
 
     seconds: float
     cpu_seconds: float
-
-
-def shown(settings: dict[str, str]) -> str:
-    return " ".join(f"{flag} {value}" for flag, value in settings.items())
 
 
 def gamma_advice(epochs: int) -> float:

@@ -7,7 +7,6 @@ is kept. Axes of gamma come last and are tried over several epochs, since it is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from study.cells import TUNING_SEED, Cell, Plan, with_reference
 from study.methods import METHODS
@@ -17,6 +16,11 @@ Row = Mapping[str, object]
 
 class Untuned(Exception):
     """A run that the choice depends on is missing."""
+
+
+def shown(settings: Mapping[str, str]) -> str:
+    """The settings as a table has them: ``--lr 2e-3 --rho 8.5``."""
+    return " ".join(f"{flag} {value}" for flag, value in settings.items())
 
 
 def score(row: Row) -> float:
@@ -34,6 +38,7 @@ def settings(
     """
     method = METHODS[METHODS[name].tuned_as or name]
     chosen: dict[str, str] = {}
+    known = dict(rows)
     first = {axis.flag: axis.values[0] for axis in method.axes if not axis.needs_epochs}
     for axis in method.axes:
         if axis.needs_epochs and not epochs:
@@ -41,19 +46,14 @@ def settings(
         scores: dict[str, float] = {}
         for value in axis.values[: plan.values]:
             tried = first | chosen | {axis.flag: value}
-            cell = Cell(
-                method.name,
-                plan.tuning_epochs if axis.needs_epochs else plan.tuning,
-                batch=plan.batch,
-                seed=TUNING_SEED,
-                settings=tuple(tried.items()),
-            )
-            cell = replace(with_reference(cell, plan.reference), settings=tuple(tried.items()))
-            row = rows.get(cell.id(" ".join(f"{f} {v}" for f, v in tried.items())))
-            if row is None:
+            samples = plan.tuning_epochs if axis.needs_epochs else plan.tuning
+            cell = Cell(method.name, samples, batch=plan.batch, seed=TUNING_SEED, settings=tuple(tried.items()))
+            cell = with_reference(cell, plan.reference)
+            run = cell.id(shown(tried))
+            if run not in known:
                 if trial is None:
                     raise Untuned(name)
-                row = trial(cell)
-            scores[value] = score(row)
+                known[run] = trial(cell)
+            scores[value] = score(known[run])
         chosen[axis.flag] = max(scores, key=lambda value: scores[value])
     return chosen
