@@ -65,7 +65,6 @@ class Plan:
     budgets: tuple[int, ...]
     strengths: tuple[int, ...]
     tuning: int
-    tuning_epochs: int
     seeds: int = 5
     few: int = 3
     batch: int = 256
@@ -83,9 +82,8 @@ ICONS = Plan(
     budgets=tuple(UNIT * k for k in (1, 2, 4, 8, 16)),
     strengths=tuple(UNIT * k for k in (2, 4, 8, 16, 32)),
     tuning=UNIT * 2,
-    tuning_epochs=UNIT * 4,
 )
-SMOKE = Plan(budgets=(64, 128, 192, 256), strengths=(128, 256), tuning=64, tuning_epochs=256, batch=64, values=1)
+SMOKE = Plan(budgets=(64, 128, 192, 256), strengths=(128, 256), tuning=64, batch=64, values=1)
 
 MAIN = ("openclip", "fastclip_v3", "drrho_fixed", "drrho_v3")
 CLAIMS = {

@@ -46,7 +46,8 @@ class Tune:
 
     def needs(self, desk: Desk) -> tuple[Job, ...]:
         first = (Tune(self.method, False),) if self.epochs else ()
-        return (*first, Features(desk.plan.reference, "b")) if METHODS[self.method].reference else first
+        data = tuning.GAMMA_DATA if self.epochs else "b"
+        return (*first, Features(desk.plan.reference, data)) if METHODS[self.method].reference else first
 
     def done(self, desk: Desk) -> bool:
         try:
@@ -58,7 +59,7 @@ class Tune:
     def samples(self, desk: Desk) -> int:
         axes = [axis for axis in METHODS[self.method].axes if axis.needs_epochs == self.epochs]
         runs = sum(len(axis.values) for axis in axes) - (0 if self.epochs else len(axes) - 1)
-        return runs * (desk.plan.tuning_epochs if self.epochs else desk.plan.tuning)
+        return runs * desk.plan.tuning
 
     def run(self, desk: Desk, slot: int) -> None:
         def trial(cell: Cell) -> tuning.Row:

@@ -50,10 +50,10 @@ def _flags(text: str) -> tuple[str, ...]:
 
 
 _RATE = Axis("--lr", LEARNING_RATES)
-_LEARNED = (Axis("--temperature", ("0.07", "0.03")), Axis("--lr_tau", ("2e-3", "5e-4", "1e-2")))
+_LEARNED = (Axis("--temperature", ("0.07", "0.03")), Axis("--lr_tau", ("2e-3", "1e-2")))
 _FIXED = Axis("--temperature", ("0.03", "0.01", "0.05", "0.07"))
 _RHO = Axis("--rho", ("8.5", "6.5", "11.0"))
-_GAMMA = Axis(GAMMA, ("1.0", "0.8", "0.5"))
+_GAMMA = Axis(GAMMA, ("advice", "0.6", "0.3"))  # "advice": the authors' for the number of epochs
 _V0 = _flags("--fastclip --temperature_scheme global_learnable")
 _V1 = _flags("--fastclip --temperature_scheme global_constant")
 _V2 = _flags("--fastclip --temperature_scheme individual_learnable --lr_tau_scheduler const")

@@ -1,7 +1,8 @@
 """Each method's own settings, chosen by short runs on the validation sets, which are neither training nor test.
 
 Coordinate search: along one axis after the other, all its values are tried with the best ones so far, and the best
-is kept. Axes of gamma come last and are tried over several epochs, since it is 1 throughout the first.
+is kept. Gamma comes last and is tried on ``GAMMA_DATA``, in as many runs of the same length: over its many epochs,
+since gamma is 1 throughout the first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from study.cells import TUNING_SEED, Cell, Plan, with_reference
 from study.methods import METHODS
 
+GAMMA_DATA = "b-eighth"
 Row = Mapping[str, object]
 
 
@@ -46,8 +48,8 @@ def settings(
         scores: dict[str, float] = {}
         for value in axis.values[: plan.values]:
             tried = first | chosen | {axis.flag: value}
-            samples = plan.tuning_epochs if axis.needs_epochs else plan.tuning
-            cell = Cell(method.name, samples, batch=plan.batch, seed=TUNING_SEED, settings=tuple(tried.items()))
+            data = GAMMA_DATA if axis.needs_epochs else "b"
+            cell = Cell(method.name, plan.tuning, data, plan.batch, TUNING_SEED, settings=tuple(tried.items()))
             cell = with_reference(cell, plan.reference)
             run = cell.id(shown(tried))
             if run not in known:

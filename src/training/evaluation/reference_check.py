@@ -1,8 +1,8 @@
 """What a reference says of the pairs that a target will be trained on, measured on a sample of them.
 
 With r_ij the reference's similarity of image i and text j, the margins of pair i are r_ij - r_ii where its image
-is the anchor, and r_ji - r_ii where its text is: what DRRho-CLIP (arXiv:2505.06699) subtracts. Here j runs over the
-pairs with other captions: two pairs of the same caption cannot be told apart.
+is the anchor, and r_ji - r_ii where its text is: what DRRho-CLIP (arXiv:2505.06699) subtracts. Here j runs over
+the pairs with other captions: two pairs of the same caption cannot be told apart.
 """
 
 from __future__ import annotations
