@@ -168,10 +168,8 @@ class Studio:
             code, cpu_seconds = child.wait()
         finally:
             self.running.discard(child)
-        if self.stopping.is_set():
-            raise RunFailed("stopped")
-        if code:
-            raise RunFailed(f"{name}: python -m {module} ended with code {code}; its output is in {log}")
+        if code or (module == "training.main" and not (self.folder(name) / "job.done").exists()):
+            raise RunFailed(f"{name}: python -m {module} ended early, with code {code}; its output is in {log}")
         return Used(time.monotonic() - began, cpu_seconds)
 
     def stop(self) -> None:
