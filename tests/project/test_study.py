@@ -1,0 +1,390 @@
+"""The study: its smoke run from end to end, stopped and gone on with; its grid, its search, its statistics."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import itertools
+import math
+import multiprocessing
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import scipy.stats
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = (
+    "analysis",
+    "cells",
+    "jobs",
+    "methods",
+    "pictures",
+    "report",
+    "runs",
+    "sets",
+    "smoke",
+    "table",
+    "tuning",
+)
+
+
+@pytest.fixture(scope="module")
+def study():
+    """The modules of scripts/study, imported as scripts/study.py imports them."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(f"study.{name}") for name in MODULES})
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
+def row(study, **values):
+    """A row of the table, of an OpenCLIP cell unless ``values`` say otherwise."""
+    found = dict.fromkeys(study.table.COLUMNS, "0")
+    found |= {"kind": "cell", "method": "openclip", "data": "b", "samples": "256", "batch": "64", "model": "small"}
+    found |= {"reference": "", "settings": "", "date": "2026-01-02T00:00:00Z", "device": "CPU"}
+    found |= {key: str(value) for key, value in values.items()}
+    return found | {
+        "id": "-".join(map(str, (found["method"], found["samples"], found["reference"], found["seed"])))
+    }
+
+
+# The whole
+
+
+def smoke(out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "scripts" / "study.py"),
+        "--smoke",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        *more,
+    ]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a smoke run that was stopped after its first cell and started again."""
+    out = tmp_path_factory.mktemp("study")
+    with (out / "first.txt").open("w") as said:
+        first = subprocess.Popen(smoke(out), stdout=said, stderr=subprocess.STDOUT)
+        end = time.monotonic() + 300
+        while not rows_of(out / "results.csv") and first.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(120) == 1, (out / "first.txt").read_text()
+    assert "stopped; the same command goes on" in (out / "first.txt").read_text()
+    begun = rows_of(out / "results.csv")
+    assert begun
+    second = subprocess.run(smoke(out), capture_output=True, text=True, timeout=600)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert rows_of(out / "results.csv")[: len(begun)] == begun, "what was finished is kept"
+    return out
+
+
+def test_every_cell_is_trained_once(finished, study):
+    rows = rows_of(finished / "results.csv")
+    assert len({one["id"] for one in rows}) == len(rows)
+    wanted = study.cells.grid(study.cells.SMOKE)
+    trained = [
+        (one["method"], int(one["samples"]), one["data"], int(one["seed"]))
+        for one in rows
+        if one["kind"] == "cell"
+    ]
+    assert sorted(trained) == sorted((w.cell.method, w.cell.samples, w.cell.data, w.cell.seed) for w in wanted)
+    assert {one["reference"] for one in rows if one["method"] == "drrho_fixed"} == {"a-256@256"}
+    assert {one["id"] for one in rows if one["kind"] == "reference"} == {
+        "reference_a-256@128",
+        "reference_a-256@256",
+    }
+    assert {one["method"] for one in rows_of(finished / "tuning.csv")} == {"openclip", "drrho_fixed"}
+    for one in rows:
+        assert 0 <= float(one["test_top1"]) <= float(one["test_top5"]) <= 100
+        assert float(one["cpu_seconds"]) > 0 and "--seed" in one["flags"]
+    assert not list((finished / "runs").glob("*/checkpoints/*.pt")), "no checkpoint is left that nothing needs"
+
+
+def test_a_third_start_trains_nothing_and_lists_all_as_done(finished):
+    listed = subprocess.run(smoke(finished, "--list"), capture_output=True, text=True, timeout=120)
+    *jobs, total = listed.stdout.splitlines()
+    assert len(jobs) == 12 and all(line.split()[0] == "done" for line in jobs), listed.stdout + listed.stderr
+    assert total.startswith("0.0 hours")
+
+
+def test_page_and_pictures(finished, study):
+    page = (finished / "study.md").read_text()
+    assert "8 cells, 2 runs for tuning and 2 checkpoints of references" in page
+    assert "| 192: DRRho-CLIP, fixed τ − OpenCLIP |" in page
+    for name in ("scaling_law.png", "weak_to_strong.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_of_a_seed_differ_in_their_own_flags_alone(finished):
+    """So that runs of one seed are paired: the trainer's initial weights and order follow from the flags."""
+
+    def flags(method, seed):
+        (line,) = [
+            one["flags"]
+            for one in rows_of(finished / "results.csv")
+            if (one["method"], one["samples"], one["seed"], one["data"]) == (method, "192", str(seed), "b")
+        ]
+        words = shlex.split(line)
+        return dict(
+            itertools.zip_longest(*[iter([w for w in words if w not in ("--fastclip", "--multiply_tau")])] * 2)
+        )
+
+    ours, theirs = flags("drrho_fixed", 1), flags("openclip", 1)
+    differing = {flag for flag in ours | theirs if ours.get(flag) != theirs.get(flag)}
+    assert differing <= {
+        "--name",
+        "--lr_tau",
+        "--temperature",
+        "--temperature_scheme",
+        "--fastclip_eps",
+        "--cached_ref_features_dir",
+    }
+    assert ours["--seed"] == theirs["--seed"] == "1"
+
+
+# The grid
+
+
+def test_grid_has_five_seeds_of_the_main_methods_and_all_claims(study):
+    wanted = study.cells.grid(study.cells.ICONS)
+    assert len({one.cell for one in wanted}) == len(wanted)
+    assert set().union(*(one.claims for one in wanted)) == set(study.cells.CLAIMS)
+    budgets = study.cells.ICONS.budgets
+    assert len(budgets) >= 4 and budgets[-1] >= 16 * budgets[0]
+    for method, samples in itertools.product(study.cells.MAIN, budgets):
+        seeds = {
+            one.cell.seed
+            for one in wanted
+            if (one.cell.method, one.cell.samples, one.cell.data, one.cell.model)
+            == (method, samples, "b", "small")
+        }
+        assert len(seeds) >= (5 if samples < budgets[-1] else 3), (method, samples)
+    assert {one.cell.method for one in wanted} == set(study.methods.METHODS)
+    for one in wanted:
+        assert one.cell.samples % one.cell.batch == 0, one
+        assert (one.cell.reference is not None) == study.methods.METHODS[one.cell.method].reference, one
+
+
+def test_grid_of_one_claim(study):
+    assert {c for one in study.cells.grid(study.cells.ICONS, frozenset("3")) for c in one.claims} >= {"3"}
+    assert len(study.cells.grid(study.cells.ICONS, frozenset("3"))) < len(study.cells.grid(study.cells.ICONS))
+
+
+def test_flags_of_every_cell_are_accepted(study, tmp_path, monkeypatch):
+    from training.config.params import parse
+
+    study.smoke.make(tmp_path / "data", train=16, test=30)
+    studio = study.runs.Studio(tmp_path / "data", tmp_path)
+    kinds = {
+        (one.cell.method, one.cell.batch, one.cell.model): one.cell for one in study.cells.grid(study.cells.ICONS)
+    }
+    for cell in kinds.values():
+        method = study.methods.METHODS[study.methods.METHODS[cell.method].tuned_as or cell.method]
+        for choose in (min, max):
+            settings = {axis.flag: choose(axis.values) for axis in method.axes}
+            if cell.reference is not None:
+                studio.features(cell.reference, cell.data).mkdir(parents=True, exist_ok=True)
+            config = parse(studio.flags(cell, settings, "run"))
+            assert config.run.seed == cell.seed
+            assert not [remark for remark in config.remarks if "no effect" in remark], (cell, config.remarks)
+
+
+def test_jobs_come_after_what_they_need(study, tmp_path):
+    study.smoke.make(tmp_path / "data", train=16, test=30)
+    studio = study.runs.Studio(tmp_path / "data", tmp_path)
+    tables = study.table.Table(tmp_path / "r.csv"), study.table.Table(tmp_path / "t.csv")
+    desk = study.jobs.Desk(study.cells.ICONS, studio, *tables)
+    agenda = study.jobs.agenda(desk, study.cells.grid(desk.plan))
+    place = {job: i for i, job in enumerate(agenda)}
+    assert len(place) == len(agenda)
+    for job in agenda:
+        assert all(place[need] < place[job] for need in job.needs(desk)), job
+
+
+def test_what_needs_a_failed_job_is_not_tried(study, tmp_path, capsys):
+    tried = []
+
+    class Job(SimpleNamespace):
+        __hash__ = object.__hash__
+
+        def needs(self, desk):
+            return self.after
+
+        def done(self, desk):
+            return self.already
+
+        def run(self, desk, slot):
+            tried.append(self.name)
+            if self.name == "broken":
+                raise study.runs.RunFailed("it broke")
+
+    done = Job(name="done", after=(), already=True)
+    broken = Job(name="broken", after=(done,), already=False)
+    after = Job(name="after", after=(broken,), already=False)
+    other = Job(name="other", after=(done,), already=False)
+    desk = SimpleNamespace(studio=study.runs.Studio(tmp_path, tmp_path))
+    assert study.jobs.work(desk, [done, broken, after, other], slots=2) == 2
+    assert sorted(tried) == ["broken", "other"]
+    assert "error: it broke" in capsys.readouterr().err
+
+
+# Choosing settings
+
+
+def test_search_keeps_the_best_of_each_axis_and_runs_nothing_twice(study):
+    best = {"--lr": "4e-3", "--temperature": "0.05", "--gamma": "0.6"}
+    tried = []
+
+    def trial(cell):
+        settings = dict(cell.settings)
+        tried.append((cell.data, tuple(settings.items())))
+        assert cell.seed == study.cells.TUNING_SEED and cell.reference is not None
+        return {"val_top1": sum(settings.get(flag) == value for flag, value in best.items()), "val_recall1": 0}
+
+    plan = study.cells.ICONS
+    assert study.tuning.settings("drrho_fixed", plan, {}, epochs=True, trial=trial) == best
+    assert len(set(tried)) == len(tried) == 3 + 3 + 3
+    assert {data for data, settings in tried if "--gamma" in dict(settings)} == {study.tuning.GAMMA_DATA}
+    with pytest.raises(study.tuning.Untuned):
+        study.tuning.settings("drrho_fixed", plan, {}, epochs=False)
+
+
+def test_search_goes_on_from_its_rows(study):
+    plan, rows = study.cells.ICONS, {}
+
+    def trial(cell):
+        found = {"val_top1": len(rows), "val_recall1": 0}
+        rows[cell.id(study.tuning.shown(dict(cell.settings)))] = found
+        return found
+
+    chosen = study.tuning.settings("openclip", plan, {}, epochs=False, trial=trial)
+    assert len(rows) == 5
+    assert study.tuning.settings("openclip", plan, rows, epochs=False) == chosen
+    rows.pop(next(iter(rows)))
+    with pytest.raises(study.tuning.Untuned):
+        study.tuning.settings("openclip", plan, rows, epochs=False)
+
+
+# Sets
+
+
+def test_derived_sets(study, tmp_path):
+    study.smoke.make(tmp_path, train=40, test=30)
+
+    def content(name):
+        study.sets.make(tmp_path, name)
+        found = study.sets.find(tmp_path, name)
+        folder = Path(found.pattern).parent
+        return found.samples, [(one["png"], one["txt"]) for one in study.sets._read(folder)]
+
+    size, whole = content("b")
+    assert size == len(whole) == 40
+    quarter, half = content("b-quarter"), content("b-half")
+    assert (quarter[0], half[0]) == (10, 20)
+    assert set(quarter[1]) < set(half[1]) < set(whole)
+    noisy = content("b-noise40")
+    assert [png for png, _ in noisy[1]] == [png for png, _ in whole]
+    assert sorted(text for _, text in noisy[1]) == sorted(text for _, text in whole), "captions are only exchanged"
+    assert 10 <= sum(a != b for a, b in zip(noisy[1], whole, strict=True)) <= 16
+    both = study.sets.find(tmp_path, "a+b")
+    assert both.data_size == "40::40" and both.samples == 80
+    with pytest.raises(ValueError, match="b-third: no such set"):
+        study.sets.make(tmp_path, "b-third")
+
+
+# The table and its statistics
+
+
+def append_rows(module, path, name):
+    for i in range(20):
+        module.Table(path).append(dict.fromkeys(module.COLUMNS, "") | {"id": f"{name}-{i}", "flags": "a,b\n'c'"})
+
+
+def test_several_processes_append(study, tmp_path):
+    context = multiprocessing.get_context("fork")
+    path = tmp_path / "deep" / "results.csv"
+    writers = [context.Process(target=append_rows, args=(study.table, path, name)) for name in "xyz"]
+    for one in writers:
+        one.start()
+    for one in writers:
+        one.join(60)
+    assert {one["id"] for one in rows_of(path)} == {f"{name}-{i}" for name in "xyz" for i in range(20)}
+    assert study.table.Table(path).rows()["x-3"]["flags"] == "a,b\n'c'"
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.5], [3.1, -0.4, 1.7], [float(i**2) for i in range(9)]])
+def test_intervals_are_those_of_students_t(study, values):
+    low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    found = study.analysis.estimate(values)
+    assert (found.low, found.high) == (pytest.approx(low, rel=1e-3), pytest.approx(high, rel=1e-3))
+
+
+def test_verdicts(study):
+    estimate = study.analysis.estimate
+    assert estimate([1.0, 1.1, 0.9]).verdict == "holds"
+    assert estimate([-1.0, -1.1, -0.9]).verdict == "does not hold"
+    assert estimate([1.0, -1.1, 0.9]).verdict == "undecided"
+    assert estimate([5.0]).verdict == "undecided" and math.isinf(estimate([5.0]).half)
+    assert estimate([]).verdict == "not run"
+
+
+def test_differences_are_paired_and_the_newest_row_counts(study):
+    ref = study.cells.SMOKE.reference
+    rows = [row(study, seed=seed, test_top1=10 * seed) for seed in range(4)]
+    rows += [
+        row(study, method="drrho_fixed", reference=ref.name, seed=seed, test_top1=10 * seed + 2)
+        for seed in range(3)
+    ]
+    rows.append(row(study, seed=2, test_top1=19.7))
+    found = study.analysis.Results.of(rows)
+    ours = study.cells.Cell("drrho_fixed", 256, batch=64, reference=ref)
+    difference = found.difference(ours, study.cells.Cell("openclip", 256, batch=64))
+    assert difference.n == 3 and difference.mean == pytest.approx((2 + 2 + 2.3) / 3)
+    assert difference.verdict == "holds", "although the runs of each method differ by 20 points"
+    rows.append(row(study, kind="reference", samples=256, test_top1=30) | {"id": f"reference_{ref.name}"})
+    beyond = study.analysis.Results.of(rows).beyond_reference(ours)
+    assert beyond.mean == pytest.approx(-18)
+
+
+def test_blocks_of_a_page(study):
+    ref = study.cells.SMOKE.reference
+    rows = {}
+    for seed in range(3):
+        for method, reference, top1 in (("openclip", "", 10), ("drrho_fixed", ref.name, 14)):
+            one = row(
+                study,
+                method=method,
+                reference=reference,
+                seed=seed,
+                test_top1=top1 + seed + 0.1 * seed * (top1 > 10),
+            )
+            rows[one["id"]] = one
+    page = "# Title\n<!-- study: claim_1 -->\nbygone\n<!-- end -->\ntext\n<!-- study: verdicts -->\n<!-- end -->\n"
+    filled = study.report.fill(page, rows, {}, study.cells.SMOKE)
+    assert "| 256: DRRho-CLIP, fixed τ − OpenCLIP | 15.1 ± 2.7 | +4.1 ± 0.2 | +0.0 ± 0.0 | 3 | holds |" in filled
+    assert "| 1 | a reference helps | holds in 1 of 1 comparisons |" in filled
+    assert "| 4 | scaling | not run yet |" in filled
+    assert "bygone" not in filled and "# Title" in filled and "\ntext\n" in filled
+    assert study.report.fill(filled, rows, {}, study.cells.SMOKE) == filled
+    with pytest.raises(ValueError, match="no block 'nonsense'"):
+        study.report.fill("<!-- study: nonsense -->\n<!-- end -->", rows, {}, study.cells.SMOKE)
