@@ -128,6 +128,7 @@ class TrainReference:
             {
                 **row,
                 **measures_of(out),
+                **studio.known(one, slot),
                 "id": f"reference_{one.name}",
                 "samples": one.at,
                 "epochs": round(row["epochs"] * share, 3),

@@ -13,7 +13,12 @@ import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-_IMPORTED = ("training.main", "training.run", "training.evaluation.benchmark.program", "open_clip", "timm")
+_IMPORTED = (
+    "training.run",
+    "training.evaluation.benchmark.program",
+    "training.evaluation.reference_check",
+    "timm",
+)
 
 
 class Program:

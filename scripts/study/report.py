@@ -288,10 +288,21 @@ def _references(results: Results) -> str:
         rows.append(
             [
                 *(name, row["data"], row["model"], thousands(int(row["samples"]))),
-                *(f"{float(row[column]):.1f}" for column in ("test_top1", "test_recall1", "val_top1")),
+                *(f"{float(row[column]):.1f}" for column in ("test_top1", "test_recall1", "b_first")),
+                f"{float(row['b_loss_spread']):.2f}",
             ]
         )
-    return table(("reference", "data", "model", "samples", "top-1", "recall@1", "validation top-1"), rows)
+    head = (
+        "reference",
+        "data",
+        "model",
+        "samples",
+        "top-1",
+        "recall@1",
+        "first among 256 of b, %",
+        "spread of losses",
+    )
+    return table(head, rows)
 
 
 def _settings(tuned: Rows, plan: Plan) -> str:

@@ -122,11 +122,24 @@ class Studio:
         return {
             **self.row(run, kind, cell, text, used, flags),
             **measured(self.folder(run) / "eval_results"),
+            **dict.fromkeys(("b_first", "b_loss_spread"), ""),
             "steps": steps,
             "samples_read": steps * cell.batch * METHODS[cell.method].super_batch,
             "epochs": round(self.epochs(cell), 3),
             "resumed": int(resumed),
         }
+
+    def known(self, reference: Reference, slot: int) -> dict[str, float]:
+        """What ``training.check_reference`` says of a reference on the set b, both directions averaged."""
+        name, data = f"check_{reference.name}", self.training_set("b")
+        out = self.out / "references" / f"{reference.name}.check.json"
+        flags = ["--ref_model_checkpoint", str(self.checkpoint(reference)), "--train-data", data.pattern]
+        flags += ["--samples", str(min(4096, data.samples)), "--workers", "0", "--out", str(out)]
+        self.start("training.check_reference", flags, name, slot)
+        both = json.loads(out.read_text())["directions"].values()
+        shares = [100 * one["first"].get("256", list(one["first"].values())[-1]) for one in both]
+        spreads = [one["loss_spread"] for one in both]
+        return {"b_first": round(sum(shares) / 2, 3), "b_loss_spread": round(sum(spreads) / 2, 4)}
 
     def row(self, run: str, kind: str, cell: Cell, settings: str, used: Used, flags: list[str]) -> dict:
         """What is known of a run beside what it measured."""

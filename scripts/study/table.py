@@ -13,6 +13,7 @@ COLUMNS = (
     *("id", "kind", "method", "data", "samples", "batch", "seed", "model", "reference", "settings"),
     *("steps", "samples_read", "epochs"),
     *("test_top1", "test_top5", "val_top1", "val_top5", "test_recall1", "val_recall1"),
+    *("b_first", "b_loss_spread"),  # of a reference, by training.check_reference on the set b
     *("seconds", "cpu_seconds", "resumed", "device", "torch", "revision", "date", "flags"),
 )
 

@@ -15,12 +15,14 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from training.config.flags import ALL
 from training.config.given import Refusal
 from training.config.params import parse
 from training.distributed import once
+from training.files import replacing
 from training.machine import console
 from training.machine.limits import cores
 from training.machine.prepare import Unfit, prepare
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if given.samples < 2:
             raise Refusal(f"--samples {given.samples}: give at least 2, since pairs are compared with each other")
+        if given.out is not None and not given.out.absolute().parent.is_dir():
+            raise Refusal(f"--out {given.out}: there is no folder {given.out.absolute().parent}; make it first")
         config = parse(_flags(given))
         prepare()
     except (Refusal, Unfit) as error:
@@ -63,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         preflight.check(config, world)
         found = check_reference(config, world, given.samples)
         if world.is_main:
-            console.show(json.dumps(asdict(found)) if given.json else "\n".join(found.lines()))
+            if given.out is not None:
+                with replacing(given.out) as file:
+                    file.write(json.dumps(asdict(found), indent=1).encode())
+            console.show("\n".join(found.lines()))
         return 0
 
     return failures.run(program, interrupted="nothing is kept")
@@ -98,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         options: dict[str, Any] = {"nargs": "*"} if flag.kind == "pairs" else {"type": kind}
         add(key, default=DEFAULTS.get(key), choices=flag.choices, required=key == "train_data", **options)
     parser.add_argument("--samples", type=int, default=4096, help="pairs to measure it on (default: 4096)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--out", type=Path, default=None, help="a file for the numbers, as JSON")
     return parser
 
 

@@ -100,8 +100,9 @@ def test_program(data, capsys):
     shown = capsys.readouterr().out
     assert "tiny-vit, on 32 pairs of the training data with 32 different captions" in shown
     assert "first among 32 (chance 3.1 %)" in shown
-    assert main([*flags, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    assert main([*flags, "--out", str(folder / "found.json")]) == 0
+    assert capsys.readouterr().out == shown, "the same pairs again"
+    found = json.loads((folder / "found.json").read_text())
     assert found["samples"] == 32 and found["tau"] == pytest.approx(0.07)
     assert found["directions"]["image_to_text"]["first"]["32"] < 0.3, "random weights"
 
@@ -113,6 +114,7 @@ def test_program(data, capsys):
         (["--ref_model_checkpoint", "no.pt"], "no.pt"),
         (["--ref_model", "ViT-B-32", "--ref_model_pretrained", "openai", "--samples", "1"], "--samples 1"),
         (["--ref_model", "ViT-B-32"], "has no weights"),
+        (["--ref_model_checkpoint", "x.pt", "--out", "none/x.json"], "--out none/x.json: there is no folder"),
     ],
 )
 def test_refusals(data, flags, reason, capsys):

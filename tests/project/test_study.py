@@ -117,6 +117,7 @@ def test_every_cell_is_trained_once(finished, study):
     for one in rows:
         assert 0 <= float(one["test_top1"]) <= float(one["test_top5"]) <= 100
         assert float(one["cpu_seconds"]) > 0 and "--seed" in one["flags"]
+        assert bool(one["b_first"]) == bool(one["b_loss_spread"]) == (one["kind"] == "reference")
     assert not list((finished / "runs").glob("*/checkpoints/*.pt")), "no checkpoint is left that nothing needs"
 
 
