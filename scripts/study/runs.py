@@ -67,7 +67,8 @@ class Studio:
         base, own = ROOT / "assets" / "models" / f"study-{cell.model}.json", METHODS[cell.method].model
         if not own:
             return base
-        path = self.out / "models" / f"study-{cell.model}-{cell.method}.json"
+        # open_clip would give a model with siglip in its name another tokenizer.
+        path = self.out / "models" / f"study-{cell.model}-{cell.method.replace('siglip', 'sigmoid')}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(json.loads(base.read_text()) | dict(own), indent=2))
         return path
