@@ -21,6 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import ScalarFormatter
 
 from study.power_law import Fitted, Runs, bootstrap
 
@@ -98,6 +99,8 @@ def draw(path: Path, groups: dict[str, Runs], fitted: dict[str, Fitted], x: str)
         label = f"{name}: β = {fitted[name].law.beta:.2f} ({low:.2f} to {high:.2f})"
         axes.plot(along, fitted[name].law(along), color=color, label=label)
     axes.set(xscale="log", yscale="log", xlabel=x.replace("_", " "), ylabel="error = 1 − accuracy")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.grid(True, which="both", alpha=0.2)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

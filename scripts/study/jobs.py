@@ -15,7 +15,7 @@ from study.methods import METHODS
 from study.runs import RunFailed, Studio, measures_of
 from study.table import Table
 
-CACHE = "--cache_ref_model_features --batch-size 1024 --workers 0"
+CACHE = "--cache_ref_model_features --batch-size 1024"
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,10 @@ class TrainReference:
         out = studio.out / "references" / f"{one.name}.jsonl"
         flags = ["--checkpoint", str(studio.checkpoint(one)), "--data_dir", str(studio.data), "--out", str(out)]
         studio.start(
-            "training.evaluate", [*flags, "--tasks", sets.TASKS, "--workers", "0"], f"reference_{one.name}", slot
+            "training.evaluate",
+            [*flags, "--tasks", sets.TASKS, "--workers", str(studio.workers)],
+            f"reference_{one.name}",
+            slot,
         )
         desk.results.append(
             {
@@ -164,7 +167,16 @@ class Features:
         flags = [
             *("--train-data", data.pattern, "--data_size", data.data_size, "--precision", studio.precision),
             *("--ref_model_checkpoint", str(studio.checkpoint(self.reference)), *CACHE.split()),
-            *("--cached_ref_features_dir", str(folder), "--logs", str(studio.out / "runs"), "--name", name),
+            *(
+                "--workers",
+                str(studio.workers),
+                "--cached_ref_features_dir",
+                str(folder),
+                "--logs",
+                str(studio.out / "runs"),
+                "--name",
+                name,
+            ),
         ]
         studio.start("training.main", flags, name, slot)
         (folder / "complete").touch()

@@ -20,6 +20,7 @@ from study.power_law import FEWEST, bootstrap
 
 BLOCK = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOTHING = "Not run yet."
+HEURISTICS = ("distill", "jest", "jest_topk", "drrho_select", "drrho_distill")
 Rows = Mapping[str, Mapping[str, str]]
 
 
@@ -40,6 +41,7 @@ def blocks(results: Rows, tuned: Rows, plan: Plan) -> dict[str, str]:
     found = Results.of(results.values())
     compared = {claim: list(make(plan)) for claim, make in COMPARISONS.items()}
     made = {
+        "costs": _costs(found, plan),
         "runs": _runs(results, tuned),
         "settings": _settings(tuned, plan),
         "references": _references(found),
@@ -126,7 +128,7 @@ def _parts(plan: Plan) -> Iterator[Comparison]:
 def _heuristics(plan: Plan) -> Iterator[Comparison]:
     samples, few = _middle(plan)[0], plan.budgets[0]
     ours = _cell(plan, "drrho_fixed", samples)
-    for method in ("distill", "jest", "jest_topk", "drrho_select", "drrho_distill"):
+    for method in HEURISTICS:
         yield from _against(f"{thousands(samples)} trained on", ours, _cell(plan, method, samples))
     for method in ("jest", "jest_topk", "drrho_select"):
         read = few * METHODS[method].super_batch
@@ -265,6 +267,17 @@ def _scaling(results: Results, plan: Plan) -> str:
         floor = "{:.3f} ({:.3f} to {:.3f})".format(law.floor, *one.interval(2))
         rows.append([name, f"{law.beta:.2f} ({low:.2f} to {high:.2f})", f"{law.alpha:.3f}", floor])
     return table(("", "β (95 %)", f"α at {thousands(plan.budgets[0])}", "floor (95 %)"), rows)
+
+
+def _costs(results: Results, plan: Plan) -> str:
+    """What a run of each way to use a reference costs."""
+    samples, rows = _middle(plan)[0], []
+    for method in ("openclip", "fastclip_v3", "drrho_fixed", *HEURISTICS):
+        cell = _cell(plan, method, samples)
+        seconds = results.mean(cell, "cpu_seconds")
+        if seconds.n:
+            rows.append([_name(cell), shown(results.mean(cell)), f"{seconds.mean:.0f} s", str(seconds.n)])
+    return table((f"{thousands(samples)} trained on", "top-1", "processor time", "seeds"), rows)
 
 
 def _scaling_verdict(results: Results, plan: Plan) -> str:

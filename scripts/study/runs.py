@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import shutil
 import subprocess
@@ -22,9 +23,9 @@ from study.tuning import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 # What all runs share. The reference's stored features are of the whole picture, the target sees a crop of it.
-COMMON = (
-    "--workers 0 --wd 0.1 --beta2 0.98 --zeroshot-frequency 1000000 --save-frequency 0 --save_every_minutes 10"
-)
+COMMON = "--wd 0.1 --beta2 0.98 --zeroshot-frequency 1000000 --save-frequency 0 --save_every_minutes 10"
+# The order of samples follows from the lanes: it is the same with one process and with the loaders of a GPU.
+LANES, GPU_WORKERS = "1,4", 4
 LOGGING = "--log-every-n-steps 100 --resume latest"
 WARMUP = 10  # a tenth of the steps
 
@@ -62,6 +63,11 @@ class Studio:
     def training_set(self, name: str) -> sets.TrainingSet:
         return sets.find(self.data, name)
 
+    @property
+    def workers(self) -> int:
+        """Loader processes of a run. On a CPU they would only take turns with the model."""
+        return GPU_WORKERS if self.gpus else 0
+
     def model(self, cell: Cell) -> Path:
         """The model's config file; a method with entries of its own gets a copy with these."""
         base, own = ROOT / "assets" / "models" / f"study-{cell.model}.json", METHODS[cell.method].model
@@ -85,14 +91,8 @@ class Studio:
         method, data = METHODS[cell.method], self.training_set(cell.data)
         steps, epochs = cell.samples // cell.batch, math.ceil(self.epochs(cell))
         given = [
-            *(
-                "--train-data",
-                data.pattern,
-                "--train-num-samples",
-                str(data.samples),
-                "--data_size",
-                data.data_size,
-            ),
+            *("--train-data", data.pattern, "--train-num-samples", str(data.samples)),
+            *("--data_size", data.data_size, "--lanes", LANES, "--workers", str(self.workers)),
             *("--batch-size", str(cell.batch * method.super_batch), "--model", str(self.model(cell))),
             *("--iters", str(steps), "--epochs", str(epochs), "--warmup", str(steps // WARMUP)),
             *("--seed", str(cell.seed), "--precision", self.precision),
@@ -115,9 +115,9 @@ class Studio:
         """Run a cell to its end, or the rest of an interrupted run; returns its row. Its checkpoints are left."""
         text = shown(settings)
         run = cell.id(text)
-        resumed = (self.folder(run) / "checkpoints").exists()
         sets.make(self.data, cell.data)
         flags = [*self.flags(cell, settings, run), *more]
+        resumed = self._begun(run, flags)
         used = self.start("training.main", flags, run, slot)
         steps = cell.samples // cell.batch
         return {
@@ -130,12 +130,22 @@ class Studio:
             "resumed": int(resumed),
         }
 
+    def _begun(self, run: str, flags: list[str]) -> bool:
+        """Whether there is a run to go on with. One that was begun with other flags is removed."""
+        noted = self.out / "runs" / f"{run}.flags"
+        if noted.exists() and noted.read_text() == shlex.join(flags):
+            return (self.folder(run) / "checkpoints").exists()
+        shutil.rmtree(self.folder(run), ignore_errors=True)
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        noted.write_text(shlex.join(flags))
+        return False
+
     def known(self, reference: Reference, slot: int) -> dict[str, float]:
         """What ``training.check_reference`` says of a reference on the set b, both directions averaged."""
         name, data = f"check_{reference.name}", self.training_set("b")
         out = self.out / "references" / f"{reference.name}.check.json"
         flags = ["--ref_model_checkpoint", str(self.checkpoint(reference)), "--train-data", data.pattern]
-        flags += ["--samples", str(min(4096, data.samples)), "--workers", "0", "--out", str(out)]
+        flags += ["--samples", str(min(4096, data.samples)), "--workers", str(self.workers), "--out", str(out)]
         self.start("training.check_reference", flags, name, slot)
         both = json.loads(out.read_text())["directions"].values()
         shares = [100 * one["first"].get("256", list(one["first"].values())[-1]) for one in both]
@@ -172,7 +182,10 @@ class Studio:
         """Run a program of the trainer; its output goes to ``logs/NAME.txt``. RunFailed: it did not end well."""
         log = self.out / "logs" / f"{name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {"CUDA_VISIBLE_DEVICES": str(slot)} if self.gpus else {}
+        environment = {}
+        if self.gpus:
+            mine = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.gpus)))
+            environment["CUDA_VISIBLE_DEVICES"] = mine.split(",")[slot % self.gpus]
         if self.stopping.is_set():
             raise RunFailed("stopped")
         began = time.monotonic()
