@@ -18,6 +18,7 @@ LONGEST = (
     "tests/checkpoint/test_kill.py",
     "tests/slurm/test_slurm.py",
     "tests/project/test_benchmarks.py",
+    "tests/project/test_study.py",
     "tests/test_main.py",
     "tests/project/test_examples.py",
 )

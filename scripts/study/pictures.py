@@ -43,6 +43,7 @@ def weak_to_strong(path: Path, results: Results, plan: Plan) -> bool:
         ends = (min(reached), max(reached))
         axes.plot(ends, ends, color="0.5", linewidth=1, label="as good as the reference")
         axes.set(xlabel="zero-shot top-1 of the reference, %", ylabel="zero-shot top-1 of the target, %")
+        axes.set_ylim(0, 1.1 * max(reached))
         axes.legend(title="samples of the target\n(dashed: OpenCLIP)")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from study import tuning
-from study.analysis import MISSING, Estimate, Results
+from study.analysis import FAILS, HOLDS, MISSING, OPEN, Estimate, Results
 from study.cells import CLAIMS, MAIN, Cell, Plan, Reference, with_reference
 from study.methods import METHODS
 from study.power_law import FEWEST, bootstrap
@@ -21,6 +21,7 @@ from study.power_law import FEWEST, bootstrap
 BLOCK = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOTHING = "Not run yet."
 HEURISTICS = ("distill", "jest", "jest_topk", "drrho_select", "drrho_distill")
+TOLD = {HOLDS: "above 0", FAILS: "below 0", OPEN: "undecided", MISSING: "not run yet"}
 Rows = Mapping[str, Mapping[str, str]]
 
 
@@ -239,10 +240,18 @@ def _verdicts(results: Results, compared: Mapping[str, Iterable[Comparison]], pl
             rows.append([claim, title, _scaling_verdict(results, plan)])
             continue
         counts = Counter(item.estimate(results).verdict for item in compared[claim])
-        run = sum(counts.values()) - counts[MISSING]
-        words = [f"{verdict} in {n}" for verdict, n in sorted(counts.items()) if verdict != MISSING]
-        rows.append([claim, title, f"{', '.join(words)} of {run} comparisons" if run else "not run yet"])
+        rows.append([claim, title, _in_all(counts)])
     return table(("claim", "", "verdict"), rows)
+
+
+def _in_all(counts: Counter[str]) -> str:
+    """One verdict of many: mixed where some comparisons hold and others do not."""
+    if counts[HOLDS] and counts[FAILS]:
+        found = "mixed"
+    else:
+        found = next((one for one in (HOLDS, FAILS, OPEN) if counts[one]), MISSING)
+    words = [f"{counts[one]} {told}" for one, told in TOLD.items() if counts[one]]
+    return f"**{found}**: {', '.join(words)}" if words else found
 
 
 def laws(results: Results, plan: Plan) -> dict[str, dict[float, list[float]]]:

@@ -210,6 +210,14 @@ def test_flags_of_every_cell_are_accepted(study, tmp_path, monkeypatch):
             assert not [remark for remark in config.remarks if "no effect" in remark], (cell, config.remarks)
 
 
+def test_a_run_that_was_begun_with_other_flags_is_not_gone_on_with(study, tmp_path):
+    studio = study.runs.Studio(tmp_path, tmp_path)
+    assert not studio._begun("run", ["--lr", "1"])
+    (studio.folder("run") / "checkpoints").mkdir(parents=True)
+    assert studio._begun("run", ["--lr", "1"])
+    assert not studio._begun("run", ["--lr", "2"]) and not studio.folder("run").exists()
+
+
 def test_jobs_come_after_what_they_need(study, tmp_path):
     study.smoke.make(tmp_path / "data", train=16, test=30)
     studio = study.runs.Studio(tmp_path / "data", tmp_path)
@@ -367,6 +375,16 @@ def test_differences_are_paired_and_the_newest_row_counts(study):
     assert beyond.mean == pytest.approx(-18)
 
 
+def test_the_page_has_what_the_results_say(study):
+    """To bring it in line: python scripts/study.py --out assets/study --report docs/study.md."""
+    tables = [study.table.Table(ROOT / "assets" / "study" / name).rows() for name in ("results.csv", "tuning.csv")]
+    page = (ROOT / "docs" / "study.md").read_text()
+    assert study.report.fill(page, *tables, study.cells.ICONS) == page
+    assert {match[1] for match in study.report.BLOCK.findall(page)} == set(
+        study.report.blocks({}, {}, study.cells.ICONS)
+    )
+
+
 def test_blocks_of_a_page(study):
     ref = study.cells.SMOKE.reference
     rows = {}
@@ -383,7 +401,7 @@ def test_blocks_of_a_page(study):
     page = "# Title\n<!-- study: claim_1 -->\nbygone\n<!-- end -->\ntext\n<!-- study: verdicts -->\n<!-- end -->\n"
     filled = study.report.fill(page, rows, {}, study.cells.SMOKE)
     assert "| 256: DRRho-CLIP, fixed τ − OpenCLIP | 15.1 ± 2.7 | +4.1 ± 0.2 | +0.0 ± 0.0 | 3 | holds |" in filled
-    assert "| 1 | a reference helps | holds in 1 of 1 comparisons |" in filled
+    assert "| 1 | a reference helps | **holds**: 1 above 0, 17 not run yet |" in filled
     assert "| 4 | scaling | not run yet |" in filled
     assert "bygone" not in filled and "# Title" in filled and "\ntext\n" in filled
     assert study.report.fill(filled, rows, {}, study.cells.SMOKE) == filled
