@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 REFERENCE_SEED = 100  # of references' initial weights and order: no target has it
 TUNING_SEED = 50  # of the runs that choose settings: no cell has it
@@ -60,7 +61,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a study. ``budgets`` ascend; ``reference`` is the strong one, ``strengths`` its checkpoints."""
+    """The sizes of a study, in samples. ``budgets`` ascend; ``strengths`` are the reference's checkpoints."""
 
     budgets: tuple[int, ...]
     strengths: tuple[int, ...]
@@ -69,12 +70,11 @@ class Plan:
     few: int = 3
     batch: int = 256
     values: int | None = None  # tried along each axis; None: all
-    reference: Reference = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "reference", Reference("a", self.strengths[-1], self.strengths[-1], batch=self.batch)
-        )
+    @property
+    def reference(self) -> Reference:
+        """The strong one."""
+        return Reference("a", self.strengths[-1], self.strengths[-1], batch=self.batch)
 
 
 UNIT = 168 * 256  # samples: half an epoch of b, and a whole number of steps of every batch size from 32 to 1,024
@@ -127,7 +127,7 @@ def _grid(plan: Plan) -> Iterator[tuple[str, Cell]]:
     low, high = plan.budgets[: max(len(plan.budgets) - 3, 1)], plan.budgets[max(len(plan.budgets) - 3, 1) :]
     few, every = range(plan.few), range(plan.seeds)
 
-    def cells(methods: tuple[str, ...], budgets: tuple[int, ...], seeds: range, **other: object) -> Iterator[Cell]:
+    def cells(methods: tuple[str, ...], budgets: tuple[int, ...], seeds: range, **other: Any) -> Iterator[Cell]:
         for samples in budgets:
             for seed in seeds:
                 for method in methods:

@@ -96,7 +96,7 @@ def bootstrap(groups: Mapping[str, Runs], draws: int = DRAWS, seed: int = 0) -> 
     for name, runs in groups.items():
         rng = np.random.default_rng(seed)
         budgets = sorted(runs)
-        means = [np.mean(runs[budget]) for budget in budgets]
+        means = [float(np.mean(runs[budget])) for budget in budgets]
         drawn = []
         for budget in budgets:
             errors = np.asarray(runs[budget], float)

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from study import tuning
 from study.analysis import FAILS, HOLDS, MISSING, OPEN, Estimate, Results
@@ -70,9 +71,9 @@ class Comparison:
         return results.difference(self.ours, self.theirs, column)
 
 
-def _cell(plan: Plan, method: str, samples: int, reference: Reference | None = None, **other: object) -> Cell:
+def _cell(plan: Plan, method: str, samples: int, reference: Reference | None = None, **other: Any) -> Cell:
     cell = with_reference(Cell(method, samples, batch=plan.batch), reference or plan.reference)
-    return replace(cell, **other)  # type: ignore[arg-type]
+    return replace(cell, **other)
 
 
 def _name(cell: Cell) -> str:
