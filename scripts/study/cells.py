@@ -20,7 +20,7 @@ class Reference:
     at: int = 0
     model: str = "small"
     method: str = "openclip"
-    batch: int = 256
+    batch: int = 128
 
     @property
     def name(self) -> str:
@@ -42,7 +42,7 @@ class Cell:
     method: str
     samples: int
     data: str = "b"
-    batch: int = 256
+    batch: int = 128
     seed: int = 0
     model: str = "small"
     reference: Reference | None = None
@@ -68,7 +68,7 @@ class Plan:
     tuning: int
     seeds: int = 5
     few: int = 3
-    batch: int = 256
+    batch: int = 128
     values: int | None = None  # tried along each axis; None: all
 
     @property
@@ -169,7 +169,7 @@ def _grid(plan: Plan) -> Iterator[tuple[str, Cell]]:
     yield from all_of("5", cells(("jest", "jest_topk", "drrho_select"), plan.budgets[:1], few))
 
     # Claim 6: batch sizes, many epochs over a small set, and the family.
-    for batch in (plan.batch // 8, plan.batch // 2, plan.batch * 4):
+    for batch in (plan.batch // 4, plan.batch * 2, plan.batch * 8):
         yield from all_of("6", cells(("openclip", "fastclip_v3"), middle[:1], few, batch=batch))
     yield from all_of("6", cells(("openclip", "fastclip_v3"), plan.budgets[-1:], few, data="b-eighth"))
     family = ("siglip", "fastclip_v0", "fastclip_v1", "fastclip_v2", "sogclr", "isogclr")

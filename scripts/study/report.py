@@ -140,7 +140,7 @@ def _heuristics(plan: Plan) -> Iterator[Comparison]:
 
 def _family(plan: Plan) -> Iterator[Comparison]:
     samples = _middle(plan)[0]
-    for batch in (plan.batch // 8, plan.batch // 2, plan.batch, plan.batch * 4):
+    for batch in (plan.batch // 4, plan.batch, plan.batch * 2, plan.batch * 8):
         ours, other = (_cell(plan, method, samples, batch=batch) for method in ("fastclip_v3", "openclip"))
         yield from _against(f"{thousands(samples)}, batch {batch}", ours, other)
     last = plan.budgets[-1]
