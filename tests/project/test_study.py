@@ -25,6 +25,7 @@ MODULES = (
     "jobs",
     "methods",
     "pictures",
+    "program",
     "report",
     "runs",
     "sets",
@@ -255,6 +256,31 @@ def test_what_needs_a_failed_job_is_not_tried(study, tmp_path, capsys):
     assert study.jobs.work(desk, [done, broken, after, other], slots=2) == 2
     assert sorted(tried) == ["broken", "other"]
     assert "error: it broke" in capsys.readouterr().err
+
+
+PROGRAM = """
+import os, signal, sys
+
+def main(flags):
+    print("said", *flags, "to", os.environ["WHERE"], sys.argv[1:] == flags)
+    if flags == ["die"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 3
+"""
+
+
+@pytest.mark.parametrize("flag, code", [("end", 3), ("die", -signal.SIGKILL)])
+def test_program_ends_with_its_code_and_its_output_in_the_log(study, tmp_path, monkeypatch, flag, code):
+    (tmp_path / "a_program.py").write_text(PROGRAM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("study.program._IMPORTED", ())
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    log = tmp_path / "log.txt"
+    log.write_text("earlier\n")
+    ended, seconds = study.program.Program("a_program", [flag], log, {"WHERE": "here"}).wait()
+    assert ended == code and math.isnan(seconds) == (code < 0)
+    if code > 0:
+        assert log.read_text() == f"earlier\nsaid {flag} to here True\n"
 
 
 # Choosing settings
