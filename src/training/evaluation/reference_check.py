@@ -70,7 +70,7 @@ class ReferenceCheck:
             found.append(f"{title:60}{cells}")
 
         def share(n: int) -> Callable[[Direction], str]:
-            return lambda one: f"{100 * one.first[n]:.1f} %"
+            return lambda one: f"{100 * one.first[n]:.3g} %"
 
         for n in self.directions[DIRECTIONS[0]].first:
             row(f"ranks the own partner first among {n:,} (chance {100 / n:.2g} %)", share(n))
