@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import ScalarFormatter
 
-from study.power_law import Fitted, Runs, bootstrap
+from study.power_law import Fitted, Runs, bootstrap, shown
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,19 +71,15 @@ def read(
 
 def table(fitted: dict[str, Fitted]) -> list[str]:
     """Lines of Markdown: each group's law, and how much steeper than the first one it falls."""
-    lines = ["| runs | β (95 %) | α at the smallest budget | floor | β less than the first one's (95 %) |"]
+    lines = ["| runs | β (95 %) | α at the smallest budget | floor (95 %) | β less than the first one's (95 %) |"]
     lines.append("|---|---|---|---|---|")
     first = next(iter(fitted.values()))
     for name, one in fitted.items():
-        low, high = one.interval()
-        if one is first:
-            against = "–"
-        else:
-            differences = one.draws[:, 1] - first.draws[:, 1]
-            ends = np.quantile(differences, (0.025, 0.975))
-            against = f"{one.law.beta - first.law.beta:+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})"
-        beta = f"{one.law.beta:.2f} ({low:.2f} to {high:.2f})"
-        lines.append(f"| {name} | {beta} | {one.law.alpha:.3f} | {one.law.floor:.3f} | {against} |")
+        law, against = one.law, "–"
+        if one is not first:
+            against = shown(law.beta - first.law.beta, one.steeper_than(first), "+.2f")
+        beta, floor = shown(law.beta, one.interval()), shown(law.floor, one.interval(2), ".3f")
+        lines.append(f"| {name} | {beta} | {law.alpha:.3f} | {floor} | {against} |")
     return lines
 
 
@@ -95,8 +91,7 @@ def draw(path: Path, groups: dict[str, Runs], fitted: dict[str, Fitted], x: str)
         for budget, errors in runs.items():
             axes.plot([budget] * len(errors), errors, "o", color=color, alpha=0.45, markersize=4)
         along = np.geomspace(min(runs), max(runs), 100)
-        low, high = fitted[name].interval()
-        label = f"{name}: β = {fitted[name].law.beta:.2f} ({low:.2f} to {high:.2f})"
+        label = f"{name}: β = {shown(fitted[name].law.beta, fitted[name].interval())}"
         axes.plot(along, fitted[name].law(along), color=color, label=label)
     axes.set(xscale="log", yscale="log", xlabel=x.replace("_", " "), ylabel="error = 1 − accuracy")
     axes.yaxis.set_major_formatter(ScalarFormatter())

@@ -73,17 +73,41 @@ def _given_beta(x: np.ndarray, y: np.ndarray, beta: np.ndarray) -> tuple[np.ndar
     return (residual**2).sum(2), alpha, floor
 
 
+Interval = tuple[float, float] | None
+
+
 @dataclass(frozen=True)
 class Fitted:
-    """A law, and the laws of the bootstrap's draws: float [DRAWS, 3] of alpha, beta, floor."""
+    """A law, and the laws of the bootstrap's draws: float [draws, 3] of alpha, beta, floor.
+
+    ``draws`` is None where a budget has a single run: nothing is known then of how much runs differ.
+    """
 
     law: Law
-    draws: np.ndarray
+    draws: np.ndarray | None
 
-    def interval(self, column: int = 1) -> tuple[float, float]:
+    def interval(self, column: int = 1) -> Interval:
         """The 95 % interval of alpha (0), beta (1) or the floor (2)."""
-        low, high = np.quantile(self.draws[:, column], (0.025, 0.975))
-        return float(low), float(high)
+        return None if self.draws is None else _ends(self.draws[:, column])
+
+    def steeper_than(self, other: Fitted) -> Interval:
+        """The 95 % interval of beta minus that of ``other``; below 0: the error falls faster."""
+        if self.draws is None or other.draws is None:
+            return None
+        return _ends(self.draws[:, 1] - other.draws[:, 1])
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def shown(value: float, interval: Interval, spec: str = ".2f") -> str:
+    """'-0.42 (-0.45 to -0.40)'."""
+    if interval is None:
+        return f"{value:{spec}} (one run in a budget: no interval)"
+    low, high = interval
+    return f"{value:{spec}} ({low:{spec}} to {high:{spec}})"
 
 
 def bootstrap(groups: Mapping[str, Runs], draws: int = DRAWS, seed: int = 0) -> dict[str, Fitted]:
@@ -96,10 +120,11 @@ def bootstrap(groups: Mapping[str, Runs], draws: int = DRAWS, seed: int = 0) -> 
     for name, runs in groups.items():
         rng = np.random.default_rng(seed)
         budgets = sorted(runs)
-        means = [float(np.mean(runs[budget])) for budget in budgets]
+        law = fit(budgets, [float(np.mean(runs[budget])) for budget in budgets])
         drawn = []
         for budget in budgets:
             errors = np.asarray(runs[budget], float)
             drawn.append(errors[rng.integers(0, len(errors), (draws, len(errors)))].mean(1))
-        found[name] = Fitted(fit(budgets, means), _fits(np.asarray(budgets), np.stack(drawn, 1)))
+        enough = min(map(len, runs.values())) > 1
+        found[name] = Fitted(law, _fits(np.asarray(budgets), np.stack(drawn, 1)) if enough else None)
     return found

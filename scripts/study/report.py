@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from study import tuning
+from study import power_law, tuning
 from study.analysis import FAILS, HOLDS, MISSING, OPEN, Estimate, Results
 from study.cells import CLAIMS, MAIN, Cell, Plan, Reference, with_reference
 from study.methods import METHODS
@@ -45,13 +45,20 @@ def blocks(results: Rows, tuned: Rows, plan: Plan) -> dict[str, str]:
     made = {
         "costs": _costs(found, plan),
         "runs": _runs(results, tuned),
+        "methods": _methods(),
         "settings": _settings(tuned, plan),
         "references": _references(found),
         "verdicts": _verdicts(found, compared, plan),
         "means": _means(found, plan),
         "scaling": _scaling(found, plan),
     }
-    return made | {f"claim_{claim}": _differences(found, items) for claim, items in compared.items()}
+    made |= {f"claim_{claim}": _differences(found, items) for claim, items in compared.items()}
+    for block, name, alt, drawn in (
+        ("claim_2", "weak_to_strong", "Accuracy of targets over that of their references", passing(found, plan)),
+        ("scaling", "scaling_law", "Errors over samples, with the laws that were fitted", laws(found, plan)),
+    ):
+        made[block] += f"\n\n![{alt}](../assets/{name}.png)" if drawn else ""
+    return made
 
 
 # What is compared
@@ -252,7 +259,23 @@ def _in_all(counts: Counter[str]) -> str:
     else:
         found = next((one for one in (HOLDS, FAILS, OPEN) if counts[one]), MISSING)
     words = [f"{counts[one]} {told}" for one, told in TOLD.items() if counts[one]]
-    return f"**{found}**: {', '.join(words)}" if words else found
+    return "not run yet" if found == MISSING else f"**{found}**: {', '.join(words)}"
+
+
+def passing(results: Results, plan: Plan) -> dict[int, list[tuple[float, Estimate]]]:
+    """Budget -> accuracy of a reference and of the targets under it, where there are both; ascending."""
+    found = {}
+    for samples in plan.budgets:
+        points = []
+        for at in plan.strengths:
+            reference = replace(plan.reference, at=at)
+            mean = results.mean(_cell(plan, "drrho_fixed", samples, reference))
+            row = results.references.get(reference.name)
+            if mean.n and row is not None:
+                points.append((float(row["test_top1"]), mean))
+        if points:
+            found[samples] = sorted(points, key=lambda point: point[0])
+    return found
 
 
 def laws(results: Results, plan: Plan) -> dict[str, dict[float, list[float]]]:
@@ -270,12 +293,11 @@ def laws(results: Results, plan: Plan) -> dict[str, dict[float, list[float]]]:
 
 
 def _scaling(results: Results, plan: Plan) -> str:
-    fitted = bootstrap(laws(results, plan))
     rows = []
-    for name, one in fitted.items():
-        (low, high), law = one.interval(), one.law
-        floor = "{:.3f} ({:.3f} to {:.3f})".format(law.floor, *one.interval(2))
-        rows.append([name, f"{law.beta:.2f} ({low:.2f} to {high:.2f})", f"{law.alpha:.3f}", floor])
+    for name, one in bootstrap(laws(results, plan)).items():
+        beta = power_law.shown(one.law.beta, one.interval())
+        floor = power_law.shown(one.law.floor, one.interval(2), ".3f")
+        rows.append([name, beta, f"{one.law.alpha:.3f}", floor])
     return table(("", "β (95 %)", f"α at {thousands(plan.budgets[0])}", "floor (95 %)"), rows)
 
 
@@ -292,16 +314,16 @@ def _costs(results: Results, plan: Plan) -> str:
 
 def _scaling_verdict(results: Results, plan: Plan) -> str:
     fitted = bootstrap(laws(results, plan))
-    base = fitted.get(METHODS["openclip"].title)
-    words = []
+    base, words = fitted.get(METHODS["openclip"].title), []
     for method in ("drrho_fixed", "drrho_v3"):
-        one = fitted.get(METHODS[method].title)
-        if base is None or one is None:
+        title = METHODS[method].title
+        if base is None or title not in fitted:
             continue
-        draws = sorted(one.draws[:, 1] - base.draws[:, 1])
-        low, high = draws[int(0.025 * len(draws))], draws[int(0.975 * len(draws)) - 1]
-        verdict = "steeper" if high < 0 else "flatter" if low > 0 else "undecided"
-        words.append(f"{METHODS[method].title}: {verdict}, β differs by {low:+.2f} to {high:+.2f}")
+        interval = fitted[title].steeper_than(base)
+        less = power_law.shown(fitted[title].law.beta - base.law.beta, interval, "+.2f")
+        verdict = OPEN if interval is None or interval[0] <= 0 <= interval[1] else HOLDS
+        verdict = FAILS if interval is not None and interval[0] > 0 else verdict
+        words.append(f"**{verdict}** for {title}, whose β less OpenCLIP's is {less}")
     return "; ".join(words) or "not run yet"
 
 
@@ -326,6 +348,15 @@ def _references(results: Results) -> str:
         "spread of losses",
     )
     return table(head, rows)
+
+
+def _methods() -> str:
+    rows = []
+    for method in METHODS.values():
+        reference = ["`--cached_ref_features_dir`"] if method.reference else []
+        flags = re.sub(r"(?<!^) --", "` `--", " ".join(method.flags))
+        rows.append([method.title, " ".join([f"`{flags}`"] * bool(flags) + reference) or "none"])
+    return table(("method", "its own flags"), rows)
 
 
 def _settings(tuned: Rows, plan: Plan) -> str:

@@ -137,3 +137,14 @@ def test_refusals(scaling_law, results, words, reason, capsys):
 def test_no_file(scaling_law, tmp_path, capsys):
     assert scaling_law.main([str(tmp_path / "none.csv")]) == 2
     assert "there is no such file" in capsys.readouterr().err
+
+
+def test_one_run_in_a_budget_gives_a_law_without_an_interval(scaling_law, power_law):
+    runs = {
+        budget: [error] * (1 if budget == BUDGETS[-1] else 3)
+        for budget, error in zip(BUDGETS, errors(0.6, -0.4, 0.3))
+    }
+    fitted = power_law.bootstrap({"a": runs, "b": runs}, draws=20)
+    assert fitted["a"].law.beta == pytest.approx(-0.4, abs=1e-4)
+    assert fitted["a"].interval() is None and fitted["b"].steeper_than(fitted["a"]) is None
+    assert "one run in a budget: no interval" in scaling_law.table(fitted)[2]

@@ -401,6 +401,23 @@ def test_differences_are_paired_and_the_newest_row_counts(study):
     assert beyond.mean == pytest.approx(-18)
 
 
+@pytest.mark.parametrize("ours, verdict", [(-0.6, "holds"), (-0.2, "does not hold"), (-0.3, "undecided")])
+def test_scaling_of_a_steeper_law_holds(study, ours, verdict):
+    rows = {}
+    for method, reference, beta in (
+        ("openclip", "", -0.3),
+        ("drrho_fixed", study.cells.SMOKE.reference.name, ours),
+    ):
+        for samples, seed in itertools.product(study.cells.SMOKE.budgets, range(3)):
+            error = 0.8 * (samples / 64) ** beta * (1 + 0.005 * math.sin(samples + 5 * seed + 10 * beta))
+            values = {"samples": samples, "seed": seed, "test_top1": 100 * (1 - error)}
+            one = row(study, method=method, reference=reference, **values)
+            rows[one["id"]] = one
+    made = study.report.blocks(rows, {}, study.cells.SMOKE)
+    assert f"| 4 | scaling | **{verdict}** for DRRho-CLIP, fixed τ" in made["verdicts"]
+    assert "| OpenCLIP | -0.3" in made["scaling"] and "assets/scaling_law.png" in made["scaling"]
+
+
 def test_the_page_has_what_the_results_say(study):
     """To bring it in line: python scripts/study.py --out assets/study --report docs/study.md."""
     tables = [study.table.Table(ROOT / "assets" / "study" / name).rows() for name in ("results.csv", "tuning.csv")]
