@@ -161,7 +161,7 @@ def _grid(plan: Plan) -> Iterator[tuple[str, Cell]]:
 
     # Claim 3: parts of b, for as long as the others train on all of it.
     for part in ("half", "quarter", "eighth"):
-        yield from all_of("3", cells(("openclip", "fastclip_v3", "drrho_fixed"), middle, few, data=f"b-{part}"))
+        yield from all_of("3", cells(("openclip", "drrho_fixed"), middle, few, data=f"b-{part}"))
 
     # Claim 5: other ways to use a reference.
     others = ("distill", "jest", "jest_topk", "drrho_select", "drrho_distill")
