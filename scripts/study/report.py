@@ -109,7 +109,8 @@ def _helps(plan: Plan) -> Iterator[Comparison]:
 
 def _passes(plan: Plan) -> Iterator[Comparison]:
     for samples in (*_middle(plan), plan.budgets[-1]):
-        for at in plan.strengths:
+        weakest_and_strongest = (*plan.strengths[:2], plan.strengths[-1])
+        for at in weakest_and_strongest if samples == plan.budgets[-1] else plan.strengths:
             weaker = replace(plan.reference, at=at)
             label = f"{thousands(samples)} under a reference of {thousands(at)}: DRRho-CLIP − its reference"
             yield Comparison(label, _cell(plan, "drrho_fixed", samples, weaker), None)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,6 +186,13 @@ def test_grid_has_five_seeds_of_the_main_methods_and_all_claims(study):
     for one in wanted:
         assert one.cell.samples % one.cell.batch == 0, one
         assert (one.cell.reference is not None) == study.methods.METHODS[one.cell.method].reference, one
+
+
+def test_every_cell_is_compared_and_every_comparison_is_trained(study):
+    plan = study.cells.ICONS
+    items = [item for make in study.report.COMPARISONS.values() for item in make(plan)]
+    compared = {replace(cell, seed=0) for item in items for cell in (item.ours, item.theirs) if cell is not None}
+    assert compared == {replace(one.cell, seed=0) for one in study.cells.grid(plan)}
 
 
 def test_grid_of_one_claim(study):
