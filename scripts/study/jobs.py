@@ -161,7 +161,7 @@ class Features:
 
     def run(self, desk: Desk, slot: int) -> None:
         studio, folder = desk.studio, desk.studio.features(self.reference, self.data)
-        sets.make(studio.data, self.data)
+        studio.make_set(self.data)
         data = studio.training_set(self.data)
         name = f"features_{self.reference.name}_{self.data}"
         flags = [

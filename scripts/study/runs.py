@@ -48,6 +48,7 @@ class Studio:
     gpus: int = 0
     running: set[Program] = field(default_factory=set, compare=False)
     stopping: threading.Event = field(default_factory=threading.Event, compare=False)
+    making: threading.Lock = field(default_factory=threading.Lock, compare=False)
 
     # What is where
 
@@ -62,6 +63,11 @@ class Studio:
 
     def training_set(self, name: str) -> sets.TrainingSet:
         return sets.find(self.data, name)
+
+    def make_set(self, name: str) -> None:
+        """Write the training set ``name`` where it is derived from another one and not there yet."""
+        with self.making:
+            sets.make(self.data, name)
 
     @property
     def workers(self) -> int:
@@ -115,7 +121,7 @@ class Studio:
         """Run a cell to its end, or the rest of an interrupted run; returns its row. Its checkpoints are left."""
         text = shown(settings)
         run = cell.id(text)
-        sets.make(self.data, cell.data)
+        self.make_set(cell.data)
         flags = [*self.flags(cell, settings, run), *more]
         resumed = self._begun(run, flags)
         used = self.start("training.main", flags, run, slot)
