@@ -79,9 +79,11 @@ class Results:
         return cls(runs, references)
 
     def seeds(self, cell: Cell, column: str) -> dict[int, float]:
-        """Seed -> value, of the runs of ``cell`` with any seed."""
+        """Seed -> value, of the runs of ``cell`` with any seed. A time is of a run that was not interrupted."""
         key = (cell.method, cell.samples, cell.data, cell.batch, cell.model, cell.reference_name)
-        return {seed: float(row[column]) for seed, row in sorted(self.runs.get(key, {}).items())}
+        rows = sorted(self.runs.get(key, {}).items())
+        whole = [(seed, row) for seed, row in rows if "seconds" not in column or row["resumed"] == "0"]
+        return {seed: float(row[column]) for seed, row in whole}
 
     def mean(self, cell: Cell, column: str = "test_top1") -> Estimate:
         return estimate(self.seeds(cell, column).values())

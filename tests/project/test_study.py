@@ -409,6 +409,13 @@ def test_differences_are_paired_and_the_newest_row_counts(study):
     assert beyond.mean == pytest.approx(-18)
 
 
+def test_times_are_of_runs_that_were_not_interrupted(study):
+    rows = [row(study, seed=seed, cpu_seconds=100 + seed, resumed=int(seed == 2)) for seed in range(3)]
+    found, cell = study.analysis.Results.of(rows), study.cells.Cell("openclip", 256, batch=64)
+    assert found.seeds(cell, "cpu_seconds") == {0: 100.0, 1: 101.0}
+    assert set(found.seeds(cell, "test_top1")) == {0, 1, 2}
+
+
 @pytest.mark.parametrize("ours, verdict", [(-0.6, "holds"), (-0.2, "does not hold"), (-0.3, "undecided")])
 def test_scaling_of_a_steeper_law_holds(study, ours, verdict):
     rows = {}
