@@ -54,6 +54,13 @@ _LEARNED = (Axis("--temperature", ("0.07", "0.03")), Axis("--lr_tau", ("2e-3", "
 _FIXED = Axis("--temperature", ("0.03", "0.01", "0.05", "0.07"))
 _RHO = Axis("--rho", ("8.5", "6.5", "11.0"))
 _GAMMA = Axis(GAMMA, ("advice", "0.6", "0.3"))  # "advice": the authors' for the number of epochs
+_V2_AXES = (
+    _RATE,
+    Axis("--temperature", ("0.03", "0.07")),
+    Axis("--lr_tau", ("1e-2", "1e-3")),
+    Axis("--rho", ("7.0", "5.0", "9.0")),
+    _GAMMA,
+)
 _V0 = _flags("--fastclip --temperature_scheme global_learnable")
 _V1 = _flags("--fastclip --temperature_scheme global_constant")
 _V2 = _flags("--fastclip --temperature_scheme individual_learnable --lr_tau_scheduler const")
@@ -74,37 +81,14 @@ METHODS = {
         ),
         Method("fastclip_v0", "FastCLIP-v0", _V0, (_RATE, *_LEARNED, _GAMMA)),
         Method("fastclip_v1", "FastCLIP-v1", _V1, (_RATE, _FIXED, _GAMMA)),
-        Method(
-            "fastclip_v2",
-            "FastCLIP-v2",
-            _V2,
-            (
-                _RATE,
-                Axis("--temperature", ("0.03", "0.07")),
-                Axis("--lr_tau", ("1e-2", "1e-3")),
-                Axis("--rho", ("7.0", "5.0", "9.0")),
-                _GAMMA,
-            ),
-        ),
+        Method("fastclip_v2", "FastCLIP-v2", _V2, _V2_AXES),
         Method("fastclip_v3", "FastCLIP-v3", _V3, (_RATE, *_LEARNED, _RHO, _GAMMA)),
         Method("sogclr", "SogCLR", (*_V1, "--gamma_schedule", "constant"), tuned_as="fastclip_v1"),
         Method("isogclr", "iSogCLR", (*_V2, "--gamma_schedule", "constant"), tuned_as="fastclip_v2"),
         Method("drrho_fixed", "DRRho-CLIP, fixed τ", _FIXED_TAU, (_RATE, _FIXED, _GAMMA), reference=True),
         Method("drrho_v3", "DRRho-CLIP, learned τ", _V3, (_RATE, *_LEARNED, _RHO, _GAMMA), reference=True),
         Method("drrho_v1", "DRRho-CLIP on v1", _V1, (_RATE, _FIXED, _GAMMA), reference=True),
-        Method(
-            "drrho_v2",
-            "DRRho-CLIP on v2",
-            _V2,
-            (
-                _RATE,
-                Axis("--temperature", ("0.03", "0.07")),
-                Axis("--lr_tau", ("1e-2", "1e-3")),
-                Axis("--rho", ("7.0", "5.0", "9.0")),
-                _GAMMA,
-            ),
-            reference=True,
-        ),
+        Method("drrho_v2", "DRRho-CLIP on v2", _V2, _V2_AXES, reference=True),
         Method("jest", "JEST", _JEST, reference=True, tuned_as="openclip", super_batch=5),
         Method(
             "jest_topk",
