@@ -76,6 +76,31 @@ class Plan:
         """The strong one."""
         return Reference("a", self.strengths[-1], self.strengths[-1], batch=self.batch)
 
+    @property
+    def other_references(self) -> tuple[Reference, ...]:
+        """Of other data, and of a larger tower with half of the samples."""
+        half = self.strengths[-2]
+        return (
+            replace(self.reference, data="b"),
+            replace(self.reference, data="a+b"),
+            replace(self.reference, model="large", samples=half, at=half),
+        )
+
+    @property
+    def short(self) -> tuple[int, ...]:
+        """The budget of comparisons with methods that read more than they train on."""
+        return self.budgets[1:2]
+
+    @property
+    def middle(self) -> tuple[int, ...]:
+        """The budget of most comparisons."""
+        return self.budgets[2:3]
+
+    @property
+    def long(self) -> tuple[int, ...]:
+        """The budget of those that need a long run."""
+        return self.budgets[3:4]
+
 
 UNIT = 168 * 256  # samples: half an epoch of b, and a whole number of steps of every batch size from 32 to 1,024
 ICONS = Plan(
@@ -137,56 +162,53 @@ def _grid(plan: Plan) -> Iterator[tuple[str, Cell]]:
     def all_of(of: str, found: Iterator[Cell]) -> Iterator[tuple[str, Cell]]:
         return ((of, cell) for cell in found)
 
-    # Claims 1 and 4: first few seeds at small budgets, then the larger ones, then all seeds.
+    def under(at: int) -> Reference:
+        return replace(plan.reference, at=at)
+
+    # Claims 1 and 4: first few seeds at small budgets, then the larger ones.
     yield from all_of("1 4", cells(MAIN, low, few))
     yield from all_of("1 4", cells(MAIN, high[:2], few))
     yield from all_of("1 4", cells(MAIN, high[2:], range(1)))
-    yield from all_of("1 4", cells(MAIN, plan.budgets[:-1], every))
 
     # Claim 7: the strength of the reference, and with it claim 2: where a target passes it.
-    middle = plan.budgets[min(2, len(plan.budgets) - 1) :][:2]
     for at in plan.strengths[:-1]:
-        weaker = replace(plan.reference, at=at)
-        yield from all_of("2 7", cells(("drrho_fixed",), middle, few, reference=weaker))
-    yield from all_of("1 4", cells(MAIN, plan.budgets[-1:], few))
-
-    # Claim 2: weak references under long training, and under a larger tower.
+        yield from all_of("2 7", cells(("drrho_fixed",), plan.middle, few, reference=under(at)))
     for at in plan.strengths[:2]:
-        weaker = replace(plan.reference, at=at)
-        yield from all_of("2", cells(("drrho_fixed",), plan.budgets[-1:], few, reference=weaker))
-    for at in (plan.strengths[1], plan.strengths[-1]):
-        weaker = replace(plan.reference, at=at)
-        large = cells(("openclip", "drrho_fixed"), middle[:1], few, model="large")
-        yield from all_of("2", (replace(cell, reference=weaker) if cell.reference else cell for cell in large))
+        yield from all_of("2 7", cells(("drrho_fixed",), plan.long, few, reference=under(at)))
 
     # Claim 3: parts of b, for as long as the others train on all of it.
     for part in ("half", "quarter", "eighth"):
-        yield from all_of("3", cells(("openclip", "drrho_fixed"), middle, few, data=f"b-{part}"))
+        yield from all_of("3", cells(("openclip", "drrho_fixed"), plan.middle, few, data=f"b-{part}"))
 
-    # Claim 5: other ways to use a reference.
-    others = ("distill", "jest", "jest_topk", "drrho_select", "drrho_distill")
-    yield from all_of("5", cells(others, middle[:1], few))
-    yield from all_of("5", cells(("jest", "jest_topk", "drrho_select"), plan.budgets[:1], few))
+    # Claims 1 and 4: all seeds.
+    yield from all_of("1 4", cells(MAIN, plan.budgets[:-1], every))
+
+    # Claim 5: other ways to use a reference. Selection reads five times the samples, and so it trains for less.
+    selecting = ("jest", "jest_topk", "drrho_select")
+    yield from all_of("5", cells(("distill", "drrho_distill"), plan.middle, few))
+    yield from all_of("5", cells(selecting, plan.budgets[:1], few))
+    yield from all_of("5", cells(selecting, plan.short, few))
 
     # Claim 6: batch sizes, many epochs over a small set, and the family.
     for batch in (plan.batch // 4, plan.batch * 2, plan.batch * 8):
-        yield from all_of("6", cells(("openclip", "fastclip_v3"), middle[:1], few, batch=batch))
-    yield from all_of("6", cells(("openclip", "fastclip_v3"), plan.budgets[-1:], few, data="b-eighth"))
-    family = ("siglip", "fastclip_v0", "fastclip_v1", "fastclip_v2", "sogclr", "isogclr")
-    yield from all_of("6", cells(family, middle[:1], few))
-    yield from all_of("1", cells(("drrho_v1", "drrho_v2"), middle[:1], few))
+        yield from all_of("6", cells(("openclip", "fastclip_v3"), plan.middle, few, batch=batch))
+    yield from all_of("6", cells(("openclip", "fastclip_v3"), plan.long, few, data="b-eighth"))
 
-    # Claim 7: the reference's data and size, and noise in the target's captions.
-    for other in (
-        replace(plan.reference, data="b"),
-        replace(plan.reference, data="a+b"),
-        replace(plan.reference, model="large"),
-    ):
-        yield from all_of("7", cells(("drrho_fixed",), middle[:1], few, reference=other))
+    # Claim 2: a larger tower. Claim 7: noise in the target's captions, the reference's data and size.
+    large = cells(("openclip", "drrho_fixed"), plan.middle, few, model="large")
+    yield from all_of(
+        "2", (replace(cell, reference=under(plan.strengths[1])) if cell.reference else cell for cell in large)
+    )
     for noise in ("noise20", "noise40"):
-        yield from all_of(
-            "7", cells(("openclip", "fastclip_v3", "drrho_fixed"), middle[:1], few, data=f"b-{noise}")
-        )
+        yield from all_of("7", cells(("openclip", "drrho_fixed"), plan.middle, few, data=f"b-{noise}"))
+    for other in plan.other_references:
+        yield from all_of("7", cells(("drrho_fixed",), plan.middle, few, reference=other))
+
+    # Claims 6 and 1: the family.
+    family = ("siglip", "fastclip_v0", "fastclip_v1", "fastclip_v2", "sogclr", "isogclr")
+    yield from all_of("6", cells(family, plan.middle, few))
+    yield from all_of("1", cells(("drrho_v1", "drrho_v2"), plan.middle, few))
+    yield from all_of("1 4", cells(MAIN, plan.budgets[-1:], few))
 
 
 def with_reference(cell: Cell, reference: Reference) -> Cell:

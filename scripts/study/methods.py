@@ -87,8 +87,9 @@ METHODS = {
         Method("isogclr", "iSogCLR", (*_V2, "--gamma_schedule", "constant"), tuned_as="fastclip_v2"),
         Method("drrho_fixed", "DRRho-CLIP, fixed τ", _FIXED_TAU, (_RATE, _FIXED, _GAMMA), reference=True),
         Method("drrho_v3", "DRRho-CLIP, learned τ", _V3, (_RATE, *_LEARNED, _RHO, _GAMMA), reference=True),
-        Method("drrho_v1", "DRRho-CLIP on v1", _V1, (_RATE, _FIXED, _GAMMA), reference=True),
-        Method("drrho_v2", "DRRho-CLIP on v2", _V2, _V2_AXES, reference=True),
+        # v1's loss is that of the fixed tau divided by it, which AdamW does not see.
+        Method("drrho_v1", "DRRho-CLIP on v1", _V1, reference=True, tuned_as="drrho_fixed"),
+        Method("drrho_v2", "DRRho-CLIP on v2", _V2, reference=True, tuned_as="fastclip_v2"),
         Method("jest", "JEST", _JEST, reference=True, tuned_as="openclip", super_batch=5),
         Method(
             "jest_topk",
@@ -123,9 +124,9 @@ METHODS = {
             (*_FIXED_TAU, *_flags("--ref_features_usage ref,distill")),
             (
                 _RATE,
-                _FIXED,
+                Axis("--temperature", ("0.03", "0.01")),
                 Axis("--distill_weight", ("0.5", "1.0")),
-                Axis("--distill_logit_scale", ("30", "15", "60")),
+                Axis("--distill_logit_scale", ("30", "15")),
             ),
             reference=True,
         ),

@@ -21,7 +21,7 @@ from study.power_law import FEWEST, bootstrap
 
 BLOCK = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOTHING = "Not run yet."
-HEURISTICS = ("distill", "jest", "jest_topk", "drrho_select", "drrho_distill")
+SELECTING = ("jest", "jest_topk", "drrho_select")
 TOLD = {HOLDS: "above 0", FAILS: "below 0", OPEN: "undecided", MISSING: "not run yet"}
 Rows = Mapping[str, Mapping[str, str]]
 
@@ -92,38 +92,40 @@ def _against(label: str, ours: Cell, *theirs: Cell) -> Iterator[Comparison]:
         yield Comparison(f"{label}: {_name(ours)} − {_name(other)}", ours, other)
 
 
-def _middle(plan: Plan) -> tuple[int, ...]:
-    return plan.budgets[min(2, len(plan.budgets) - 1) :][:2]
-
-
 def _helps(plan: Plan) -> Iterator[Comparison]:
     for samples in plan.budgets:
         openclip, v3, *robust = (_cell(plan, method, samples) for method in MAIN)
         for ours in robust:
             yield from _against(thousands(samples), ours, openclip, v3)
-    samples = _middle(plan)[0]
-    for method in ("drrho_v1", "drrho_v2"):
-        label = thousands(samples)
-        yield from _against(label, _cell(plan, method, samples), _cell(plan, "openclip", samples))
+    for samples in plan.middle:
+        for method in ("drrho_v1", "drrho_v2"):
+            label = thousands(samples)
+            yield from _against(label, _cell(plan, method, samples), _cell(plan, "openclip", samples))
 
 
 def _passes(plan: Plan) -> Iterator[Comparison]:
-    for samples in (*_middle(plan), plan.budgets[-1]):
-        weakest_and_strongest = (*plan.strengths[:2], plan.strengths[-1])
-        for at in weakest_and_strongest if samples == plan.budgets[-1] else plan.strengths:
-            weaker = replace(plan.reference, at=at)
-            label = f"{thousands(samples)} under a reference of {thousands(at)}: DRRho-CLIP − its reference"
-            yield Comparison(label, _cell(plan, "drrho_fixed", samples, weaker), None)
-    for at in (plan.strengths[1], plan.strengths[-1]):
-        weaker, samples = replace(plan.reference, at=at), _middle(plan)[0]
-        label = f"{thousands(samples)}, larger tower, under a reference of {thousands(at)}"
+    for samples, at in _strengths(plan):
+        weaker = replace(plan.reference, at=at)
+        label = f"{thousands(samples)} under a reference of {thousands(at)}: DRRho-CLIP − its reference"
+        yield Comparison(label, _cell(plan, "drrho_fixed", samples, weaker), None)
+    weaker = replace(plan.reference, at=plan.strengths[1])
+    for samples in plan.middle:
+        label = f"{thousands(samples)}, larger tower, under a reference of {thousands(weaker.at)}"
         ours = _cell(plan, "drrho_fixed", samples, weaker, model="large")
         yield Comparison(f"{label}: DRRho-CLIP − its reference", ours, None)
         yield from _against(label, ours, _cell(plan, "openclip", samples, model="large"))
 
 
+def _strengths(plan: Plan) -> Iterator[tuple[int, int]]:
+    """The budgets of targets under references of several strengths, and these."""
+    for samples in plan.middle:
+        yield from ((samples, at) for at in plan.strengths)
+    for samples in plan.long:
+        yield from ((samples, at) for at in (*plan.strengths[:2], plan.strengths[-1]))
+
+
 def _parts(plan: Plan) -> Iterator[Comparison]:
-    for samples in _middle(plan):
+    for samples in plan.middle:
         whole = [_cell(plan, method, samples) for method in ("openclip", "fastclip_v3")]
         for part in ("half", "quarter", "eighth"):
             ours = _cell(plan, "drrho_fixed", samples, data=f"b-{part}")
@@ -136,50 +138,53 @@ def _parts(plan: Plan) -> Iterator[Comparison]:
 
 
 def _heuristics(plan: Plan) -> Iterator[Comparison]:
-    samples, few = _middle(plan)[0], plan.budgets[0]
-    ours = _cell(plan, "drrho_fixed", samples)
-    for method in HEURISTICS:
-        yield from _against(f"{thousands(samples)} trained on", ours, _cell(plan, method, samples))
-    for method in ("jest", "jest_topk", "drrho_select"):
-        read = few * METHODS[method].super_batch
-        label = f"{thousands(samples)} − {thousands(few)} chosen of {thousands(read)}"
-        yield from _against(label, ours, _cell(plan, method, few))
+    for samples in plan.middle:
+        ours = _cell(plan, "drrho_fixed", samples)
+        for method in ("distill", "drrho_distill"):
+            yield from _against(f"{thousands(samples)} trained on", ours, _cell(plan, method, samples))
+    for samples in plan.short:
+        ours = _cell(plan, "drrho_fixed", samples)
+        for method in SELECTING:
+            yield from _against(f"{thousands(samples)} trained on", ours, _cell(plan, method, samples))
+    few = plan.budgets[0]
+    for samples in plan.middle:
+        ours = _cell(plan, "drrho_fixed", samples)
+        for method in SELECTING:
+            read = few * METHODS[method].super_batch
+            label = f"{thousands(samples)} − {thousands(few)} chosen of {thousands(read)}"
+            yield from _against(label, ours, _cell(plan, method, few))
 
 
 def _family(plan: Plan) -> Iterator[Comparison]:
-    samples = _middle(plan)[0]
-    for batch in (plan.batch // 4, plan.batch, plan.batch * 2, plan.batch * 8):
-        ours, other = (_cell(plan, method, samples, batch=batch) for method in ("fastclip_v3", "openclip"))
-        yield from _against(f"{thousands(samples)}, batch {batch}", ours, other)
-    last = plan.budgets[-1]
-    ours, other = (_cell(plan, method, last, data="b-eighth") for method in ("fastclip_v3", "openclip"))
-    yield from _against(f"{thousands(last)} on an eighth", ours, other)
-    for method in ("siglip", "fastclip_v0", "fastclip_v1", "fastclip_v2", "sogclr", "isogclr"):
-        yield from _against(thousands(samples), _cell(plan, method, samples), _cell(plan, "openclip", samples))
+    for samples in plan.middle:
+        for batch in (plan.batch // 4, plan.batch, plan.batch * 2, plan.batch * 8):
+            ours, other = (_cell(plan, method, samples, batch=batch) for method in ("fastclip_v3", "openclip"))
+            yield from _against(f"{thousands(samples)}, batch {batch}", ours, other)
+    for samples in plan.long:
+        ours, other = (_cell(plan, method, samples, data="b-eighth") for method in ("fastclip_v3", "openclip"))
+        yield from _against(f"{thousands(samples)} on an eighth", ours, other)
+    for samples in plan.middle:
+        for method in ("siglip", "fastclip_v0", "fastclip_v1", "fastclip_v2", "sogclr", "isogclr"):
+            other = _cell(plan, "openclip", samples)
+            yield from _against(thousands(samples), _cell(plan, method, samples), other)
 
 
 def _references_decide(plan: Plan) -> Iterator[Comparison]:
-    for samples in _middle(plan):
-        for at in plan.strengths:
-            label = f"{thousands(samples)} under a reference of {thousands(at)}"
-            ours = _cell(plan, "drrho_fixed", samples, replace(plan.reference, at=at))
+    for samples, at in _strengths(plan):
+        label = f"{thousands(samples)} under a reference of {thousands(at)}"
+        ours = _cell(plan, "drrho_fixed", samples, replace(plan.reference, at=at))
+        yield from _against(label, ours, _cell(plan, "openclip", samples))
+    titles = ("trained on b itself", "trained on a and b", "with a larger tower")
+    for samples in plan.middle:
+        for title, reference in zip(titles, plan.other_references, strict=True):
+            label = f"{thousands(samples)} under a reference {title}"
+            ours = _cell(plan, "drrho_fixed", samples, reference)
             yield from _against(label, ours, _cell(plan, "openclip", samples))
-    samples = _middle(plan)[0]
-    for title, reference in (
-        ("trained on b itself", replace(plan.reference, data="b")),
-        ("trained on a and b", replace(plan.reference, data="a+b")),
-        ("with a larger tower", replace(plan.reference, model="large")),
-    ):
-        ours = _cell(plan, "drrho_fixed", samples, reference)
-        yield from _against(
-            f"{thousands(samples)} under a reference {title}", ours, _cell(plan, "openclip", samples)
-        )
-    for noise in (20, 40):
-        ours, *others = (
-            _cell(plan, method, samples, data=f"b-noise{noise}")
-            for method in ("drrho_fixed", "openclip", "fastclip_v3")
-        )
-        yield from _against(f"{thousands(samples)}, {noise} % of the captions shuffled", ours, *others)
+        for noise in (20, 40):
+            ours, other = (
+                _cell(plan, method, samples, data=f"b-noise{noise}") for method in ("drrho_fixed", "openclip")
+            )
+            yield from _against(f"{thousands(samples)}, {noise} % of the captions shuffled", ours, other)
 
 
 COMPARISONS: dict[str, Callable[[Plan], Iterable[Comparison]]] = {
@@ -304,13 +309,17 @@ def _scaling(results: Results, plan: Plan) -> str:
 
 def _costs(results: Results, plan: Plan) -> str:
     """What a run of each way to use a reference costs."""
-    samples, rows = _middle(plan)[0], []
-    for method in ("openclip", "fastclip_v3", "drrho_fixed", *HEURISTICS):
-        cell = _cell(plan, method, samples)
-        seconds = results.mean(cell, "cpu_seconds")
-        if seconds.n:
-            rows.append([_name(cell), shown(results.mean(cell)), f"{seconds.mean:.0f} s", str(seconds.n)])
-    return table((f"{thousands(samples)} trained on", "top-1", "processor time", "seeds"), rows)
+    rows, whole = [], ("openclip", "drrho_fixed", "distill", "drrho_distill")
+    compared = ((plan.budgets[:1], SELECTING), (plan.short, (*whole[:2], *SELECTING)), (plan.middle, whole))
+    for budgets, methods in compared:
+        for cell in (_cell(plan, method, samples) for samples in budgets for method in methods):
+            seconds = results.mean(cell, "cpu_seconds")
+            if seconds.n:
+                time = f"{seconds.mean:.0f} s"
+                rows.append(
+                    [thousands(cell.samples), _name(cell), shown(results.mean(cell)), time, str(seconds.n)]
+                )
+    return table(("trained on", "", "top-1", "processor time", "seeds"), rows)
 
 
 def _scaling_verdict(results: Results, plan: Plan) -> str:

@@ -23,7 +23,9 @@ from study.tuning import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 # What all runs share. The reference's stored features are of the whole picture, the target sees a crop of it.
-COMMON = "--wd 0.1 --beta2 0.98 --zeroshot-frequency 1000000 --save-frequency 0 --save_every_minutes 10"
+COMMON = (
+    "--wd 0.1 --beta2 0.98 --channels_last --zeroshot-frequency 1000000 --save-frequency 0 --save_every_minutes 10"
+)
 # The order of samples follows from the lanes: it is the same with one process and with the loaders of a GPU.
 LANES, GPU_WORKERS = "1,4", 4
 LOGGING = "--log-every-n-steps 100 --resume latest"

@@ -105,6 +105,7 @@ EFFECTS: dict[str, Effect] = {
     "force_custom_text": Effect(SWITCH, parts.text_tower),
     "grad_checkpointing": Effect(SWITCH, parts.block_calls),
     "torchcompile": Effect(SWITCH, runs.compilations),
+    "channels_last": Effect(SWITCH, parts.memory_order, "--model @resnet"),
     "use_bn_sync": Effect(SWITCH, parts.wrapped, "--model @resnet"),
     # reference
     "ref_model": Effect(("@reference", "@vit"), parts.reference_size, "--fastclip --ref_model_pretrained x"),

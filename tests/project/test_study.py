@@ -147,10 +147,9 @@ def test_methods_of_a_seed_differ_in_their_own_flags_alone(finished):
             for one in rows_of(finished / "results.csv")
             if (one["method"], one["samples"], one["seed"], one["data"]) == (method, "192", str(seed), "b")
         ]
-        words = shlex.split(line)
-        return dict(
-            itertools.zip_longest(*[iter([w for w in words if w not in ("--fastclip", "--multiply_tau")])] * 2)
-        )
+        switches = ("--fastclip", "--multiply_tau", "--channels_last")
+        words = [word for word in shlex.split(line) if word not in switches]
+        return dict(itertools.zip_longest(*[iter(words)] * 2))
 
     ours, theirs = flags("drrho_fixed", 1), flags("openclip", 1)
     differing = {flag for flag in ours | theirs if ours.get(flag) != theirs.get(flag)}

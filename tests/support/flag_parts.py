@@ -139,6 +139,12 @@ def sums(module: nn.Module) -> dict[str, tuple[float, bool]]:
     return {name: (p.detach().double().sum().item(), p.requires_grad) for name, p in module.named_parameters()}
 
 
+def memory_order(lab: Lab, words: list[str]) -> bool:
+    """Whether all 3×3 convolutions have their channels last."""
+    weights = [p for p in target(words).module.visual.parameters() if p.ndim == 4 and p.shape[-1] > 1]
+    return all(p.is_contiguous(memory_format=torch.channels_last) for p in weights if p.shape[1] > 1)
+
+
 def trained(lab: Lab, words: list[str]) -> set[str]:
     return {name for name, p in target(words).module.named_parameters() if p.requires_grad}
 

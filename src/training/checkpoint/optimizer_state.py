@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -65,12 +66,21 @@ def load(optimizer: Optimizer, model: nn.Module, held: Mapping[str, Any], path: 
                     "another order"
                 )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    # torch keeps tensors that need no conversion. They are mapped from the file, so they are copied; those that
-    # went to a GPU are not.
-    for values in optimizer.state.values():
+    for parameter, values in optimizer.state.items():
         for key, value in values.items():
-            if isinstance(value, Tensor) and value.device.type == "cpu":
-                values[key] = value.clone()
+            if isinstance(value, Tensor):
+                values[key] = _in_memory_of(parameter, value)
+
+
+def _in_memory_of(parameter: Tensor, value: Tensor) -> Tensor:
+    """``value`` in the parameter's memory order, which torch's fused optimizers take for granted.
+
+    A file has it in rows; the parameter may have its channels last. torch keeps tensors that need no conversion.
+    They are mapped from the file, so they are copied; those that went to a GPU are not.
+    """
+    if value.shape == parameter.shape and value.stride() != parameter.stride():
+        return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+    return value.clone() if value.device.type == "cpu" else value
 
 
 def _by_open_clips_order(

@@ -260,6 +260,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "--grad-checkpointing", "switch", False, "save memory by recomputing activations in the backward pass"
         ),
         Flag("--torchcompile", "switch", False, "compile the model with torch.compile"),
+        Flag(
+            "--channels_last",
+            "switch",
+            False,
+            "keep the image towers' weights with the channels innermost, which convolutions are faster with",
+        ),
         Flag("--use-bn-sync", "switch", False, "compute BatchNorm statistics over all ranks"),
     ),
     "reference": (

@@ -41,6 +41,7 @@ class ModelConfig:
     force_custom_text: bool
     grad_checkpointing: bool
     torchcompile: bool
+    channels_last: bool
     use_bn_sync: bool
 
 

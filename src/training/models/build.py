@@ -64,7 +64,8 @@ def build_target(config: Config, world: World, resumed: Path | None = None) -> B
     _choose_scalars(module, loss)
     if c.grad_checkpointing:
         module.set_grad_checkpointing()
-    return finish(module, built, tokenizer, c.model, weights, world, role="target")
+    channels_last = config.model.channels_last
+    return finish(module, built, tokenizer, c.model, weights, world, role="target", channels_last=channels_last)
 
 
 def _as_saved(

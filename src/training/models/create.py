@@ -217,10 +217,12 @@ def finish(
     world: World,
     *,
     role: str,
+    channels_last: bool = False,
 ) -> BuiltModel:
     """``module``, which was created with the config ``built``, on its device, with what its inputs need.
 
-    ``model``: the value of the flag that names it. ``role``: what it is for, for the log.
+    ``model``: the value of the flag that names it. ``role``: what it is for, for the log. ``channels_last``: keep
+    the weights of the image tower in this memory order, which its activations follow.
     """
     name = Path(model).stem if pretrained.is_config_file(model) else model
     source = "its own weights" if weights.file is None and brings_weights(model) else weights.source
@@ -230,6 +232,8 @@ def finish(
     _log.info(
         "%s %s: %.1fM parameters, %.1fM trained, %s%s", role, name, parameters / 1e6, trained / 1e6, source, gelu
     )
+    if channels_last:
+        module.visual.to(memory_format=torch.channels_last)
     preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(module))
     length = tokenizer.context_length
     repository = built["text_cfg"].get("hf_tokenizer_name", "")

@@ -28,7 +28,9 @@ def build_reference(config: Config, world: World) -> BuiltModel | None:
     reference = _reference_of(config)
     if reference is None:
         return None
-    return _build_frozen(reference, world, config.run.precision, config.run.seed)
+    return _build_frozen(
+        reference, world, config.run.precision, config.run.seed, channels_last=config.model.channels_last
+    )
 
 
 def build_captioner(config: Config, world: World) -> BuiltModel:
@@ -135,7 +137,9 @@ def build_saved(checkpoint: str, model: str, world: World, precision: str = "fp3
     return _build_frozen(_Frozen("model", model, "", checkpoint, **flags), world, precision, seed=0)
 
 
-def _build_frozen(frozen: _Frozen, world: World, precision: str, seed: int) -> BuiltModel:
+def _build_frozen(
+    frozen: _Frozen, world: World, precision: str, seed: int, *, channels_last: bool = False
+) -> BuiltModel:
     said, weights_flag, name = frozen.said, frozen.weights_flag, frozen.name
     frozen.warn()
     with node_main_first():
@@ -150,4 +154,4 @@ def _build_frozen(frozen: _Frozen, world: World, precision: str, seed: int) -> B
     )
     module.eval().requires_grad_(False)
     model = frozen.saved.name if frozen.saved is not None else frozen.model
-    return finish(module, built, tokenizer, model, weights, world, role=frozen.role)
+    return finish(module, built, tokenizer, model, weights, world, role=frozen.role, channels_last=channels_last)
