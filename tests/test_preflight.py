@@ -74,6 +74,11 @@ def test_sync_bn_alone():
     assert check(line) == ["--use-bn-sync: no effect in a single process, whose BatchNorm sees the whole batch"]
 
 
+def test_a_single_process_has_nothing_to_compress():
+    told = ["--gather_error_bound: no effect in a single process, which sends nothing"]
+    assert check(f"{FASTCLIP} --batch-size 2 --gather_error_bound 1e-3") == told
+
+
 @pytest.mark.parametrize("usage", ["distill", "ref,distill"])
 def test_teachers_whose_widths_do_not_add_up(tmp_path, usage):
     torch.save({}, tmp_path / "weights.pt")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 TAU_THRESHOLD = 0.03
 TAU_DIVISOR = 3.0
+_BOUND_STAGES = 16
 
 
 def warmup(step: int, *, lr: float, warmup: int) -> float:
@@ -48,6 +49,30 @@ def const_cooldown(
 def step_thresh(tau: float, *, lr: float) -> float:
     """The temperature's rate: ``lr``, divided by 3 while ``tau`` is at most 0.03."""
     return lr / TAU_DIVISOR if tau <= TAU_THRESHOLD else lr
+
+
+@dataclass(frozen=True)
+class ErrorBounds:
+    """Error bounds of what ranks exchange, each (at the start of the run, at its end); None: none, it is float32.
+
+    ``image``, ``text``: of the target's embeddings; ``ref``: of the reference's.
+    """
+
+    image: tuple[float, float] | None = None
+    text: tuple[float, float] | None = None
+    ref: tuple[float, float] | None = None
+
+    def at(self, kind: str, progress: float) -> float | None:
+        """The bound of ``kind`` where the share ``progress`` of the run, 0 to 1, is done.
+
+        From the first to the last it takes 16 steps of equal ratio, so that few formats occur in a run.
+        """
+        span: tuple[float, float] | None = getattr(self, kind)
+        if span is None:
+            return None
+        stage = min(int(progress * _BOUND_STAGES), _BOUND_STAGES - 1)
+        first, last = span
+        return last if stage == _BOUND_STAGES - 1 else first * (last / first) ** (stage / (_BOUND_STAGES - 1))
 
 
 def gamma(epoch: int, *, final: float, schedule: str, decay_epochs: int) -> float:

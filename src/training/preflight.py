@@ -76,6 +76,8 @@ def check(config: Config, world: World) -> Opened:
                 remarks.append(
                     "--use-bn-sync: no effect in a single process, whose BatchNorm sees the whole batch"
                 )
+        if config.loss.gather_error_bound is not None and not world.distributed:
+            remarks.append("--gather_error_bound: no effect in a single process, which sends nothing")
     data, val = config.data, config.evaluation
     table = val_table = None
     if (config.trains or config.cache.writes) and data.train_data is not None:

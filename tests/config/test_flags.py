@@ -17,6 +17,7 @@ from training.config.parser import read
 
 PUBLISHED = list(csv.DictReader((Path(__file__).parents[1] / "assets/upstream_flags.tsv").open(), delimiter="\t"))
 NEW = {
+    "--channels_last",
     "--csv_encoding",
     "--csv_quoting",
     "--deterministic",
@@ -25,6 +26,7 @@ NEW = {
     "--eval_data_dir",
     "--eval_tasks",
     "--global_batch_size",
+    "--gather_error_bound",
     "--grad_compression",
     "--image_key",
     "--json_key",

@@ -327,3 +327,15 @@ def test_refusals_and_help_import_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(SRC)}
     )
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("given", "spans"),
+    [
+        ("1e-3", {"image": (1e-3, 1e-3), "text": (1e-3, 1e-3), "ref": (1e-3, 1e-3)}),
+        ("4e-3:1e-3", {"image": (4e-3, 1e-3), "text": (4e-3, 1e-3), "ref": (4e-3, 1e-3)}),
+        ("image=1e-3, ref=2e-3:1e-2", {"image": (1e-3, 1e-3), "text": None, "ref": (2e-3, 1e-2)}),
+    ],
+)
+def test_error_bounds_by_kind(given, spans):
+    assert vars(config([*FASTCLIP.split(), "--gather_error_bound", given]).loss.gather_error_bound) == spans

@@ -11,6 +11,12 @@ ONE_OF_TWO = "keep one of them"
 REFUSALS = {
     f"{DATA} --precision bf16 --grad_compression fp16": "the gradients of --precision bf16 have 16 bits already",
     f"{DATA} --precision pure_fp16 --grad_compression bf16": "--grad_compression bf16: the gradients of",
+    f"{FASTCLIP} --gather_error_bound tight": "'tight' is not a bound: give a number such as 1e-3",
+    f"{FASTCLIP} --gather_error_bound 1e-6": "a bound must be in [2e-05, 0.1]",
+    f"{FASTCLIP} --gather_error_bound 1e-3:0": "a bound must be in [2e-05, 0.1]",
+    f"{FASTCLIP} --gather_error_bound nan": "a bound must be in [2e-05, 0.1]",
+    f"{FASTCLIP} --gather_error_bound picture=1e-3": "give one bound for all, or one each for image, text, ref",
+    f"{FASTCLIP} --gather_error_bound 1e-3,ref=1e-3": "give one bound for all, or one each for image, text, ref",
     # nothing to do, data
     "": "--train-data is missing: give data to train on",
     f"{DATA} --epochs 0": "only evaluates: give --val-data, --imagenet-val, --imagenet-v2 or --eval_data_dir",

@@ -32,9 +32,11 @@ from torch.autograd.function import once_differentiable
 
 from drrho_clip import collectives, schedules
 from drrho_clip.collectives import Exchange
+from drrho_clip.losses.gather import PairGather, Pairs
 from drrho_clip.losses.interface import LossEnvironment, LossInputs
 from drrho_clip.losses.pair_kernels import Block, Budget, Kernels
 from drrho_clip.sample_state import SampleState
+from drrho_clip.schedules import ErrorBounds
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,6 +86,7 @@ class EstimatorSettings(TypedDict):
     """A run's settings of the estimator.
 
     ``gamma``, ``gamma_schedule``, ``gamma_decay_epochs``: ``schedules.gamma``'s. ``eps``, ``rho``: ``FastCLIP``'s.
+    ``bounds``: of the embeddings that ranks exchange; None: they are exchanged as they are.
     """
 
     gamma: float
@@ -91,6 +94,7 @@ class EstimatorSettings(TypedDict):
     gamma_decay_epochs: int
     eps: float
     rho: float
+    bounds: ErrorBounds | None
 
 
 class Estimator(TypedDict):
@@ -100,6 +104,7 @@ class Estimator(TypedDict):
     eps: float
     rho: float
     kernels: Kernels
+    gather: PairGather
 
 
 def estimator(environment: LossEnvironment, **settings: Unpack[EstimatorSettings]) -> Estimator:
@@ -114,6 +119,7 @@ def estimator(environment: LossEnvironment, **settings: Unpack[EstimatorSettings
         eps=settings["eps"],
         rho=settings["rho"],
         kernels=Kernels.compiled() if environment.compiled else Kernels(),
+        gather=PairGather(settings["bounds"]),
     )
 
 
@@ -121,16 +127,17 @@ def exchange(
     index: Tensor,
     reference: tuple[Tensor, Tensor] | None,
     state: SampleState | None,
+    gather: PairGather,
     device: torch.device,
 ) -> Exchange:
     """Start to gather what the losses of this kind need besides the target's embeddings.
 
     The results: ``index`` int64 [B], the samples of the global batch; their values [B] in each column of
-    ``state``; ``ref_image``, ``ref_text`` [B, d_r], if there is a ``reference``. ``index`` and ``reference`` are
-    this rank's.
+    ``state``; if there is a ``reference``, ``ref_image`` and ``ref_text`` [B, d_r], and ``ref_positives`` [B] if
+    ``gather`` gives them. ``index`` and ``reference`` are this rank's.
     """
 
-    def gather() -> dict[str, Tensor]:
+    def gathered() -> dict[str, Tensor]:
         if state is None:
             found = {"index": collectives.all_gather(index.to(device, non_blocking=True))}
         else:
@@ -138,19 +145,11 @@ def exchange(
             found = {name: value.to(device, non_blocking=True) for name, value in values.items()}
             found["index"] = everywhere.to(device, non_blocking=True)
         if reference is not None:
-            found["ref_image"], found["ref_text"] = gather_pair(*reference)
+            pairs = gather.reference(*reference)._asdict()
+            found |= {f"ref_{name}": value for name, value in pairs.items() if value is not None}
         return found
 
-    return Exchange(gather, device)
-
-
-def gather_pair(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The embeddings [b, d] of both modalities from all ranks, float32 [B, d], in one collective."""
-    if collectives.world_size() == 1:
-        return image.detach().float(), text.detach().float()
-    both = torch.cat([image.detach().float(), text.detach().float()], 1)
-    all_images, all_texts = collectives.all_gather(both).split([image.shape[1], text.shape[1]], 1)
-    return all_images, all_texts
+    return Exchange(gathered, device)
 
 
 @dataclass(frozen=True)
@@ -182,6 +181,7 @@ def solve(
     eps: float,
     moments: bool,
     kernels: Kernels,
+    gather: PairGather,
 ) -> Solution:
     """Update the inner estimates of the global batch and compute the gradient for this rank's embeddings.
 
@@ -194,16 +194,18 @@ def solve(
     and in ``exact_float32``.
     """
     images, texts = [inputs.image.detach().float()], [inputs.text.detach().float()]
-    all_images, all_texts = ([embeddings] for embeddings in gather_pair(*images, *texts))
+    everyone = [gather.target(*images, *texts)]
     if (reference := inputs.reference) is not None:
         images.append(reference[0].float())
         texts.append(reference[1].float())
-        all_images.append(exchanged["ref_image"])
-        all_texts.append(exchanged["ref_text"])
+        everyone.append(Pairs(exchanged["ref_image"], exchanged["ref_text"], exchanged.get("ref_positives")))
+    all_images, all_texts = [pairs.image for pairs in everyone], [pairs.text for pairs in everyone]
     k, b = collectives.world_size(), len(images[0])
     batch = k * b
     own = slice(collectives.rank() * b, (collectives.rank() + 1) * b)
-    diagonal, *of_reference = [torch.einsum("ij,ij->i", x, y) for x, y in zip(all_images, all_texts, strict=True)]
+    diagonal, *of_reference = [
+        torch.einsum("ij,ij->i", x, y) if positives is None else positives for x, y, positives in everyone
+    ]
     for r in of_reference:
         diagonal = diagonal - r
     groups = duplicate_groups(exchanged["index"])

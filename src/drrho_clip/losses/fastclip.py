@@ -20,6 +20,7 @@ from drrho_clip import collectives
 from drrho_clip.collectives import Exchange
 from drrho_clip.float32 import exact_float32
 from drrho_clip.losses import compositional, pair_kernels
+from drrho_clip.losses.gather import PairGather
 from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
 from drrho_clip.losses.registry import LOG_U
 from drrho_clip.sample_state import SampleState, StateUpdate
@@ -38,6 +39,7 @@ class FastCLIP(Loss):
     ``eps``           is added to g; > 0.
     ``rho``           weight of the temperature's regularizer; used by ``multiply_tau`` objectives only.
     ``tau_gradient``  'paper'; or 'published' for the published code's gradient, which counts the pair term twice.
+    ``gather``        how ranks exchange embeddings; None: as they are.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class FastCLIP(Loss):
         multiply_tau: bool,
         tau_gradient: str = "paper",
         kernels: pair_kernels.Kernels | None = None,
+        gather: PairGather | None = None,
     ) -> None:
         super().__init__()
         self.state = state
@@ -57,13 +60,17 @@ class FastCLIP(Loss):
         self.eps, self.rho, self.multiply_tau = eps, rho, multiply_tau
         self._pair_factor = {"paper": 1.0, "published": 2.0}[tau_gradient]
         self._kernels = kernels or pair_kernels.Kernels()
+        self._gather = gather or PairGather()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         self.gamma = self._gamma_of(epoch)
 
+    def set_progress(self, share: float) -> None:
+        self._gather.progress = share
+
     def prepare(self, index: Tensor, reference: tuple[Tensor, Tensor] | None, device: torch.device) -> Exchange:
-        return compositional.exchange(index, reference, self.state, device)
+        return compositional.exchange(index, reference, self.state, self._gather, device)
 
     def forward(self, inputs: LossInputs) -> LossOutput:
         device = inputs.image.device
@@ -84,6 +91,7 @@ class FastCLIP(Loss):
                 eps=self.eps,
                 moments=inputs.logit_scale.requires_grad,
                 kernels=self._kernels,
+                gather=self._gather,
             )
             value = solution.log_u.mean()
             if self.multiply_tau:

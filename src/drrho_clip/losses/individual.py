@@ -24,6 +24,7 @@ from drrho_clip import collectives
 from drrho_clip.collectives import Exchange
 from drrho_clip.float32 import exact_float32
 from drrho_clip.losses import compositional, pair_kernels
+from drrho_clip.losses.gather import PairGather
 from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
 from drrho_clip.losses.registry import INDIVIDUAL_TAU, LOG_U, TAU, TAU_M, TAU_V
 from drrho_clip.sample_state import SampleState, StateUpdate
@@ -44,6 +45,7 @@ class IndividualFastCLIP(Loss):
     ``state``        table with ``COLUMNS``, or with ``TEMPERATURE_COLUMNS`` if gamma is 1 in every epoch.
     ``temperature``  the initial value of each tau_i. ``rho``, ``eps``, ``gamma`` as in ``FastCLIP``.
     ``lr_tau``       the temperatures' learning rate, until ``set_temperature_rate`` changes it.
+    ``gather``       as in ``FastCLIP``.
     ``betas``, ``adam_eps``  of the temperatures' Adam step; ``betas`` from epoch 1 on.
     """
 
@@ -61,6 +63,7 @@ class IndividualFastCLIP(Loss):
         adam_eps: float,
         lr_tau: float,
         kernels: pair_kernels.Kernels | None = None,
+        gather: PairGather | None = None,
     ) -> None:
         super().__init__()
         self.state = state
@@ -69,6 +72,7 @@ class IndividualFastCLIP(Loss):
         self.betas, self.adam_eps, self.lr_tau = betas, adam_eps, lr_tau
         self._keeps_u = set(LOG_U) <= set(state.columns)
         self._kernels = kernels or pair_kernels.Kernels()
+        self._gather = gather or PairGather()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -77,8 +81,11 @@ class IndividualFastCLIP(Loss):
     def set_temperature_rate(self, lr_tau: float) -> None:
         self.lr_tau = lr_tau
 
+    def set_progress(self, share: float) -> None:
+        self._gather.progress = share
+
     def prepare(self, index: Tensor, reference: tuple[Tensor, Tensor] | None, device: torch.device) -> Exchange:
-        return compositional.exchange(index, reference, self.state, device)
+        return compositional.exchange(index, reference, self.state, self._gather, device)
 
     def forward(self, inputs: LossInputs) -> LossOutput:
         device = inputs.image.device
@@ -102,6 +109,7 @@ class IndividualFastCLIP(Loss):
                 eps=self.eps,
                 moments=True,
                 kernels=self._kernels,
+                gather=self._gather,
             )
             value = (tau * (solution.log_u + self.rho)).mean()
             gradients = solution.grad_image, solution.grad_text

@@ -106,6 +106,12 @@ class Loss(nn.Module):
     def set_epoch(self, epoch: int) -> None:
         """Is called before each epoch. Losses with a schedule by epoch override it."""
 
+    def set_progress(self, share: float) -> None:
+        """Is called before each step with the share of the run's steps that were taken, from 0 to 1.
+
+        Losses with a schedule by step override it.
+        """
+
     def set_temperature_rate(self, lr_tau: float) -> None:
         """Is called before each step. Losses that keep temperatures of their own override it."""
 

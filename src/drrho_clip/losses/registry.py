@@ -118,6 +118,7 @@ _ESTIMATOR = {
     "gamma_decay_epochs": "gamma_decay_epochs",
     "eps": "fastclip_eps",
     "rho": "rho",
+    "bounds": "gather_error_bound",
 }
 _BASELINES = "drrho_clip.losses.baselines"
 

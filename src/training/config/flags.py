@@ -441,6 +441,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         ),
         Flag("--logit_scale_bound", "float", 100.0, "upper bound of the inverse temperature", within=AT_LEAST_1),
         Flag(
+            "--gather_error_bound",
+            "str",
+            None,
+            "compress the embeddings that ranks exchange, no component being off by more than this, such as 1e-3; "
+            "E:E_end goes from one to the other over the run, image=E,text=E,ref=E sets them one by one",
+        ),
+        Flag(
             "--sample_state_device",
             "str",
             "auto",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from drrho_clip.losses import registry
 from drrho_clip.losses.registry import INDIVIDUAL_TAU, LossSpec
+from drrho_clip.schedules import ErrorBounds
 from training.config.flags import ALL
 from training.config.given import Given, Refusal
 from training.config.model import is_coca
@@ -35,6 +36,7 @@ class LossConfig:
     loss_weight: float
     logit_scale_bound: float
     sample_state_device: str
+    gather_error_bound: ErrorBounds | None
     local_loss: bool
     gather_with_grad: bool
     coca_caption_loss_weight: float
@@ -77,6 +79,8 @@ class Objective:
     temperature_scheme: str
 
 
+_KINDS = ("image", "text", "ref")
+_BOUNDS = 2e-5, 0.1
 _DISTILL = tuple(
     key for key in ALL if key.startswith("distill_") and key not in ("distill_model", "distill_pretrained")
 )
@@ -98,7 +102,10 @@ IDLE = (
         "with individual temperatures, whose objective has its own form",
     ),
     *_unless_taken(
-        ("gamma", "gamma_schedule", "gamma_decay_epochs", "fastclip_eps", "rho", "multiply_tau", "tau_gradient"),
+        (
+            *("gamma", "gamma_schedule", "gamma_decay_epochs", "fastclip_eps", "rho", "multiply_tau"),
+            *("tau_gradient", "gather_error_bound"),
+        ),
         "without --fastclip",
     ),
     Idle(("temperature", "temperature_scheme"), lambda s: not s.loss.sample_state, "without --fastclip"),
@@ -187,7 +194,38 @@ def resolve_loss(given: Given, objective: Objective, trains: bool) -> LossConfig
         temperature_scheme=objective.temperature_scheme,
         temperature=given.temperature if _temperature_acts(given, objective.spec) else None,
         multiply_tau=given.multiply_tau and not objective.spec.individual,
+        gather_error_bound=_error_bounds(given),
     )
+
+
+def _error_bounds(given: Given) -> ErrorBounds | None:
+    """``E``, ``E:E_end``, or these by kind: ``image=E,text=E:E_end,ref=E``."""
+    if given.gather_error_bound is None:
+        return None
+    said = given.say("gather_error_bound")
+    spans: dict[str, tuple[float, float]] = {}
+    for part in given.gather_error_bound.split(","):
+        kind, named, text = part.rpartition("=")
+        kinds = (kind.strip(),) if named else _KINDS
+        if not set(kinds) <= set(_KINDS) or spans.keys() & set(kinds):
+            raise Refusal(
+                f"{said}: give one bound for all, or one each for {', '.join(_KINDS)}: image=1e-3,ref=2e-3"
+            )
+        try:
+            first, _, last = text.partition(":")
+            span = float(first), float(last or first)
+        except ValueError:
+            raise Refusal(
+                f"{said}: {text!r} is not a bound: give a number such as 1e-3, or two, 2e-3:5e-4"
+            ) from None
+        lowest, highest = _BOUNDS
+        if not all(lowest <= bound <= highest for bound in span):
+            raise Refusal(
+                f"{said}: a bound must be in [{lowest:g}, {highest:g}]: finer ones need more than 16 bits of a "
+                "component, and with coarser ones little is left of an embedding of norm 1"
+            )
+        spans |= dict.fromkeys(kinds, span)
+    return ErrorBounds(**spans)
 
 
 def _implied_losses(given: Given, scheme: str) -> dict[str, str]:

@@ -80,6 +80,7 @@ class Trainer:
                     self.settled = True
                 self.rates.set(self.step, (-task.logit_scale.detach()).exp())
                 task.loss.set_temperature_rate(self.rates.lr_tau)
+                task.loss.set_progress(self.step / self.horizon.total_steps)
                 values = self.stepper(batch, self.step)
                 values["logit_scale"] = task.logit_scale.detach().exp()
                 for name, value in values.items():
