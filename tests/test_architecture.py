@@ -45,8 +45,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 METHOD: tuple[tuple[str, ...], ...] = (
     ("batch", "codec", "collectives", "float32", "normalize", "schedules", "worst_case", "losses.registry"),
     ("sample_state",),
-    ("losses.interface", "losses.pair_kernels", "losses.compositional", "losses.baselines", "losses.distillation",
-     "losses.fastclip", "losses.individual"),
+    ("losses.interface", "losses.gather", "losses.pair_kernels", "losses.compositional", "losses.baselines",
+     "losses.distillation", "losses.fastclip", "losses.individual"),
     ("reference", "selection", "risk"),
 )  # fmt: skip
 WITHOUT_TORCH = (
@@ -63,6 +63,7 @@ MAY_COMMUNICATE = {
     "training.distributed.collectives",
     "training.distributed.ddp",
     "training.distributed.devices",
+    "training.distributed.powersgd",
     "training.distributed.process_group",
     "training.distributed.rendezvous",
     "training.checkpoint.sample_state_io",

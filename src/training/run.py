@@ -149,6 +149,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
         name=folder.name,
         model=task.bare,
         optimizer=trainer.stepper.optimizer,
+        compression=task.compression,
         scaler=trainer.stepper.scaler,
         sample_state=task.loss.state,
         flags={name: str(value) for name, value in config.flags.items()},

@@ -24,6 +24,7 @@ OBJECTIVES = {
     "openclip": "",
     "v3, accumulated": f"{V3} --accum-freq 2 --optimizer lamb",
     "v2": "--fastclip --temperature_scheme individual_learnable --gamma 0.6 --lr_tau 1e-2",
+    "powersgd": f"{V3} --grad_compression powersgd --powersgd_rank 1",
     "channels last": "--model @resnet --channels_last",
     "drrho": f"{V3} --ref_model @reference --ref_model_checkpoint @weights --grad-clip-norm 0.5",
 }
@@ -116,6 +117,7 @@ def uninterrupted(lab):
         (1, "drrho", (5, 11)),
         (2, "v3, accumulated", (6,)),
         (2, "v2", (8,)),
+        (2, "powersgd", (4, 8)),
         (2, "drrho", (3, 10)),
     ],
 )

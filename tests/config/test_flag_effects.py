@@ -249,6 +249,7 @@ EFFECTS: dict[str, Effect] = {
     "dist_port": Effect((None, "29123"), runs.group_of_two),
     "world_size": Effect(("2", "3"), runs.group),
     "grad_compression": Effect((None, "bf16"), parts.wrapped),
+    "powersgd_rank": Effect((None, "2"), parts.wrapped, "--grad_compression powersgd"),
     "ddp_static_graph": Effect(SWITCH, parts.wrapped),
     "no_set_device_rank": Effect(SWITCH, runs.group_on_gpus),
 }

@@ -35,6 +35,7 @@ NEW = {
     "--loss",
     "--max_bad_fraction",
     "--max_skipped_steps",
+    "--powersgd_rank",
     "--ref_features_dtype",
     "--ref_features_error_bound",
     "--requeue_on_preempt",

@@ -31,7 +31,7 @@ def kept(rank: int, steps: int, *, signal_at: int | None = None, **flags) -> tup
     trainer = SimpleNamespace(step=0, finished=False, world=SimpleNamespace(is_main=rank == 0, world_size=1))
     trainer.data = SimpleNamespace(steps_per_epoch=5, state_dict=dict)
     trainer.meters, trainer.stepper = {}, SimpleNamespace(skipped=SimpleNamespace(state_dict=dict))
-    state = SimpleNamespace(step=0, samples_seen=0)
+    state = SimpleNamespace(step=0, samples_seen=0, compression=None)
     saver = SimpleNamespace(save=lambda state, saved: names.extend(saved), due=lambda epoch: epoch % 2 == 0)
     interrupts = Interrupts()
     before, checkpointer.time = checkpointer.time, clock

@@ -32,7 +32,7 @@ from training.data.loader import TrainData
 from training.distributed import ddp, process_group
 from training.distributed.process_group import World
 from training.evaluation.pairs import build_val
-from training.loop.build import build_distillation, build_loss, build_selection
+from training.loop.build import build_compression, build_distillation, build_loss, build_selection
 from training.loop.learning_rates import LearningRates, horizon
 from training.loop.optimizer import create_optimizer
 from training.models.build import build_target
@@ -238,13 +238,16 @@ def wrapped(lab: Lab, words: list[str]) -> tuple[set[str], dict[str, Any]]:
 
     world = World(0, 0, 2, 2, torch.device("cuda", 0))
     with mock.patch("training.distributed.ddp.DistributedDataParallel", recorded):
+        target = build_target(config, WORLD).module
+        compression = build_compression(config, target, world)
         module = ddp.wrap(
-            build_target(config, WORLD).module,
+            target,
             world,
             static_graph=config.distributed.ddp_static_graph,
             sync_bn=config.model.use_bn_sync,
-            compression=config.distributed.grad_compression,
+            compression=compression,
         )
+    told["rank"] = getattr(compression, "rank", None)
     norms = {type(m).__name__ for m in module.modules() if "Norm" in type(m).__name__}
     return norms, {name: value for name, value in told.items() if name != "device_ids"}
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from drrho_clip.sample_state import SampleState
 from training.checkpoint import architecture, optimizer_state, pt_file
 from training.checkpoint.architecture import ModelDescription
+from training.distributed.powersgd import PowerSGD
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class RunState:
 
     ``model``         the bare model, without DDP around it.
     ``optimizer``     None where nothing is trained (``--epochs 0``).
+    ``compression``   of gradients, where it keeps a state, else None.
     ``scaler``        of fp16, else None. ``sample_state``: None where the loss keeps none.
     ``epoch``         completed epochs.
     ``epoch_step``    steps taken of the epoch after those; 0 at an epoch's boundary.
@@ -50,6 +52,7 @@ class RunState:
     name: str
     model: nn.Module
     optimizer: Optimizer | None = None
+    compression: PowerSGD | None = None
     scaler: GradScaler | None = None
     sample_state: SampleState | None = None
     epoch: int = 0
@@ -90,6 +93,8 @@ class RunState:
         if self.optimizer is not None:
             held["optimizer"] = self.optimizer.state_dict()
             held["optimizer_class"] = type(self.optimizer).__name__
+        if self.compression is not None:
+            held["powersgd"] = self.compression.state_dict()
         if self.scaler is not None:
             held["scaler"] = self.scaler.state_dict()
         if self.stream is not None:
@@ -119,6 +124,8 @@ class RunState:
             optimizer_state.load(self.optimizer, self.model, held, path)
         elif self.optimizer is not None:
             _log.warning("%s holds no state of the optimizer, whose moments start anew", path)
+        if self.compression is not None and held.get("powersgd"):
+            self.compression.load_state_dict(held["powersgd"])
         if self.scaler is not None and held.get("scaler"):
             self.scaler.load_state_dict(held["scaler"])
         self.epoch = _count(held, "epoch", 0)

@@ -712,8 +712,16 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "--grad_compression",
             "str",
             "none",
-            "type in which ranks send gradients and sum them: bf16 halves what a float32 model sends",
-            choices=("none", "bf16", "fp16"),
+            "how ranks send gradients: bf16 and fp16 halve what a float32 model sends, powersgd sends matrices as "
+            "products of two thin ones, once the warm-up is over",
+            choices=("none", "bf16", "fp16", "powersgd"),
+        ),
+        Flag(
+            "--powersgd_rank",
+            "int",
+            4,
+            "columns of the thin matrices of --grad_compression powersgd",
+            within=AT_LEAST_1,
         ),
         Flag(
             "--no-set-device-rank",

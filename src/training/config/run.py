@@ -67,6 +67,7 @@ class DistributedConfig:
     ddp_static_graph: bool
     no_set_device_rank: bool
     grad_compression: str = "none"
+    powersgd_rank: int = 4
 
 
 IDLE = (
@@ -80,6 +81,11 @@ IDLE = (
         ("grad_compression",),
         lambda s: s.given.grad_compression == s.given.precision.removeprefix("pure_"),
         "with this --precision, whose gradients have this type",
+    ),
+    Idle(
+        ("powersgd_rank",),
+        lambda s: s.given.grad_compression != "powersgd",
+        "without --grad_compression powersgd",
     ),
     Idle(("u_format",), lambda s: not s.given.resume, "without --resume"),
     Idle(
@@ -109,7 +115,20 @@ def resolve_run(given: Given) -> RunConfig:
             f"{given.say('grad_compression')}: the gradients of {given.say('precision')} have 16 bits already; "
             "leave it out"
         )
+    _check_powersgd(given, precision)
     return given.group(RunConfig, report_to=_report_to(given), precision=precision)
+
+
+def _check_powersgd(given: Given, precision: str) -> None:
+    """Refusal: torch's hook would fail, or what it keeps between steps would be wrong."""
+    if given.grad_compression != "powersgd":
+        return
+    said = given.say("grad_compression")
+    if precision not in ("fp32", "amp_bf16"):
+        why = "whose scale of the gradients changes" if precision == "amp" else "and it needs float32 gradients"
+        raise Refusal(f"{said} does not go with {given.say('precision')}, {why}: use fp32 or amp_bf16")
+    if given.channels_last:
+        raise Refusal(f"{said} takes gradients as matrices, which --channels_last prevents: leave one of them out")
 
 
 def _check_name(given: Given) -> None:

@@ -10,6 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from training.distributed.powersgd import PowerSGD
 from training.distributed.process_group import World
 
 # The newer name of DDP's setting, where torch has it: the older one warns there.
@@ -18,17 +19,17 @@ if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
     _SYNC_BUFFERS = "broadcast_buffers"
 
 
-# Each keeps no state, so that a resumed run goes on as an uninterrupted one.
-_COMPRESSIONS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+_ROUNDED = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
 
 
 def wrap(
-    model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool, compression: str = "none"
+    model: nn.Module, world: World, *, static_graph: bool, sync_bn: bool, compression: str | PowerSGD = "none"
 ) -> nn.Module:
     """``model`` in DistributedDataParallel; without it in a single process, and where nothing is to be trained.
 
     ``sync_bn`` first replaces BatchNorm layers by ones whose statistics are over all ranks. ValueError: torch has
-    such layers for GPUs only. ``compression`` 'bf16' or 'fp16': ranks send and sum gradients in this type.
+    such layers for GPUs only. ``compression``: 'none'; 'bf16' or 'fp16', the type in which ranks send and sum
+    gradients; or PowerSGD.
     """
     if not world.distributed:
         return model
@@ -48,8 +49,10 @@ def wrap(
         _SYNC_BUFFERS: any(isinstance(module, _BatchNorm) for module in model.modules()),
     }
     wrapped = DistributedDataParallel(model, **settings)
-    if compression != "none":
-        wrapped.register_comm_hook(None, _COMPRESSIONS[compression])
+    if isinstance(compression, PowerSGD):
+        wrapped.register_comm_hook(None, compression.hook)
+    elif compression in _ROUNDED:
+        wrapped.register_comm_hook(None, _ROUNDED[compression])
     return wrapped
 
 

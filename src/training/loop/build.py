@@ -15,6 +15,7 @@ from training.checkpoint.run_folder import RunFolder
 from training.config.params import Config
 from training.data.loader import TrainData
 from training.distributed import ddp
+from training.distributed.powersgd import PowerSGD
 from training.distributed.process_group import World
 from training.logger import RunLog
 from training.loop.flops import Utilization, peak_flops
@@ -36,12 +37,13 @@ _SPLITS_CHECKPOINTS = tuple(int(part) for part in torch.__version__.split(".")[:
 def build_task(config: Config, world: World, target: BuiltModel, reference: BuiltModel | None) -> Task:
     """The objective: the models, the loss and the uses of the reference."""
     run_precision = precision.resolve(config.run.precision, world.device)
+    compression = build_compression(config, target.module, world)
     model = ddp.wrap(
         target.module,
         world,
         static_graph=config.distributed.ddp_static_graph,
         sync_bn=config.model.use_bn_sync,
-        compression=config.distributed.grad_compression,
+        compression=compression,
     )
     frozen: Reference | CachedReference | None = None
     if config.cache.cached_ref_features_dir:
@@ -67,6 +69,7 @@ def build_task(config: Config, world: World, target: BuiltModel, reference: Buil
         constant_scale=constant_scale(config),
         distillation=build_distillation(config),
         selection=build_selection(config),
+        compression=compression if isinstance(compression, PowerSGD) else None,
         seed=config.run.seed,
     )
 
@@ -141,6 +144,14 @@ def build_loss(config: Config, device: torch.device) -> Loss:
         for keyword, name in spec.settings.items()
     }
     return spec.builder()(environment, **settings)
+
+
+def build_compression(config: Config, model: nn.Module, world: World) -> str | PowerSGD:
+    """How ranks compress the gradients of ``model``, for ``ddp.wrap``."""
+    kind = config.distributed.grad_compression
+    if kind != "powersgd" or not world.distributed:
+        return kind
+    return PowerSGD(model, rank=config.distributed.powersgd_rank, start=config.schedule.warmup)
 
 
 def build_distillation(config: Config) -> Distillation | None:

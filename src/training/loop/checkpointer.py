@@ -109,6 +109,8 @@ class Checkpointer:
         state.stream = trainer.data.state_dict()
         state.meters = hold(trainer.meters) if state.epoch_step else {}
         state.skipped = trainer.stepper.skipped.state_dict()
+        if state.compression is not None:
+            state.compression.average()
 
     def _save(self, names: list[str]) -> None:
         with self._watchdog.paused(SAVE):  # it may have to wait for the save before

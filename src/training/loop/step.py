@@ -77,9 +77,13 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         self.task.seed_generators(step)
         statistics = RunningStatistics(self._norms)
+        if self.task.compression is not None:
+            self.task.compression.begin(step)
         batch, computed = self._backward(batch, step)
         result = computed.result
         taken = self._update()
+        if self.task.compression is not None:
+            self.task.compression.end(taken)
         statistics.restore(unless=taken)
         if result.update is not None:
             state = self.task.loss.state

@@ -20,6 +20,7 @@ from drrho_clip.losses.interface import Loss, LossInputs, LossOutput
 from drrho_clip.normalize import normalize
 from drrho_clip.reference import CachedReference, Reference
 from drrho_clip.selection import select
+from training.distributed.powersgd import PowerSGD
 from training.models.open_clip_model import with_labels
 from training.models.precision import Precision
 from training.rng import MASKS, SELECTION, step_seed
@@ -45,6 +46,7 @@ class Task:
     ``loss``            from the registry. ``loss_weight``: factor of its terms.
     ``reference``       its embeddings are used by the loss if ``margins`` is True, and by ``distillation`` and
                         ``selection`` if they are given.
+    ``compression``     of the gradients that ranks exchange, where that keeps a state.
     ``constant_scale``  1/tau for the loss instead of the model's, which only distillation then uses; 0: the
                         model's.
     """
@@ -64,6 +66,7 @@ class Task:
         constant_scale: float = 0.0,
         distillation: Distillation | None = None,
         selection: Selection | None = None,
+        compression: PowerSGD | None = None,
         seed: int = 0,
     ) -> None:
         self.model, self.bare = model, bare
@@ -72,6 +75,7 @@ class Task:
         self.loss, self.loss_weight = loss, loss_weight
         self.reference, self.margins, self.constant_scale = reference, margins, constant_scale
         self.distillation, self.selection = distillation, selection
+        self.compression = compression
         self._seed = seed
 
     def seed_generators(self, step: int) -> None:
