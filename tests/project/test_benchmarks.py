@@ -388,3 +388,28 @@ def test_codec():
     assert all(same["row_bytes"] <= 28 and same["max_error"] <= same["bound"] for same in result["size_of_int8"])
     assert all(same["bound"] == ways["float16"]["max_error"] for same in result["error_of_float16"])
     assert "a common part of norm 0.5" in text
+
+
+def test_network(tmp_path):
+    """What the kernel counts is what each way to send should take; headers are a few percent."""
+    import network
+
+    if (why := network.missing()) is not None:
+        result, text = run("network.py")
+        assert result == {"skipped": why} and f"not measured: {why}" in text
+        pytest.skip(why)
+    model = tiny_models.path("tiny-vit", tmp_path)
+    result, text = run(
+        *("network.py", "--model", model, "--gbit", 1, "--batch-size", 64, "--steps", 1, "--repeats", 1)
+    )
+    found = {name: one["megabytes"] for name, one in result["gbit"]["1"].items()}
+    parameters = sum(p.numel() for p in tiny_models.build("tiny-vit").parameters())
+    whole, rows = 4 * parameters / 1e6, 4 * 64 / 1e6  # of two ranks each sends the half of it twice
+    assert found["none"]["gradients"] == pytest.approx(whole, rel=0.15)
+    assert found["gradients bf16"]["gradients"] == pytest.approx(whole / 2, rel=0.15)
+    assert found["gradients powersgd"]["gradients"] < whole / 3
+    width = json.loads(Path(model).read_text())["embed_dim"]
+    assert found["none"]["embeddings"] == pytest.approx(rows * 2 * (width + 2), rel=0.25)
+    assert found["embeddings 1e-3"]["embeddings"] < 0.6 * found["none"]["embeddings"]
+    assert found["embeddings 1e-3"]["reference"] < 0.5 * found["none"]["reference"]
+    assert "2 nodes, 1 Gbit/s, 64 samples per rank" in text
