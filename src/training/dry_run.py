@@ -17,7 +17,7 @@ import torch
 from drrho_clip.schedules import Horizon
 from training import preflight
 from training.cache.captions import open_captions
-from training.cache.features import open_features
+from training.cache.features import check_captions, open_features
 from training.checkpoint import resume, run_folder
 from training.config.params import Config
 from training.data.build import samples_per_epoch, steps_of
@@ -54,7 +54,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
     if config.trains:
         preflight.check_batch(config, ranks)
         preflight.check_teachers(config, features)
-        sections = [("loss", _loss(config)), *sections, *_training(config, ranks)]
+        sections = [("loss", _loss(config)), *sections, *_training(config, ranks, features)]
     sections += [*(_caching(config) if config.cache.writes else _evaluation(config)), *_files(config)]
     width = max(len(name) for name, _ in sections) + 2
     what = "Training" if config.trains else "Caching" if config.cache.writes else "Evaluation"
@@ -107,12 +107,13 @@ def _model(name: str, parameters: int | None, weights: str) -> str:
     return f"{name}, {size}, {f'weights {weights}' if weights else 'random weights'}"
 
 
-def _training(config: Config, ranks: int) -> Iterator[tuple[str, str]]:
+def _training(config: Config, ranks: int, features: FeatureSource | None) -> Iterator[tuple[str, str]]:
     run = config.run
     samples = samples_per_epoch(config)
     steps = steps_of(samples, config, ranks)
     yield "data", f"{config.data.dataset_type} {config.data.train_data or ''}".rstrip()
     captions = open_captions(config)
+    check_captions(features, captions)
     if captions is not None:
         yield "captions", f"the samples' own or synthetic ones: {captions.describe()}"
     per_rank = f"{run.batch_size}" + (f" in {run.accum_freq} micro-batches" if run.accum_freq > 1 else "")
@@ -128,6 +129,10 @@ def _caching(config: Config) -> Iterator[tuple[str, str]]:
     c = config.cache
     yield "data", f"{config.data.dataset_type} {config.data.train_data or ''}".rstrip()
     what = "the reference's features" if c.writes == "features" else f"{c.num_syn_texts} captions"
+    if c.writes == "features" and c.ref_features_views:
+        what += f" of {c.ref_features_views} views"
+    if c.writes == "features" and c.cached_syn_texts_dir:
+        what += f" and of the captions in {c.cached_syn_texts_dir}"
     if c.ref_features_dtype:
         what += f" in {c.ref_features_dtype}"
     if c.ref_features_error_bound:

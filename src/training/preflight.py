@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from training.cache.captions import open_captions
-from training.cache.features import open_features
+from training.cache.captions import Captions, open_captions
+from training.cache.features import check_captions, open_features
 from training.config.params import Config
 from training.data.batch_memory import BLOCKS
 from training.data.build import open_table
-from training.data.samples import CaptionSource, FeatureSource
+from training.data.samples import FeatureSource
 from training.data.sources.paths import look_for_shards
 from training.data.sources.tables import CsvSource, look_for_pictures
 from training.distributed import ddp
@@ -45,7 +45,7 @@ class Opened:
     """
 
     features: FeatureSource | None
-    captions: CaptionSource | None
+    captions: Captions | None
     sets: dict[str, ClassificationSet]
     table: CsvSource | None = None
     val_table: CsvSource | None = None
@@ -59,14 +59,20 @@ def check(config: Config, world: World) -> Opened:
     check_models(config)
     features = open_features(config)
     captions = open_captions(config)
+    check_captions(features, captions)
     if config.trains:
         check_batch(config, world.world_size)
         check_shared_memory(config, world)
         check_teachers(config, features)
         if features is not None:
+            views = features.views
+            seen = (
+                "one fixed view of each image, whatever augmentation the target sees"
+                if views is None
+                else f"{views.count} random views of each image, of which the target sees the same one"
+            )
             remarks.append(
-                f"the reference's features are read from disk: {features.describe()}. They are of one fixed view "
-                "of each image, whatever augmentation the target sees"
+                f"the reference's features are read from disk: {features.describe()}. They are of {seen}"
             )
         if captions is not None:
             remarks.append(f"captions are the samples' own or synthetic ones: {captions.describe()}")

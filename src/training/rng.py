@@ -5,6 +5,7 @@ any rank, loader process or resumed run draws the same one. What is drawn, and i
 
     the order of samples       (seed, epoch, turn[, lane]), see ``data.order`` and the sources
     a sample's view            ``sample_seed``: crop, color, which of several captions
+    a stored view              ``view_seed``: crop, color; which of them a use of the sample gets: ``view_number``
     dropout and similar masks  ``step_seed``, MASKS
     batch selection            ``step_seed``, SELECTION
     initial weights            ``seeded_cpu``: the same on every rank
@@ -28,6 +29,7 @@ from torch import Tensor
 
 MASKS, SELECTION = range(2)  # purposes of the random numbers in a step: each has its own seeds
 CAPTION = 1  # a purpose of a sample's seed: which of several captions
+_VIEW = -1  # in place of an epoch, which is never negative
 
 
 def seed_of(*parts: int) -> int:
@@ -40,6 +42,19 @@ def seed_of(*parts: int) -> int:
 def sample_seed(seed: int, epoch: int, turn: int, row: int) -> int:
     """The seed of all random numbers for one use of one sample."""
     return seed_of(seed, epoch, turn, row)
+
+
+def view_seed(seed: int, view: int, row: int) -> int:
+    """The seed of view number ``view`` of the sample at ``row`` of a store with this ``seed``."""
+    return seed_of(seed, _VIEW, view, row)
+
+
+def view_number(seed: int, epoch: int, turn: int, row: int, views: int) -> int:
+    """Which of a sample's ``views`` one use of it gets.
+
+    They come in turn, from one that differs from sample to sample: so ``views`` epochs see each of them once.
+    """
+    return (seed_of(seed, _VIEW, row) + epoch + turn) % views
 
 
 def step_seed(seed: int, step: int, rank: int, purpose: int) -> int:

@@ -120,7 +120,7 @@ def _hardware(world: World) -> str:
 def write_cache(start: Start, log: RunLog) -> None:
     """Go through the training data once and write the cache that the flags ask for."""
     _begin(start, log)
-    precompute.write(start.config, start.world, log, start.opened.table)
+    precompute.write(start.config, start.world, log, start.opened.table, start.opened.captions)
     log.done()
 
 

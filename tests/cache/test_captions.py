@@ -159,7 +159,7 @@ def test_fewer_captions_than_are_there(lab, capsys):
     store = open_captions(parse(lab.words("--cached_syn_texts_dir @captions --num_syn_texts 1")))
     rows = held(lab.root / "captions")
     texts = {store.draw(5, [shards.caption(5)], "five", seed) for seed in range(50)}
-    assert texts == {shards.caption(5), rows[5][0]}
+    assert texts == {(0, shards.caption(5)), (1, rows[5][0])}
     line = "--cached_syn_texts_dir @captions --num_syn_texts 4"
     assert main([*lab.words(line), "--name", "four"]) == 2
     assert "--num_syn_texts 4: " in capsys.readouterr().err

@@ -54,10 +54,9 @@ WRITE = f"{DATA} --data_size 2000 {REFERENCE} --cache_ref_model_features"
         (f"{FASTCLIP} --cap_model coca_ViT-B-32", "run once with --cache_syn_texts, then train with"),
         (f"{FASTCLIP} --cached_syn_texts_dir nowhere", "there is no such folder on this machine"),
         (f"{DATA} --cached_syn_texts_dir .", "--cached_syn_texts_dir . needs --data_size"),
-        (
-            f"{FASTCLIP} --cached_ref_features_dir . --cached_syn_texts_dir .",
-            "holds features of the samples' own captions",
-        ),
+        (f"{WRITE} --cached_syn_texts_dir nowhere", "--cached_syn_texts_dir nowhere: there is no such folder"),
+        (f"{WRITE} --ref_features_views -1", "--ref_features_views -1: the value must lie in"),
+        (f"{CAPTION} --ref_features_views 2", "--ref_features_views 2: --cache_syn_texts writes captions"),
     ],
 )
 def test_refused(line, sentence, capsys):

@@ -129,6 +129,7 @@ EFFECTS: dict[str, Effect] = {
     "cached_ref_features_dir": Effect((None, "@features"), observe_run(runs.losses), FASTCLIP),
     "ref_features_dtype": Effect((None, "int8"), runs.cached_bytes, CACHE),
     "ref_features_error_bound": Effect(("0.001", "0.01"), runs.cached_bytes, CACHE),
+    "ref_features_views": Effect(("0", "2"), runs.cached_bytes, CACHE),
     "ref_features_offset": Effect(("0", "-2"), refusal_or(parts.reference_features), PUBLISHED),
     "num_samples_per_shard": Effect(("4", "3"), refusal_or(parts.reference_features), PUBLISHED),
     "cache_group_size": Effect(("1", "2"), runs.cached_rows, CACHE),

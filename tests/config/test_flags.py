@@ -38,6 +38,7 @@ NEW = {
     "--powersgd_rank",
     "--ref_features_dtype",
     "--ref_features_error_bound",
+    "--ref_features_views",
     "--requeue_on_preempt",
     "--sample_index",
     "--sample_state_device",

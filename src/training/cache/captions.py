@@ -25,18 +25,33 @@ class Captions:
     def __init__(self, store: RowStore, count: int, offset: int = 0) -> None:
         self.store, self.count, self.offset = store, count, offset
 
-    def draw(self, row: int, texts: Sequence[str], name: str, seed: int) -> str:
+    def draw(self, row: int, texts: Sequence[str], name: str, seed: int) -> tuple[int, str]:
         """See ``CaptionSource``."""
+        position = self._position(row, texts[0], name)
+        number = seed_of(seed >> 1, CAPTION) % (len(texts) + self.count)
+        if number < len(texts):
+            return number, texts[number]
+        return number, _text(self.store.one("captions", position)[number - len(texts)])
+
+    def written(self, row: int, text: str, name: str) -> list[str]:
+        """See ``CaptionSource``."""
+        return [
+            _text(caption) for caption in self.store.one("captions", self._position(row, text, name))[: self.count]
+        ]
+
+    def _position(self, row: int, text: str, name: str) -> int:
         place = np.array([row - self.offset])
-        checksum = np.array([caption_checksum(texts[0])], np.uint32)
+        checksum = np.array([caption_checksum(text)], np.uint32)
         (position,) = self.store.find(
             place, checksum, lambda _: f"{FLAG}: sample {name} (row {place[0]} of the captions)"
         )
-        number = seed_of(seed >> 1, CAPTION) % (len(texts) + self.count)
-        if number < len(texts):
-            return texts[number]
-        written = self.store.one("captions", int(position))[number - len(texts)]
-        return bytes(written).decode(errors="replace")
+        return int(position)
+
+    @property
+    def origin(self) -> str:
+        """How many they are per sample, and what wrote them."""
+        made = self.store.identity
+        return f"{self.count} by {made['model']} with weights {made['weights']}, seed {made['seed']}"
 
     def describe(self) -> str:
         """See ``CaptionSource``."""
@@ -47,10 +62,14 @@ class Captions:
         )
 
 
+def _text(written: np.bytes_) -> str:
+    return bytes(written).decode(errors="replace")
+
+
 def open_captions(config: Config) -> Captions | None:
-    """The captions in ``--cached_syn_texts_dir``; None if the run trains on none. ValueError: they do not fit."""
+    """The captions in ``--cached_syn_texts_dir``; None if the run reads none. ValueError: they do not fit."""
     cache = config.cache
-    if not cache.cached_syn_texts_dir or cache.writes or not config.trains:
+    if not cache.cached_syn_texts_dir or cache.writes == "captions" or not (config.trains or cache.writes):
         return None
     store = open_store(cache.cached_syn_texts_dir, KIND, FLAG)
     _, (held,) = store.shape("captions")

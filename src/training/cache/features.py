@@ -3,7 +3,9 @@
 ``--cached_ref_features_dir`` names one of two layouts:
 
 - ours, a folder that ``--cache_ref_model_features`` has written (see ``row_store``): [2, d] per row, image and
-  text, as they are or packed (see ``storage``), with the model that computed them and a checksum of each caption;
+  text, as they are or packed (see ``storage``), with the model that computed them and a checksum of each caption.
+  With ``--ref_features_views`` it has embeddings of several random views of each image: training shows the target
+  the very view whose embedding it reads. Written with synthetic captions, it has an embedding of each of them;
 - the published one, files ``SHARD:08d.pt`` with a tensor [n, 2, d] each, in which row r is entry r mod S of
   shard r div S with S = ``--num_samples_per_shard``. Rows that were never cached are zeros there. The flag's
   value may be a folder, or a pattern with braces or wildcards.
@@ -27,51 +29,88 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.cache.captions import FLAG as captions_flag
+from training.cache.captions import Captions
 from training.cache.row_store import RowStore, caption_checksum, open_store
-from training.cache.storage import reader
+from training.cache.storage import reader, several
 from training.checkpoint import pt_file
 from training.config.model import brings_weights
 from training.config.params import Config
 from training.config.reference import ReferenceConfig
 from training.data.bad_samples import WrongRow
-from training.data.samples import FeatureSource
+from training.data.samples import FeatureSource, Shown, StoredViews
 from training.data.sources.paths import expand_shards
+from training.data.transforms import describe_augmentation
 from training.distributed.collectives import on_main
 from training.models import described, pretrained
 
 KIND = "reference features"
 FLAG = "--cached_ref_features_dir"
+VIEWS, SEED, AUGMENTATION, CAPTIONS = (
+    "views",
+    "seed",
+    "augmentation",
+    "synthetic captions",
+)  # in a store's identity
 _FLOATS = (torch.float16, torch.float32, torch.float64)  # those that numpy has too
 _OPEN = 4096  # published files that a process maps at a time; the system allows about 65,000 mappings in all
 
 
 class StoredFeatures:
-    """Embeddings in our layout."""
+    """Embeddings in our layout; ``captions`` is the number of embedded synthetic captions of each sample."""
 
     def __init__(self, store: RowStore, offset: int = 0) -> None:
         self.store, self.offset = store, offset
-        self._gather, self.width, self.form = reader(store)
+        self._read, self.width, self.form = reader(store)
+        self._several = several(store)
+        self.captions = self._several[1] - 1 if self._several else 0
+        count = store.identity.get(VIEWS, 0)
+        self.views = StoredViews(count, store.identity[SEED], offset) if count else None
 
-    def __call__(self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str]) -> Tensor:
+    def __call__(
+        self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str], shown: Sequence[Shown] = ()
+    ) -> Tensor:
         """See ``FeatureSource``."""
         places = np.asarray(rows, dtype=np.int64) - self.offset
         checksums = np.fromiter(map(caption_checksum, texts), np.uint32, len(places))
         name_of = _namer(places, names)
-        found = self._gather(self.store.find(places, checksums, name_of))
+        positions = self.store.find(places, checksums, name_of)
+        which = np.zeros((2, len(places)), np.int64)
+        if self._several and shown:
+            which[:] = np.array([(use.view, use.caption) for use in shown]).T
+            if self.captions:
+                self._check_captions(positions, which[1], shown, name_of)
+        found = self._read(positions, which)
         _check_values(found, name_of, str(self.store.folder))
         return torch.from_numpy(found)
 
     def describe(self) -> str:
         """See ``FeatureSource``."""
-        made = self.store.identity
+        made, (images, texts) = self.store.identity, self._several or (1, 1)
+        each = "" if self._several is None else f" of {images} images and {texts} captions each,"
         return (
-            f"{len(self.store):,} rows of 2 x {self.width} {self.form} in {self.store.folder}, "
+            f"{len(self.store):,} rows{each} of 2 x {self.width} {self.form} in {self.store.folder}, "
             f"from {made['model']} with weights {made['weights']}"
         )
+
+    def _check_captions(
+        self, positions: np.ndarray, captions: np.ndarray, shown: Sequence[Shown], name_of: Callable[[int], str]
+    ) -> None:
+        """WrongRow: a caption that a sample shows is not the one that was embedded."""
+        held = self.store.gather("caption_checksums", positions, captions)
+        good = held == np.fromiter((caption_checksum(use.text) for use in shown), np.uint32, len(shown))
+        if not good.all():
+            i = int(good.argmin())
+            raise WrongRow(
+                f"{name_of(i)} has another synthetic caption {captions[i]} than in {self.store.folder}: those "
+                "features were written with other captions, write them again with these"
+            )
 
 
 class PublishedFeatures:
     """Embeddings in the published layout: ``files`` by shard number, ``per_shard`` rows of the run in each."""
+
+    views = None
 
     def __init__(self, files: Mapping[int, str], per_shard: int, offset: int = 0) -> None:
         self.files, self.per_shard, self.offset = dict(files), per_shard, offset
@@ -82,7 +121,9 @@ class PublishedFeatures:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": {}}  # another process maps for itself
 
-    def __call__(self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str]) -> Tensor:
+    def __call__(
+        self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str], shown: Sequence[Shown] = ()
+    ) -> Tensor:
         """See ``FeatureSource``."""
         places = np.asarray(rows, dtype=np.int64) - self.offset
         name_of = _namer(places, names)
@@ -142,6 +183,7 @@ def open_features(config: Config) -> FeatureSource | None:
     if (Path(given) / "index.json").exists() or (Path(given) / "parts").exists():
         store = open_store(given, KIND, FLAG)
         _check_model(store, config.reference)
+        _check_augmentation(store, config)
         return StoredFeatures(store, cache.ref_features_offset)
     files = on_main(lambda: published_files(given))
     return PublishedFeatures(files, cache.num_samples_per_shard, cache.ref_features_offset)
@@ -173,6 +215,35 @@ def model_identity(reference: ReferenceConfig) -> dict[str, str]:
     """The reference that the flags name: architecture and weights; a file is identified by its contents."""
     weights = reference.ref_model_checkpoint, reference.ref_model_pretrained
     return pretrained.identity(described.reference_name(reference)[0], *weights)
+
+
+def _check_augmentation(store: RowStore, config: Config) -> None:
+    """ValueError: the views in ``store`` were drawn in another way than the flags say."""
+    made = store.identity.get(AUGMENTATION)
+    wanted = describe_augmentation(config.data.aug_cfg, config.data.rand_augment)
+    if made not in (None, wanted):
+        raise ValueError(
+            f"{wanted}: the views in {store.folder} were drawn with {made}, and training shows these very views: "
+            f"give {made}, or write features with yours"
+        )
+
+
+def check_captions(features: FeatureSource | None, captions: Captions | None) -> None:
+    """ValueError: ``features`` lacks embeddings of some of the synthetic ``captions`` that training draws from."""
+    if features is None or captions is None:
+        return
+    if not isinstance(features, StoredFeatures) or not features.captions:
+        raise ValueError(
+            f"{captions_flag} {captions.store.folder}: {FLAG} holds features of the samples' own captions alone, "
+            f"and these replace them: write features with {captions_flag} too, run the reference live, or train "
+            "without synthetic captions"
+        )
+    folder = features.store.folder
+    if captions.count > features.captions:
+        raise ValueError(
+            f"--num_syn_texts {captions.count}: {folder} has embeddings of {features.captions} synthetic captions "
+            f"per sample; give at most {features.captions}"
+        )
 
 
 def _check_model(store: RowStore, reference: ReferenceConfig) -> None:

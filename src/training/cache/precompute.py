@@ -22,20 +22,21 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from training.cache import producers
+from training.cache.captions import Captions
 from training.cache.producers import Work
 from training.cache.row_store import PartValues, StoreWriter, caption_checksum
 from training.config.params import Config
-from training.data.bad_samples import Skips, usable
+from training.data.bad_samples import Skips, WrongRow, usable
 from training.data.build import open_table
 from training.data.lanes import Part
 from training.data.loader import open_loader
-from training.data.samples import RawSample
+from training.data.samples import CaptionSource, RawSample
 from training.data.sources.fields import SampleFields
 from training.data.sources.shards import Shard
 from training.data.sources.tables import CsvSource
 from training.data.sources.webdataset import ShardSource, open_shards
 from training.data.tokenizer import Tokenizer
-from training.data.transforms import FixedView
+from training.data.transforms import KeptViews
 from training.data.worker import LONGEST_TEXT, decode_or_skip, this_worker
 from training.distributed import collectives
 from training.distributed.process_group import World
@@ -81,12 +82,19 @@ class TableUnit(NamedTuple):
 Unit = ShardUnit | TableUnit
 
 
-def write(config: Config, world: World, run_log: RunLog, table: CsvSource | None = None) -> None:
+def write(
+    config: Config,
+    world: World,
+    run_log: RunLog,
+    table: CsvSource | None = None,
+    synthetic: Captions | None = None,
+) -> None:
     """Write what is missing. ValueError: the store has other values; at the end, shards that cannot be read.
 
-    ``table``: the csv files of ``--train-data``, where they have been read already.
+    ``table``: the csv files of ``--train-data``, where they have been read already. ``synthetic``: captions that
+    the reference reads beside the samples' own.
     """
-    asked, cache = producers.job(config, world), config.cache
+    asked, cache = producers.job(config, world, synthetic), config.cache
     units = _stretch(_units(config, world, table), cache.cache_rank, cache.cache_group_size)
     writer = StoreWriter(Path(asked.folder), asked.kind, asked.identity)
     missing = collectives.on_main(lambda: _missing(units, writer))
@@ -168,14 +176,17 @@ def _write_units(
 ) -> list[str]:
     """Process ``units`` and write parts. Returns the names of the units that cannot be read."""
     workers = min(config.data.workers, len(units))
-    stream = CacheStream(units, work.view, work.tokenizer, config.run.batch_size)
+    stream = CacheStream(units, work.views, work.tokenizer, config.run.batch_size, work.captions)
     loader = open_loader(stream, workers, world.device)
     pending, skips = _Pending(writer, {unit.number: unit.name for unit in units}, work.pack), Skips()
     for chunk in loader:
+        if chunk.wrong is not None:
+            raise WrongRow(str(chunk.wrong))
         values = {}
         if chunk.images is not None:
             texts = None if chunk.texts is None else chunk.texts.to(world.device, non_blocking=True)
-            values = work(chunk.images.to(world.device, non_blocking=True), texts, chunk.rows)
+            images = chunk.images.to(world.device, non_blocking=True)
+            values = work(images, texts, chunk.rows)
         pending.add(chunk, values)
         skips.merge(chunk.skips)
         bar.update(len(chunk.ended) + len(chunk.failed))
@@ -190,9 +201,11 @@ def _write_units(
 
 @dataclass(frozen=True)
 class CacheBatch:
-    """Samples from one loader process. ``units``, ``rows``, ``checksums``: [n]; ``images`` is None where n is 0.
+    """Samples from one loader process: ``units`` and ``rows`` [n], ``checksums`` of their captions [n, captions].
 
-    The units in ``ended`` have no more samples; those in ``failed`` could not be read to their end.
+    ``images`` [n, views, 3, H, W] and ``texts`` [n, captions, L] are None where n is 0. The units in ``ended``
+    have no more samples; those in ``failed`` could not be read to their end. ``wrong`` is the reason why the batch
+    is empty and no further one follows.
     """
 
     images: Tensor | None
@@ -203,6 +216,7 @@ class CacheBatch:
     ended: list[int]
     failed: list[int]
     skips: Skips
+    wrong: WrongRow | None = None
 
     def pin_memory(self) -> CacheBatch:
         """A copy in page-locked memory; ``DataLoader`` calls this method by its name."""
@@ -211,23 +225,38 @@ class CacheBatch:
 
 
 class CacheStream(IterableDataset[CacheBatch]):
-    """The samples of ``units``, each once, in batches that may span several units."""
+    """The samples of ``units``, each once, in batches of ``batch_size`` views that may span several units.
+
+    ``captions``: synthetic ones, which stand behind the samples' own.
+    """
 
     def __init__(
-        self, units: Sequence[Unit], view: FixedView, tokenizer: Tokenizer | None, batch_size: int
+        self,
+        units: Sequence[Unit],
+        views: KeptViews,
+        tokenizer: Tokenizer | None,
+        batch_size: int,
+        captions: CaptionSource | None = None,
     ) -> None:
-        self.units, self.view, self.tokenizer, self.batch_size = units, view, tokenizer, batch_size
+        self.units, self.views, self.tokenizer, self.captions = units, views, tokenizer, captions
+        self.batch_size = max(batch_size // max(views.count, 1), 1)
 
     def __iter__(self) -> Iterator[CacheBatch]:
+        try:
+            yield from self._batches()
+        except WrongRow as error:
+            yield replace(self._chunk([], [], [], Skips()), wrong=error)
+
+    def _batches(self) -> Iterator[CacheBatch]:
         worker, workers = this_worker()
         samples: list[tuple[int, RawSample, Tensor]] = []
         ended: list[int] = []
         for unit in self.units[worker::workers]:
             skips = Skips()
             for raw in unit.read(skips):
-                image = decode_or_skip(raw, skips, self.view.decode)
+                image = decode_or_skip(raw, skips, self.views.decode)
                 if image is not None:
-                    samples.append((unit.number, raw, self.view(image)))
+                    samples.append((unit.number, raw, self.views(image, raw.row)))
                 if len(samples) == self.batch_size:
                     yield self._chunk(samples, ended, [], Skips())
                     samples, ended = [], []
@@ -241,27 +270,40 @@ class CacheStream(IterableDataset[CacheBatch]):
     def _chunk(
         self, samples: list[tuple[int, RawSample, Tensor]], ended: list[int], failed: list[int], skips: Skips
     ) -> CacheBatch:
-        texts = [raw.text[:LONGEST_TEXT] for _, raw, _ in samples]
+        texts = [self._texts(raw) for _, raw, _ in samples]
+        tokens = None
+        if samples and self.tokenizer:
+            tokens = self.tokenizer([text for of_sample in texts for text in of_sample])
+            tokens = tokens.view(len(samples), -1, tokens.shape[-1])
+        checksums = [[caption_checksum(text) for text in of_sample] for of_sample in texts]
         return CacheBatch(
             torch.stack([image for *_, image in samples]) if samples else None,
-            self.tokenizer(texts) if samples and self.tokenizer else None,
+            tokens,
             np.array([unit for unit, *_ in samples], np.int64),
             np.array([raw.row for _, raw, _ in samples], np.int64),
-            np.array([caption_checksum(text) for text in texts], np.uint32),
+            np.array(checksums, np.uint32),
             ended,
             failed,
             skips,
         )
 
+    def _texts(self, raw: RawSample) -> list[str]:
+        """The captions of a sample that are embedded."""
+        own = raw.text[:LONGEST_TEXT]
+        return [own] if self.captions is None else [own, *self.captions.written(raw.row, own, raw.name)]
+
 
 class _Pending:
     """Values of a rank that are not written yet, unit by unit; ``names`` of the units by number.
 
-    ``pack`` turns a part's values into what is stored.
+    ``pack`` turns a part's values, with the checksums of its captions, into what is stored.
     """
 
     def __init__(
-        self, writer: StoreWriter, names: dict[int, str], pack: Callable[[dict[str, np.ndarray]], PartValues]
+        self,
+        writer: StoreWriter,
+        names: dict[int, str],
+        pack: Callable[[dict[str, np.ndarray], np.ndarray], PartValues],
     ) -> None:
         self.writer, self.names, self.pack = writer, names, pack
         self.failed: set[int] = set()
@@ -287,7 +329,7 @@ class _Pending:
         """Write a part with the units that have ended; the values of the others are kept."""
         if not self._ended:
             return
-        nothing: dict[str, np.ndarray] = {"rows": np.empty(0, np.int64), "checksums": np.empty(0, np.uint32)}
+        nothing: dict[str, np.ndarray] = {"rows": np.empty(0, np.int64), "checksums": np.empty((0, 1), np.uint32)}
         pieces = [piece for unit in sorted(self._ended) for piece in self._held.pop(unit, ())] or [nothing]
         columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         _, first = np.unique(columns["rows"], return_index=True)
@@ -295,11 +337,11 @@ class _Pending:
             log.warning("%d samples have the row of another one; only the first of each row is kept", repeated)
         columns = {name: column[first] for name, column in columns.items()}
         rows, checksums = columns.pop("rows"), columns.pop("checksums")
-        part = self.pack(columns) if columns else PartValues({})
+        part = self.pack(columns, checksums) if columns else PartValues({})
         self.writer.write(
             [(unit, self.names[unit]) for unit in self._ended],
             rows,
-            checksums,
+            checksums[:, 0],
             constants=part.constants,
             facts=part.facts,
             **part.values,

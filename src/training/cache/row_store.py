@@ -30,7 +30,7 @@ import json
 import mmap
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,10 @@ import numpy as np
 from training.data.bad_samples import WrongRow
 from training.files import digest, replacing
 
-FORMAT, PACKED = 1, 2  # of plain values; of values for which each part has facts that tell how to unpack them
+# Formats: of plain values; of values for which each part has facts that tell how to unpack them; of rows with
+# several values each, of which a reader takes one (``SEVERAL`` is among their facts).
+FORMAT, PACKED, CHOICES = 1, 2, 3
+SEVERAL = "several"
 _PAGE = 4096
 _BLOCK = 2**24  # bytes that are written at a time
 
@@ -127,7 +130,7 @@ class StoreWriter:
             part = {"shards": sorted(shards), "rows": len(rows), "files": files, "identity": self.identity}
             if facts:
                 part["facts"] = dict(facts)
-            _write_json(folder / f"{name}.json", {"format": _format(facts), "kind": self.kind, **part})
+            _write_json(folder / f"{name}.json", {"format": _format([facts]), "kind": self.kind, **part})
 
     def index(self) -> int:
         """Make all finished parts readable, those of other writers too. Returns the number of rows.
@@ -156,7 +159,7 @@ class StoreWriter:
                 del part["identity"]
                 if not part["facts"]:
                     del part["facts"]
-            form = _format([part.facts for part in parts if part.facts])
+            form = _format(part.facts for part in parts)
             index = {"format": form, "kind": self.kind, "identity": self.identity, "table": table}
             _write_json(self.folder / "index.json", index | {"parts": listed})
             if before not in (None, table["name"]):
@@ -211,9 +214,12 @@ def _parts(folder: Path, kind: str) -> list[StoredPart]:
     return parts
 
 
-def _format(facts: object) -> int:
-    """An older version, which could not unpack them, says that packed values are of another version."""
-    return PACKED if facts else FORMAT
+def _format(facts: Iterable[Mapping[str, Any]]) -> int:
+    """That of parts with these facts. Older versions, which could not read them, say that they know it not."""
+    known = [part for part in facts if part]
+    if not known:
+        return FORMAT
+    return CHOICES if any(SEVERAL in part for part in known) else PACKED
 
 
 def _compare(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -292,16 +298,22 @@ class RowStore:
             )
         return entries[:, 0].astype(np.int64) - 1
 
-    def gather(self, key: str, positions: np.ndarray) -> np.ndarray:
-        """Values ``key`` at ``positions`` (int64 [n]), of one shape in all parts, as one array [n, ...]."""
-        pieces = self.pieces(key, positions)
+    def gather(self, key: str, positions: np.ndarray, which: np.ndarray | None = None) -> np.ndarray:
+        """Values ``key`` at ``positions`` (int64 [n]), of one shape in all parts, as one array [n, ...].
+
+        ``which`` int64 [n]: of rows with several values, the number of the one that is wanted.
+        """
+        pieces = self.pieces(key, positions, which)
         out = np.empty((len(positions), *pieces[0].array.shape[1:]), pieces[0].array.dtype)
         for piece in pieces:
             out[piece.target] = piece.array[piece.source]
         return out
 
-    def pieces(self, key: str, positions: np.ndarray) -> list[Portion]:
-        """Where values ``key`` at ``positions`` (int64 [n]) are, part by part; their pages are on their way."""
+    def pieces(self, key: str, positions: np.ndarray, which: np.ndarray | None = None) -> list[Portion]:
+        """Where values ``key`` at ``positions`` (int64 [n]) are, part by part; their pages are on their way.
+
+        ``which``: as for ``gather``.
+        """
         order = np.argsort(positions, kind="stable")
         places = positions[order]
         part_of = np.searchsorted(self._ends, places, side="right")
@@ -311,8 +323,13 @@ class RowStore:
             if len(piece):
                 part = int(part_of[piece[0]])
                 mapped, start = self._values(key, part)
-                mapped.expect(places[piece] - start)
-                pieces.append(Portion(part, mapped.array, places[piece] - start, order[piece]))
+                array: np.ndarray = mapped.array
+                source = places[piece] - start
+                if which is not None:
+                    each = array.shape[1]
+                    array, source = array.reshape(-1, *array.shape[2:]), source * each + which[order[piece]]
+                mapped.expect(source, of=len(array))
+                pieces.append(Portion(part, array, source, order[piece]))
         return pieces
 
     def constant(self, key: str, part: int) -> np.ndarray:
@@ -378,7 +395,7 @@ def damaged(store: RowStore) -> list[str]:
 
 
 def _check_format(folder: Path, held: Any, kind: str) -> None:
-    if not isinstance(held, dict) or "kind" not in held or held.get("format") not in (FORMAT, PACKED):
+    if not isinstance(held, dict) or "kind" not in held or held.get("format") not in (FORMAT, PACKED, CHOICES):
         raise ValueError(f"{folder} is not a store of this program, or was written by another version of it")
     if held["kind"] != kind:
         raise ValueError(f"{folder} holds {held['kind']}, not {kind}: give the folder of {kind}")
@@ -408,12 +425,15 @@ class _Mapped:
             raise ValueError(
                 f"{path} cannot be read ({error}); copy the store again, or write it again"
             ) from error
-        self._row = self.array.nbytes // max(len(self.array), 1)
 
-    def expect(self, rows: np.ndarray) -> None:
-        """Let the kernel fetch the pages of ``rows`` together; reading them one by one would wait for each."""
-        begin = self._start + rows * self._row
-        first, last = begin // mmap.PAGESIZE, (begin + self._row - 1) // mmap.PAGESIZE
+    def expect(self, rows: np.ndarray, of: int | None = None) -> None:
+        """Let the kernel fetch the pages of ``rows`` together; reading them one by one would wait for each.
+
+        ``of``: the number of equal pieces of the array that ``rows`` counts; None: its rows.
+        """
+        size = self.array.nbytes // max(len(self.array) if of is None else of, 1)
+        begin = self._start + rows * size
+        first, last = begin // mmap.PAGESIZE, (begin + size - 1) // mmap.PAGESIZE
         pages = np.unique(np.concatenate([first, last]))
         starts = np.flatnonzero(np.diff(pages, prepend=-2) > 1)
         begins = pages[starts] * mmap.PAGESIZE

@@ -1,7 +1,14 @@
 """How features are stored: as float32 or float16, in 8 bits with a scale, or packed with a promised error.
 
 Plain types are arrays ``features`` [n, 2, d]. The others are bytes, ``packed`` [n, bytes], first the image's, then
-the text's, so that one read brings both. A part's facts say how it was packed and what that changed:
+the text's, so that one read brings both. Where a row has several views or captions, of which a reader takes one
+each, there are instead
+
+    images      [n, views, d], or bytes [n, views, bytes of an image]
+    texts       [n, captions, d], or bytes
+    caption_checksums   uint32 [n, captions]
+
+A part's facts say how it was packed and what that changed:
 
     width       d
     bytes       of an image's and of a text's row
@@ -10,14 +17,16 @@ the text's, so that one read brings both. A part's facts say how it was packed a
     similarity  of the part's first rows, normalized: the largest and the root mean square error of the similarity
                 of an image and a text
 
+    several     [views, captions] of a row, where it has several
+
 Constants are ``offset``, float32 [2, d], the columns' means, where one of the formats takes them off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +35,7 @@ from torch import Tensor
 
 from drrho_clip import codec
 from drrho_clip.codec import Format
-from training.cache.row_store import PartValues, RowStore
+from training.cache.row_store import SEVERAL, PartValues, RowStore
 
 _LARGEST_INT8 = 127
 _COMPARED = 1024  # rows of a part whose similarities are compared
@@ -48,15 +57,45 @@ class Storage:
         """What tells stores apart."""
         return {"dtype": self.dtype} if self.bound is None else {"dtype": "packed", "error bound": self.bound}
 
+    @property
+    def plain(self) -> bool:
+        """Whether features are kept in the type in which they are brought."""
+        return self.bound is None and self.dtype != "int8"
+
     def pack(self, features: np.ndarray) -> PartValues:
         """The values of a part whose features are these, [n, 2, d] in ``brought``, n > 0."""
-        if self.bound is None and self.dtype != "int8":
+        if self.plain:
             return PartValues({"features": features})
-        exact = torch.from_numpy(features)
+        rows, constants, facts = self._packed(list(torch.from_numpy(features).unbind(1)))
+        return PartValues({"packed": torch.cat(rows, 1).numpy()}, constants, facts)
+
+    def pack_several(self, images: np.ndarray, texts: np.ndarray, checksums: np.ndarray) -> PartValues:
+        """The same for rows with several: ``images`` [n, views, d], ``texts`` [n, captions, d], n > 0.
+
+        ``checksums``: of the captions, uint32 [n, captions].
+        """
+        sides = {"images": torch.from_numpy(images), "texts": torch.from_numpy(texts)}
+        several = {SEVERAL: [side.shape[1] for side in sides.values()]}
+        held = {"caption_checksums": checksums}
+        if self.plain:
+            facts = {"width": images.shape[2]} | several
+            return PartValues(held | {name: side.numpy() for name, side in sides.items()}, facts=facts)
+        rows, constants, facts = self._packed([side.flatten(0, 1) for side in sides.values()])
+        for (name, side), packed in zip(sides.items(), rows):
+            held[name] = packed.view(*side.shape[:2], -1).numpy()
+        return PartValues(held, constants, facts | several)
+
+    def _packed(self, exact: list[Tensor]) -> tuple[list[Tensor], dict[str, np.ndarray], dict[str, Any]]:
+        """Bytes of images and of texts, uint8 [n, bytes], with the part's constants and facts.
+
+        ``exact``: float32 [n, d] each; there may be more of one than of the other.
+        """
+        width = exact[0].shape[1]
         # Broken vectors stay broken, so that the lookup refuses them.
-        broken = ~(torch.isfinite(exact).all(2) & exact.any(2))
-        sides = torch.where(broken[..., None], torch.nan, exact).unbind(1)
-        facts: dict[str, Any] = {"width": exact.shape[2]}
+        sides = [
+            torch.where((torch.isfinite(side).all(1) & side.any(1))[:, None], side, torch.nan) for side in exact
+        ]
+        facts: dict[str, Any] = {"width": width}
         constants: dict[str, np.ndarray] = {}
         if self.bound is None:
             rows = [_int8_rows(side) for side in sides]
@@ -67,27 +106,39 @@ class Storage:
             back = [codec.unpack(side, how, offset) for side, (how, offset) in zip(rows, chosen)]
             facts["formats"] = [asdict(how) for how, _ in chosen]
             if any(how.moved for how, _ in chosen):
-                nothing = torch.zeros(exact.shape[2])
+                nothing = torch.zeros(width)
                 offsets = [nothing if offset is None else offset for _, offset in chosen]
                 constants["offset"] = torch.stack(offsets).numpy()
         facts["bytes"] = [side.shape[1] for side in rows]
-        return PartValues({"packed": torch.cat(rows, 1).numpy()}, constants, facts | _changes(sides, back))
+        return rows, constants, facts | _changes(sides, back)
 
 
-def reader(store: RowStore) -> tuple[Callable[[np.ndarray], np.ndarray], int, str]:
-    """What gives features [n, 2, d] at positions int64 [n], d, and how they are stored."""
-    packed = next((facts for facts in store.facts if facts), None)
-    if packed is None:
-        dtype, (_, width) = store.shape("features")
-        return PlainReader(store), width, str(dtype)
+class Reader(Protocol):
+    """What gives features at positions int64 [n]; ``which`` int64 [2, n]: the views and captions, of several."""
+
+    def __call__(self, positions: np.ndarray, which: np.ndarray) -> np.ndarray:
+        """Features [n, 2, d]."""
+
+
+def reader(store: RowStore) -> tuple[Reader, int, str]:
+    """What reads features from ``store``, their width d, and how they are stored."""
+    facts: Mapping[str, Any] = next((facts for facts in store.facts if facts), {})
+    if "bytes" not in facts:
+        dtype, (*_, width) = store.shape("images" if SEVERAL in facts else "features")
+        return PlainReader(store, SEVERAL in facts), width, str(dtype)
     bound = store.identity.get("error bound")
     form = "int8, with scales" if bound is None else f"with an error of at most {bound:g}"
-    return PackedReader(store, packed["width"]), packed["width"], form
+    return PackedReader(store, facts["width"], SEVERAL in facts), facts["width"], form
+
+
+def several(store: RowStore) -> tuple[int, int] | None:
+    """The views and captions of each row; None where there is one of each."""
+    return next((tuple(facts[SEVERAL]) for facts in store.facts if SEVERAL in facts), None)
 
 
 def largest_changes(store: RowStore) -> str:
     """A sentence on what packing changed in the parts of ``store``; '' where it holds plain types."""
-    facts = [part for part in store.facts if part]
+    facts = [part for part in store.facts if "largest" in part]
     if not facts:
         return ""
     similarity = [part["similarity"] for part in facts]
@@ -100,20 +151,26 @@ def largest_changes(store: RowStore) -> str:
 
 @dataclass(frozen=True)
 class PlainReader:
-    """Features as they were written."""
+    """Features as they were written; ``several``: rows have several views or captions."""
 
     store: RowStore
+    several: bool
 
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
+    def __call__(self, positions: np.ndarray, which: np.ndarray) -> np.ndarray:
         """[n, 2, d] in the store's type."""
-        return self.store.gather("features", positions)
+        if not self.several:
+            return self.store.gather("features", positions)
+        views, captions = which
+        return np.stack(
+            [self.store.gather("images", positions, views), self.store.gather("texts", positions, captions)], 1
+        )
 
 
 class PackedReader:
-    """Features that were packed, with ``width`` components each."""
+    """Features that were packed, with ``width`` components each; ``several`` as above."""
 
-    def __init__(self, store: RowStore, width: int) -> None:
-        self.store, self.width = store, width
+    def __init__(self, store: RowStore, width: int, several: bool) -> None:
+        self.store, self.width, self.several = store, width, several
         # Formats that differ in the room for a row's zeros alone are unpacked together.
         forms = [[_form(facts, side) for facts in store.facts] for side in (0, 1)]
         self._forms = [list(dict.fromkeys(of_side)) for of_side in forms]
@@ -124,18 +181,17 @@ class PackedReader:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_offsets": {}}  # another process reads its own
 
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
+    def __call__(self, positions: np.ndarray, which: np.ndarray) -> np.ndarray:
         """float32 [n, 2, d]; NaN for vectors that were broken when they were written."""
-        pieces = self.store.pieces("packed", positions)
-        counts = np.array([len(piece.source) for piece in pieces])
+        pieces = self._pieces(positions, which)
+        counts = np.array([len(piece.target) for piece in pieces])
         part_of = np.repeat([piece.part for piece in pieces], counts)
         ends = np.cumsum(counts)
         first, second = self._bytes[part_of].max(0)
         images, texts = (np.zeros((len(positions), most), np.uint8) for most in (first, second))
         for piece, count, end in zip(pieces, counts.tolist(), ends.tolist()):
-            rows, image_bytes = piece.array[piece.source], int(self._bytes[piece.part, 0])
-            images[end - count : end, :image_bytes] = rows[:, :image_bytes]
-            texts[end - count : end, : rows.shape[1] - image_bytes] = rows[:, image_bytes:]
+            images[end - count : end, : piece.images.shape[1]] = piece.images
+            texts[end - count : end, : piece.texts.shape[1]] = piece.texts
         unpacked = np.empty((len(positions), 2, self.width), np.float32)
         for side, packed in enumerate((images, texts)):
             form_of = self._form_of[side][part_of]
@@ -146,6 +202,22 @@ class PackedReader:
         features = np.empty_like(unpacked)
         features[np.concatenate([piece.target for piece in pieces])] = unpacked
         return features
+
+    def _pieces(self, positions: np.ndarray, which: np.ndarray) -> list[_Bytes]:
+        """What was asked for, part by part."""
+        if self.several:
+            sides = zip(
+                self.store.pieces("images", positions, which[0]), self.store.pieces("texts", positions, which[1])
+            )
+            return [
+                _Bytes(image.part, image.target, image.array[image.source], text.array[text.source])
+                for image, text in sides
+            ]
+        found = []
+        for piece in self.store.pieces("packed", positions):
+            rows, image_bytes = piece.array[piece.source], int(self._bytes[piece.part, 0])
+            found.append(_Bytes(piece.part, piece.target, rows[:, :image_bytes], rows[:, image_bytes:]))
+        return found
 
     def _unpacked(self, form: Format | None, packed: np.ndarray, part_of: np.ndarray, side: int) -> Tensor:
         rows = torch.from_numpy(packed)
@@ -161,6 +233,15 @@ class PackedReader:
         if part not in self._offsets:
             self._offsets[part] = np.array(self.store.constant("offset", part))
         return self._offsets[part]
+
+
+class _Bytes(NamedTuple):
+    """Packed ``images`` and ``texts`` of one part, uint8 [m, bytes], the entries ``target`` of those asked for."""
+
+    part: int
+    target: np.ndarray
+    images: np.ndarray
+    texts: np.ndarray
 
 
 def _form(facts: Mapping[str, Any], side: int) -> Format | None:

@@ -24,14 +24,16 @@ class CacheConfig:
     """Reference features and synthetic captions on disk.
 
     ``writes``: 'features' or 'captions' where the run writes a cache and ends, else ''. Folders are resolved: the
-    one to write, or those that training reads, '' where it reads none. ``num_syn_texts`` None: all that are there.
+    one to write, or those that are read, '' where none is. ``num_syn_texts`` None: all that are there.
     ``ref_features_dtype`` None: as the reference's precision or ``ref_features_error_bound`` says.
+    ``ref_features_views`` 0: one fixed view.
     """
 
     writes: str
     cached_ref_features_dir: str
     ref_features_dtype: str | None
     ref_features_error_bound: float | None
+    ref_features_views: int
     ref_features_offset: int
     num_samples_per_shard: int
     cached_syn_texts_dir: str
@@ -43,9 +45,9 @@ class CacheConfig:
     cache_rank: int
 
 
-def _writes_with(key: str) -> Callable[[Setting], bool]:
-    """Whether a run writes a cache and has the flag ``key`` at another value than 0."""
-    return lambda s: s.writes_cache and bool(s.given.values[key])
+def _writes_with(key: str, unless: str | None) -> Callable[[Setting], bool]:
+    """Whether a run writes a cache and has ``key`` at another value than 0, and not the flag ``unless``."""
+    return lambda s: s.writes_cache and bool(s.given.values[key]) and not (unless and s.given.values[unless])
 
 
 IDLE = (
@@ -61,7 +63,7 @@ IDLE = (
     ),
     Idle(("cap_model_pretrained",), lambda s: True, "without --cache_syn_texts"),
     Idle(
-        ("ref_features_dtype", "ref_features_error_bound"),
+        ("ref_features_dtype", "ref_features_error_bound", "ref_features_views"),
         lambda s: True,
         "when features are read: they are as they were written",
     ),
@@ -74,10 +76,13 @@ PITFALLS = (
     ),
     *(
         Pitfall(
-            _writes_with(key),
+            _writes_with(key, unless),
             f"{ALL[key].name}: no effect when a cache is written; rows keep their numbers",
         )
-        for key in ("ref_features_offset", "syn_texts_offset")
+        for key, unless in (
+            ("ref_features_offset", None),
+            ("syn_texts_offset", "cache_ref_model_features"),  # read there, see ``--cached_syn_texts_dir``
+        )
     ),
 )
 
@@ -100,10 +105,13 @@ def resolve_cache(given: Given, dataset_type: str, trains: bool) -> CacheConfig:
     if written:
         _check_writing(given, written, dataset_type)
         key, default = _FOLDERS[written]
-        folders = dict.fromkeys(folders, "") | {key: folders[key] or os.path.join(given.logs, default)}
+        read = folders["cached_syn_texts_dir"] if written == FEATURES else ""
+        folders = {"cached_syn_texts_dir": read, "cached_ref_features_dir": ""} | {
+            key: folders[key] or os.path.join(given.logs, default)
+        }
     elif trains:
         _check_reading(given, dataset_type)
-    count = given.num_syn_texts if written or given.chose("num_syn_texts") else None
+    count = given.num_syn_texts if written == CAPTIONS or given.chose("num_syn_texts") else None
     return given.group(CacheConfig, writes=written, num_syn_texts=count, **folders)
 
 
@@ -131,7 +139,8 @@ def _check_writing(given: Given, written: str, dataset_type: str) -> None:
         raise Refusal(
             f"{given.say(key)}: a cache is written into one local folder; give its path, not a pattern or a URL"
         )
-    form = next((key for key in ("ref_features_dtype", "ref_features_error_bound") if given.values[key]), None)
+    about = ("ref_features_dtype", "ref_features_error_bound", "ref_features_views")
+    form = next((key for key in about if given.values[key]), None)
     if form and written == CAPTIONS:
         raise Refusal(f"{given.say(form)}: {flag} writes captions, and it is about features; leave it out")
     if given.ref_features_dtype and given.ref_features_error_bound:
@@ -141,25 +150,25 @@ def _check_writing(given: Given, written: str, dataset_type: str) -> None:
         )
     if written == CAPTIONS:
         _check_captioner(given)
+    else:
+        _check_folder(given, "cached_syn_texts_dir")
 
 
 def _check_reading(given: Given, dataset_type: str) -> None:
-    read = [key for key, _ in _FOLDERS.values() if given.values[key]]
-    if len(read) == 2:
-        raise Refusal(
-            f"{given.say(read[0])} holds features of the samples' own captions, which {given.say(read[1])} "
-            "replaces: run the reference live, or train without synthetic captions"
-        )
-    for key in read:
+    for key in (key for key, _ in _FOLDERS.values() if given.values[key]):
         _check_rows(given, given.say(key), dataset_type)
-        value = given.values[key]
-        if not re.search(r"[:{*?\[]", value) and not Path(value).exists():
-            raise Refusal(f"{given.say(key)}: there is no such folder on this machine; check the path")
+        _check_folder(given, key)
     if given.cap_model:
         raise Refusal(
             f"{given.say('cap_model')}: training generates no captions; run once with --cache_syn_texts, then "
             "train with --cached_syn_texts_dir and without --cap_model"
         )
+
+
+def _check_folder(given: Given, key: str) -> None:
+    value = given.values[key]
+    if value and not re.search(r"[:{*?\[]", value) and not Path(value).exists():
+        raise Refusal(f"{given.say(key)}: there is no such folder on this machine; check the path")
 
 
 def _check_rows(given: Given, flag: str, dataset_type: str) -> None:

@@ -338,6 +338,14 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "write features in the fewest bytes for which no component is wrong by more than this, e.g. 0.001",
             within="[5e-5, 0.1]",
         ),
+        Flag(
+            "--ref_features_views",
+            "int",
+            0,
+            "write features of this many random views of each image, drawn with --aug-cfg; training on them shows "
+            "the target the same views. 0: of one fixed view, whatever the target sees",
+            within=AT_LEAST_0,
+        ),
         Flag("--ref_features_offset", "int", 0, "row of this run that belongs to row 0 of the cached features"),
         Flag(
             "--num_samples_per_shard",
@@ -374,7 +382,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "str",
             "",
             "train with these captions too: each time a sample is used, its own caption or one of these "
-            "is drawn. With --cache_syn_texts: the folder to write to (default: syn_texts in --logs)",
+            "is drawn. With --cache_syn_texts: the folder to write to (default: syn_texts in --logs). With "
+            "--cache_ref_model_features: captions whose features are written too",
         ),
         Flag("--syn_texts_offset", "int", 0, "row of this run that belongs to row 0 of the cached captions"),
         Flag(

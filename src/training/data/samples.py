@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from PIL import Image
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from training.data.lanes import Lane
 from training.data.progress import BEGIN, Place
+from training.rng import view_number, view_seed
 
 
 class RawSample(NamedTuple):
@@ -60,14 +62,52 @@ class Unusable(Exception):
         self.why = why
 
 
+@dataclass(frozen=True)
+class StoredViews:
+    """The ``count`` random views of each image whose embeddings are stored, drawn with the store's ``seed``.
+
+    ``offset``: row 0 of the store is this row of the run.
+    """
+
+    count: int
+    seed: int
+    offset: int = 0
+
+    def draw(self, seed: int, epoch: int, turn: int, row: int) -> tuple[int, int]:
+        """For one use of a sample in a run with ``seed``: the number of its view, and the seed of this view."""
+        number = view_number(seed, epoch, turn, row, self.count)
+        return number, view_seed(self.seed, number, row - self.offset)
+
+
+class Shown(NamedTuple):
+    """What one use of a sample shows of it: stored view number ``view``, and ``text``, its caption ``caption``.
+
+    Caption 0 is the sample's own, the others are synthetic ones.
+    """
+
+    text: str
+    caption: int = 0
+    view: int = 0
+
+
 class FeatureSource(Protocol):
-    """Embeddings of a frozen model, stored by row. Picklable: loader processes get a copy."""
+    """Embeddings of a frozen model, stored by row. Picklable: loader processes get a copy.
+
+    ``views`` is None where they are of one fixed view of each image.
+    """
 
     width: int
 
-    def __call__(self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str]) -> Tensor:
-        """Embeddings [n, 2, d], image and text, of these rows of the run, whose captions are ``texts``.
+    @property
+    def views(self) -> StoredViews | None:
+        """The views of each image."""
 
+    def __call__(
+        self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str], shown: Sequence[Shown] = ()
+    ) -> Tensor:
+        """Embeddings [n, 2, d], image and text, of these rows of the run, whose own captions are ``texts``.
+
+        ``shown``: which view and which caption of each; empty: the first view and the own captions.
         WrongRow: the embeddings of a sample are missing; the message calls it by its entry in ``names``.
         """
 
@@ -78,11 +118,15 @@ class FeatureSource(Protocol):
 class CaptionSource(Protocol):
     """Additional captions of samples, stored by row. Picklable: loader processes get a copy."""
 
-    def draw(self, row: int, texts: Sequence[str], name: str, seed: int) -> str:
+    def draw(self, row: int, texts: Sequence[str], name: str, seed: int) -> tuple[int, str]:
         """One of ``texts``, the sample's own captions, or of those of its ``row``, chosen by ``seed`` (64 bits).
 
-        WrongRow: there are none for this row and the first of ``texts``; the message calls the sample ``name``.
+        Its number, own captions first, and the caption itself. WrongRow: there are none for this row and the first
+        of ``texts``; the message calls the sample ``name``.
         """
+
+    def written(self, row: int, text: str, name: str) -> list[str]:
+        """All additional captions of the sample at ``row``, whose own caption is ``text``. WrongRow as above."""
 
     def describe(self) -> str:
         """One line for the log."""

@@ -22,7 +22,8 @@ A model that looks at each image once, so that its results can be stored, has on
 (``FixedView``): the largest centred part with the shape of the model's input, resized to it. That is open_clip's
 evaluation transform on decoded pixels, so a square image gives exactly the pixels that the reference gets in
 training with ``--aug-cfg scale=(1.0,1.0)``. Where the model's config does not crop (``resize_mode`` squash or
-longest), open_clip's own transform is used.
+longest), open_clip's own transform is used. Or it has several random views, fixed by seeds of their own
+(``KeptViews``), and training gives the same seeds to the target.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
 from training.data.decode import decode, decode_pixels, jpeg_decoder
-from training.rng import isolated_rng, seed_all
+from training.rng import isolated_rng, seed_all, view_seed
 
 log = logging.getLogger(__name__)
 
@@ -84,26 +85,21 @@ class TrainView:
         rand_augment: bool = False,
     ) -> None:
         augmentation = _augmentation(aug_cfg or {})
-        steps = _steps(target, augmentation, rand_augment)
-        self._in_timm = augmentation.use_timm
-        self._target: _View | _CropView
+        self._target = _random_view(target, augmentation, rand_augment)
         self._reference: _View | _CropView | None = None
-        if self._in_timm:
-            self._target = _View(steps)
+        if isinstance(self._target, _View):
             log.info("--aug-cfg use_timm=True: timm transforms images, and the loader normalizes them as float")
         else:
-            self._target = _CropView(steps)
             if slow := ", ".join(self._target.color_steps):
                 log.info("augmentation by %s is done on Pillow images, after the crop", slow)
             if jpeg_decoder() is None:
                 log.warning("this torchvision cannot decode JPEGs: Pillow does, to the same pixels but slower")
-        if reference is not None and not _same_pixels(target, reference, on_device=not self._in_timm):
-            steps = _steps(reference, augmentation, rand_augment)
-            self._reference = _View(steps) if self._in_timm else _CropView(steps, _interpolation(reference))
+        if reference is not None and not _same_pixels(target, reference, on_device=not augmentation.use_timm):
+            self._reference = _random_view(reference, augmentation, rand_augment, _interpolation(reference))
 
     def decode(self, image: bytes | str | Image.Image) -> Tensor | Image.Image:
         """What a view of ``image`` is made from: an RGB image as ``decode`` or ``decode_pixels`` returns it."""
-        return decode(image) if self._in_timm else decode_pixels(image)
+        return self._target.decode(image)
 
     def __call__(self, image: Tensor | Image.Image, seed: int) -> Views:
         """Views of what ``decode`` returned, fixed by ``seed`` (64 bits)."""
@@ -133,11 +129,60 @@ class FixedView:
         return f"centre, {self.size[0]} x {self.size[1]}, {self.mode}" if self._whole is None else "whole"
 
 
+class KeptViews:
+    """The views of an image for which a frozen model with ``preprocess`` computes what is stored.
+
+    With ``count`` 0 it is the fixed view. Else they are so many random ones, as a live reference sees them in
+    training with ``aug_cfg`` and ``rand_augment``: number v of the image at ``row`` of the store is drawn with
+    ``view_seed(seed, v, row)``.
+    """
+
+    def __init__(
+        self,
+        preprocess: PreprocessCfg,
+        count: int = 0,
+        seed: int = 0,
+        aug_cfg: Mapping[str, Any] | None = None,
+        rand_augment: bool = False,
+    ) -> None:
+        self.count, self.seed = count, seed
+        self._view: FixedView | _View | _CropView = FixedView(preprocess)
+        if count:
+            augmentation = _augmentation(aug_cfg or {})
+            self._view = _random_view(preprocess, augmentation, rand_augment, _interpolation(preprocess))
+
+    def decode(self, image: bytes | str | Image.Image) -> Tensor | Image.Image:
+        """The image as ``__call__`` takes it."""
+        return self._view.decode(image)
+
+    def __call__(self, image: Tensor | Image.Image, row: int) -> Tensor:
+        """The views of what ``decode`` returned, [max(count, 1), 3, h, w]."""
+        if isinstance(self._view, FixedView):
+            return self._view(image)[None]
+        return torch.stack([self._view(image, view_seed(self.seed, v, row)) for v in range(self.count)])
+
+
 def centred(height: int, width: int, shape: tuple[int, int]) -> Box:
     """The largest box with the aspect ratio of ``shape`` = (h, w), in the middle of an image."""
     h, w = min(height, round(width * shape[0] / shape[1])), min(width, round(height * shape[1] / shape[0]))
     h, w = max(h, 1), max(w, 1)
     return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def describe_augmentation(aug_cfg: Mapping[str, Any], rand_augment: bool) -> str:
+    """``--aug-cfg`` with open_clip's defaults, and ``--rand_augment``, as they are typed.
+
+    Settings that mean the same give the same text. ValueError: ``aug_cfg`` has an unknown field.
+    """
+    fields = vars(_augmentation(aug_cfg)).items()
+    told = [f"{name}={_typed(value)}" for name, value in fields if value is not None and value is not False]
+    return " ".join([f"--aug-cfg {' '.join(told)}", *(["--rand_augment"] if rand_augment else [])])
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"({','.join(map(_typed, value))})"
+    return str(float(value)) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def eval_transform(preprocess: PreprocessCfg) -> Callable[[Image.Image], Tensor]:
@@ -185,6 +230,8 @@ _Step = Callable[[Any], Any]  # one of torchvision's, of an image or of its pixe
 class _View:
     """One model's view by the transforms ``steps``, unchanged."""
 
+    decode = staticmethod(decode)
+
     def __init__(self, steps: list[_Step]) -> None:
         self._steps = tv.Compose(steps)
 
@@ -201,6 +248,8 @@ class _CropView:
     evaluated with its own interpolation.
     """
 
+    decode = staticmethod(decode_pixels)
+
     def __init__(self, steps: list[_Step], mode: str = "bicubic") -> None:
         crop, _to_rgb, *colors, _to_tensor, _normalize = steps
         assert isinstance(crop, tv.RandomResizedCrop) and isinstance(_normalize, tv.Normalize), steps
@@ -214,6 +263,13 @@ class _CropView:
         box = random_box(height, width, self._scale, self._ratio, random.Random(seed))
         view = resized_crop(image, box, self._size, self._mode)
         return view if self._colors is None else self._colors(view, seed)
+
+
+def _random_view(
+    preprocess: PreprocessCfg, augmentation: AugmentationCfg, rand_augment: bool, mode: str = "bicubic"
+) -> _View | _CropView:
+    steps = _steps(preprocess, augmentation, rand_augment)
+    return _View(steps) if augmentation.use_timm else _CropView(steps, mode)
 
 
 def _steps(preprocess: PreprocessCfg, augmentation: AugmentationCfg, rand_augment: bool) -> list[_Step]:

@@ -21,7 +21,7 @@ from training.data.batch_memory import BatchMemory, ReceivedMemory
 from training.data.decode import check_size
 from training.data.lanes import Lane, Layout
 from training.data.progress import BEGIN, Place, Progress
-from training.data.samples import CaptionSource, FeatureSource, RawSample, Source, Unusable
+from training.data.samples import CaptionSource, FeatureSource, RawSample, Shown, Source, Unusable
 from training.data.tokenizer import Tokenizer, Tokens
 from training.data.transforms import TrainView, Views
 from training.rng import CAPTION, sample_seed, seed_of
@@ -34,9 +34,10 @@ _EMPTY_TURNS = 20  # turns without a usable sample, in addition to one per lane,
 
 
 class Sample(NamedTuple):
-    """One decoded training sample."""
+    """One decoded training sample. ``text`` is the first of its own captions; ``shown`` has the one in use."""
 
     views: Views
+    shown: Shown
     text: str
     row: int
     seed: int
@@ -172,8 +173,9 @@ class TrainStream(IterableDataset[LoadedBatch]):
         }
 
     def _collate(self, samples: list[Sample]) -> Batch:
-        texts, seeds = [sample.text for sample in samples], [sample.seed for sample in samples]
+        shown, seeds = [sample.shown for sample in samples], [sample.seed for sample in samples]
         rows, names = [sample.row for sample in samples], [sample.name for sample in samples]
+        texts, own = [sample.shown.text for sample in samples], [sample.text for sample in samples]
         references = [view for sample in samples if (view := sample.views.reference) is not None]
         return Batch(
             image=self._images.stack([sample.views.target for sample in samples]),
@@ -181,7 +183,7 @@ class TrainStream(IterableDataset[LoadedBatch]):
             index=torch.tensor(rows),
             ref_image=self._ref_images.stack(references) if references else None,
             ref_text=None if self.ref_tokens is None else self.ref_tokens(texts, seeds),
-            ref_features=None if self.features is None else self.features(rows, texts, names),
+            ref_features=None if self.features is None else self.features(rows, own, names, shown),
         )
 
 
@@ -225,18 +227,25 @@ class LaneReader:
             return None
         self._usable += 1
         self._skips.in_a_row = 0
-        seed = sample_seed(self._stream.seed, self._epoch, raw.turn, raw.row)
-        return Sample(self._stream.view(image, seed), self._caption(raw, seed), raw.row, seed, raw.name)
-
-    def _caption(self, raw: RawSample, seed: int) -> str:
-        """The caption for this use of a sample, of those that it has."""
         stream = self._stream
-        if stream.captions is None and (not raw.more or stream.features is not None):
-            return raw.text[:LONGEST_TEXT]  # stored features are those of the first caption
-        texts = [text[:LONGEST_TEXT] for text in (raw.text, *raw.more)]
+        seed = sample_seed(stream.seed, self._epoch, raw.turn, raw.row)
+        number, of_view = 0, seed
+        if stream.features is not None and stream.features.views is not None:
+            number, of_view = stream.features.views.draw(stream.seed, self._epoch, raw.turn, raw.row)
+        caption, text = self._caption(raw, seed)
+        shown = Shown(text, caption, number)
+        return Sample(stream.view(image, of_view), shown, raw.text[:LONGEST_TEXT], raw.row, seed, raw.name)
+
+    def _caption(self, raw: RawSample, seed: int) -> tuple[int, str]:
+        """The caption for this use of a sample, of those that it has: its number and itself."""
+        stream = self._stream
+        # Of a sample's own captions, stored features have the first.
+        own = (raw.text, *raw.more) if stream.features is None else (raw.text,)
+        texts = [text[:LONGEST_TEXT] for text in own]
         if stream.captions is not None:
             return stream.captions.draw(raw.row, texts, raw.name, seed)
-        return texts[seed_of(seed >> 1, CAPTION) % len(texts)]
+        number = seed_of(seed >> 1, CAPTION) % len(texts) if len(texts) > 1 else 0
+        return number, texts[number]
 
     def _end_turn(self) -> None:
         self._usable, self._barren = 0, 0 if self._usable else self._barren + 1
