@@ -1,12 +1,13 @@
 """Cached reference features: their size, and how long the lookup of a batch takes, from memory and from the disk.
 
     python benchmarks/features.py --rows 10000000 --dim 256 --batch 5120 [--folder DIR --json]
-    python benchmarks/features.py --rows 200000 --dim 512 --error-bound 1e-3      or --dtype int8
+    python benchmarks/features.py --rows 200000 --dim 512 --error-bound 1e-3      or --dtype int8, or --views 4
 
 A store of ``--rows`` rows [2, dim] of unit norm, from a normal distribution, is written to ``--folder`` (default:
-a temporary one) in parts of 256 MB before they are packed, with every fourth row number left out. Then batches of
-rows drawn at random from all of it are looked up as training does it, captions' checksums included, by one thread;
-values are compared with what was written.
+a temporary one) in parts of 256 MB before they are packed, with every fourth row number left out. With ``--views``
+each row has so many views of its image, of which one is looked up. Then batches of rows drawn at random from all
+of it are looked up as training does it, captions' checksums included, by one thread; values are compared with what
+was written.
 
 warm        files in the page cache
 cold        after the kernel was asked to forget the files: every row is a read from the disk
@@ -34,9 +35,10 @@ import torch
 
 import report
 from training.cache import row_store
-from training.cache.features import KIND, StoredFeatures
-from training.cache.row_store import StoreWriter, caption_checksum, open_store
+from training.cache.features import KIND, SEED, VIEWS, StoredFeatures
+from training.cache.row_store import PartValues, StoreWriter, caption_checksum, open_store
 from training.cache.storage import Storage
+from training.data.samples import Shown
 
 PART_BYTES = 2**28
 MADE = {"model": "noise", "weights": "none"}
@@ -56,6 +58,7 @@ class Options:
     folder: str | None
     dtype: str
     error_bound: float | None
+    views: int = 0
 
     @property
     def storage(self) -> Storage:
@@ -81,9 +84,23 @@ def pool(dim: int) -> np.ndarray:
     return noise / np.linalg.norm(noise, axis=1, keepdims=True)
 
 
-def values(rows: np.ndarray, dim: int) -> np.ndarray:
-    """What is stored for these rows, before it is packed, float32 [n, 2, dim]."""
-    return pool(dim)[np.stack([rows * 7919 % POOL, rows * 104_729 % POOL], 1)]
+def values(rows: np.ndarray, dim: int, views: int | np.ndarray = 0) -> np.ndarray:
+    """What is stored for these rows and ``views`` of them, before it is packed, float32 [n, 2, dim]."""
+    return pool(dim)[np.stack([(rows * 7919 + views) % POOL, rows * 104_729 % POOL], 1)]
+
+
+def packed(options: Options, rows: np.ndarray, checksums: np.ndarray) -> PartValues:
+    """A part with these rows."""
+    kind, storage = options.storage.brought, options.storage
+
+    def brought(exact: np.ndarray) -> np.ndarray:
+        return torch.from_numpy(exact).to(kind).numpy()
+
+    if not options.views:
+        return storage.pack(brought(values(rows, options.dim)))
+    sides = [brought(values(rows, options.dim, view)) for view in range(options.views)]
+    images = np.stack([side[:, 0] for side in sides], 1)
+    return storage.pack_several(images, sides[0][:, 1:], checksums[:, None])
 
 
 def write(options: Options, folder: Path) -> None:
@@ -91,17 +108,19 @@ def write(options: Options, folder: Path) -> None:
     if (folder / "index.json").exists():
         return
     storage = options.storage
-    writer = StoreWriter(folder, KIND, MADE | storage.identity())
-    per_part = max(PART_BYTES // (2 * options.dim * storage.brought.itemsize), 1)
+    views = {VIEWS: options.views, SEED: 0} if options.views else {}
+    writer = StoreWriter(folder, KIND, MADE | storage.identity() | views)
+    vectors = max(options.views, 1) + 1
+    per_part = max(PART_BYTES // (vectors * options.dim * storage.brought.itemsize), 1)
     checksum = np.uint32(caption_checksum(""))
     for number, first in enumerate(range(0, options.rows, per_part)):
         rows = numbers(options, first, first + per_part)
-        exact = torch.from_numpy(values(rows, options.dim)).to(storage.brought)
-        part = storage.pack(exact.numpy())
+        checksums = np.full(len(rows), checksum)
+        part = packed(options, rows, checksums)
         writer.write(
             [(number, f"{number}.tar")],
             rows,
-            np.full(len(rows), checksum),
+            checksums,
             constants=part.constants,
             facts=part.facts,
             **part.values,
@@ -131,11 +150,13 @@ def measure(options: Options, folder: Path, *, cold: bool) -> tuple[float, float
         places = rng.integers(0, options.rows, options.batch)
         rows = places + places // 3
         asked = rows.tolist()
+        views = rng.integers(0, max(options.views, 1), options.batch)
+        shown = [Shown("", view=view) for view in views.tolist()]
         started, working = time.perf_counter(), time.thread_time()
-        found = features(asked, texts, names)
+        found = features(asked, texts, names, shown)
         times.append(1e3 * (time.perf_counter() - started))
         worked.append(1e3 * (time.thread_time() - working))
-        if not np.abs(found.numpy() - values(rows, options.dim)).max() <= options.largest_error:
+        if not np.abs(found.numpy() - values(rows, options.dim, views)).max() <= options.largest_error:
             raise AssertionError("the store gave other values than were written")
     return float(np.median(times)), float(np.median(worked))
 
@@ -172,6 +193,7 @@ def parse() -> tuple[Options, bool]:
     parser.add_argument("--folder", help="where the store is, or is to be written and left")
     parser.add_argument("--dtype", choices=sorted(ERRORS), default="float16")
     parser.add_argument("--error-bound", type=float)
+    parser.add_argument("--views", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     given = vars(parser.parse_args())
     as_json = given.pop("json")
@@ -188,8 +210,9 @@ def main() -> None:
             (("warm", "warm"), ("cold", "cold"), ("cold, one by one", "one_by_one"))]  # fmt: skip
     rows.append(("per second and core, warm", f"{result['lookups_per_second_per_core']:,.0f}"))
     form = options.dtype if options.error_bound is None else f"error of at most {options.error_bound:g}"
+    each = f"{options.views} + 1 (views and captions)" if options.views else "2"
     title = (
-        f"Lookup of {options.batch:,} random rows of {result['rows']:,}, [2, {options.dim}], {form} "
+        f"Lookup of {options.batch:,} random rows of {result['rows']:,}, {each} x {options.dim}, {form} "
         f"({result['bytes'] / 1e9:.3g} GB, {result['bytes_per_pair']:.0f} bytes per row)"
     )
     report.emit(vars(options) | result, report.table(title, ("", "per batch"), rows), as_json)

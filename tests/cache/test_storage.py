@@ -13,7 +13,8 @@ from tests.support import shards
 from tests.support.lab import Lab
 from training.cache.features import KIND, StoredFeatures, open_features
 from training.cache.row_store import StoreWriter, caption_checksum, damaged, open_store
-from training.cache.storage import Storage
+from training.cache.storage import Storage, reader
+from training.cache.storage import several as several_of
 from training.check_cache import main as check_cache
 from training.config.params import parse
 from training.data.bad_samples import WrongRow
@@ -109,6 +110,38 @@ def test_the_store_knows_what_it_has_changed(tmp_path, storage, capsys):
     assert check_cache([str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert f"the largest error of a component is {largest:.3g}, that of a similarity" in said
+
+
+@pytest.mark.parametrize("storage", [Storage("float32"), *PACKED])
+def test_each_of_several_views_and_captions_is_found(tmp_path, storage):
+    """Of rows of unlike parts, in any order; what was broken is noticed where it is read, and only there."""
+    writer, images, texts = StoreWriter(tmp_path, KIND, MADE | storage.identity()), {}, {}
+    for first, count, mean in ((0, 9, 2.0), (100, 5, 0.0)):
+        several = [unit(count, 16, 10 * first + i, mean).swapaxes(0, 1) for i in range(3)]
+        held = np.stack([side for both in several for side in both], 1)  # [n, 6, d]
+        held[3, 1, 2] = np.nan
+        part = storage.pack_several(held[:, :4], held[:, 4:], np.arange(2 * count, dtype=np.uint32).reshape(-1, 2))
+        rows, checksums = np.arange(first, first + count), np.full(count, caption_checksum(""), np.uint32)
+        name = [(first, f"{first}.tar")]
+        writer.write(name, rows, checksums, constants=part.constants, facts=part.facts, **part.values)
+        images |= dict(zip(rows.tolist(), held[:, :4]))
+        texts |= dict(zip(rows.tolist(), held[:, 4:]))
+    writer.index()
+    store = open_store(tmp_path, KIND, "--folder")
+    read, width, _ = reader(store)
+    assert (width, several_of(store)) == (16, (4, 2))
+    rng = np.random.default_rng(0)
+    asked = [(row, view, caption) for row in images for view in range(4) for caption in range(2)]
+    order = [asked[i] for i in rng.permutation(len(asked))]
+    places = store.find(np.array([row for row, *_ in order]), np.full(len(order), caption_checksum("")), str)
+    back = read(places, np.array([which for _, *which in order]).T)
+    exact = np.array([(images[row][view], texts[row][caption]) for row, view, caption in order])
+    broken = np.array([(row % 100, view) == (3, 1) for row, view, _ in order])
+    assert np.isnan(back[broken][:, 0]).any(1).all() and np.isfinite(back[~broken]).all()
+    exact, back = np.nan_to_num(exact), np.nan_to_num(back)
+    exact[broken, 0] = back[broken, 0]
+    allowed = storage.bound or np.abs(exact).max(2, keepdims=True) * (0.5 / 127 + 1e-6)
+    assert (np.abs(back.astype(np.float64) - exact) <= (0 if storage.plain else allowed)).all()
 
 
 def test_a_common_part_of_all_rows_is_stored_once(tmp_path):

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg
 
-from tests.cache.test_features import assert_same, trained
-from tests.support.lab import Lab
-from training.data.transforms import TrainView
+from tests.cache.test_features import assert_same, fails, trained
+from tests.support import shards
+from tests.support.flag_parts import train_data
+from tests.support.lab import CPU, WORLD, Lab
+from training.cache import captions
+from training.cache.captioner import packed
+from training.cache.features import open_features
+from training.cache.row_store import StoreWriter, caption_checksum
+from training.check_cache import main as check_cache
+from training.config.params import parse
+from training.data.samples import Shown
+from training.data.transforms import KeptViews, TrainView
+from training.distributed.process_group import World
 from training.main import main
 from training.rng import sample_seed, seed_of
 
@@ -17,7 +32,22 @@ REFERENCE = "--ref_model @reference --ref_model_pretrained @reference_weights"
 AUGMENT = "--aug-cfg scale=(0.2,1.0)"
 WRITE = f"{REFERENCE} --cache_ref_model_features --ref_features_views 3 --seed 5 {AUGMENT}"
 STORED = "--cached_ref_features_dir @features"
-TRAIN = "--train-num-samples 16 --optimizer sgd --lr 0.01 --epochs 2 --seed 1 --fastclip --gamma 0.5"
+TRAIN = "--train-num-samples 16 --batch-size 4 --optimizer sgd --lr 0.01 --seed 1 --fastclip --gamma 0.5"
+
+
+def synthetic(row: int) -> list[str]:
+    """Two captions of a sample."""
+    return [f"synthetic {number}, {shards.caption(row)}" for number in ("one", "two")]
+
+
+def write_captions(folder: Path, rows: int, add: str = "") -> str:
+    """A store of them, as a run writes it."""
+    writer = StoreWriter(folder, captions.KIND, {"model": "none", "weights": "none", "seed": 0})
+    checksums = np.array([caption_checksum(shards.caption(row)) for row in range(rows)], np.uint32)
+    texts = packed([[text + add for text in synthetic(row)] for row in range(rows)])
+    writer.write([(0, "0.tar")], np.arange(rows), checksums, captions=texts)
+    writer.index()
+    return str(folder)
 
 
 class ViewLab(Lab):
@@ -28,9 +58,14 @@ class ViewLab(Lab):
         return self.written("features", "")
 
     @property
+    def captions(self) -> str:
+        folder = self.root / "captions"
+        return str(folder) if folder.exists() else write_captions(folder, 16)
+
+    @property
     def captioned(self) -> str:
         """With embeddings of two synthetic captions of each image."""
-        return self.written("captioned", "--cached_syn_texts_dir @captions --num_syn_texts 2")
+        return self.written("captioned", "--cached_syn_texts_dir @captions")
 
     def written(self, name: str, line: str) -> str:
         folder = self.root / name
@@ -67,7 +102,7 @@ def live(lab: Lab, line: str) -> dict[str, torch.Tensor]:
     "use",
     [
         AUGMENT,
-        f"{AUGMENT} --workers 1 --batch-size 4 --accum-freq 2 --ref_features_usage ref,distill",
+        f"{AUGMENT} --workers 1 --accum-freq 2 --ref_features_usage ref,distill",
     ],
 )
 def test_as_with_a_live_reference_that_sees_the_same_views(lab, use):
@@ -76,3 +111,163 @@ def test_as_with_a_live_reference_that_sees_the_same_views(lab, use):
     assert_same(stored, live(lab, line))
     with pytest.raises(AssertionError, match="not close"):  # the crops matter
         assert_same(stored, trained(lab, f"{line} {REFERENCE}"))
+
+
+def test_as_with_a_live_reference_on_synthetic_captions(lab):
+    """The embedding is of the caption that the target reads, its own one or one of two synthetic ones."""
+    line = f"{TRAIN} {AUGMENT} --cached_syn_texts_dir @captions"
+    stored = trained(lab, f"{line} --cached_ref_features_dir @captioned")
+    assert_same(stored, live(lab, line))
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same(stored, trained(lab, f"{TRAIN} {AUGMENT} --cached_ref_features_dir @captioned"))
+
+
+def test_captions_without_views(lab):
+    """One fixed view of each image, and an embedding of each caption."""
+    folder = lab.written("fixed", "--cached_syn_texts_dir @captions --ref_features_views 0")
+    line = f"{TRAIN} {AUGMENT} --cached_syn_texts_dir @captions --cached_ref_features_dir {folder}"
+    run = lab.run(lab.words(line))
+    assert run.code == 0
+    assert "16 rows of 1 + 3 (views and captions) x 24 float32" in run.log
+    assert "They are of one fixed view of each image" in run.log
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        {"scale": (0.2, 0.7)},
+        {
+            "scale": (0.2, 0.7),
+            "color_jitter": (0.4, 0.4, 0.4, 0.1),
+            "color_jitter_prob": 0.9,
+            "gray_scale_prob": 0.3,
+        },
+        {"scale": (0.2, 0.7), "use_timm": True, "color_jitter": 0.4},
+    ],
+)
+@pytest.mark.parametrize("rand_augment", [False, True])
+def test_a_stored_view_is_what_a_live_reference_sees(augment, rand_augment):
+    """Pixel by pixel, in another size and interpolation than the target's."""
+    picture, row = shards.encode(shards.picture(7, (90, 60))), 12
+    reference = PreprocessCfg(size=24, interpolation="bilinear", mean=(0.1, 0.2, 0.3))
+    kept = KeptViews(reference, 4, 5, augment, rand_augment)
+    both = TrainView(PreprocessCfg(size=32), reference, augment, rand_augment)
+    views = kept(kept.decode(picture), row)
+    assert len({view.double().sum().item() for view in views}) == 4
+    for number, view in enumerate(views):
+        seen = both(both.decode(picture), seed_of(5, -1, number, row)).reference
+        assert torch.equal(view, seen)
+
+
+def test_views_come_in_turn_and_do_not_depend_on_ranks_and_workers(lab):
+    """Each of three epochs has another view of every sample: what two ranks get is what one gets."""
+    words = f"{STORED} {AUGMENT} --train-num-samples 16 --fastclip --seed 1"
+
+    def seen(world: World, line: str) -> list[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+        train = train_data(lab.words(f"{words} {line}"), world)
+        epochs = [[batch.clone() for batch in train.epoch(epoch)] for epoch in range(3)]
+        train.close()
+        return [
+            {row: (image, ref) for b in of for row, image, ref in zip(b.index.tolist(), b.image, b.ref_features)}
+            for of in epochs
+        ]
+
+    alone = seen(WORLD, "--lanes 2,1 --batch-size 4")
+    halves = [seen(World(rank, rank, 2, 2, CPU), "--lanes 2,1 --workers 1") for rank in range(2)]
+    for epoch in range(3):
+        both = halves[0][epoch] | halves[1][epoch]
+        assert sorted(both) == sorted(alone[epoch]) == list(range(16))
+        for row in range(16):
+            assert all(torch.equal(*pair) for pair in zip(both[row], alone[epoch][row]))
+    for row in range(16):
+        assert len({alone[epoch][row][1].sum().item() for epoch in range(3)}) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- the store
+
+
+def features_of(lab: Lab, folder: str, shown: list[Shown]) -> np.ndarray:
+    """The features of the 16 samples by row, as training gets them. [16, 2, d]"""
+    features = open_features(parse(lab.words(f"{TRAIN} {AUGMENT} --cached_ref_features_dir {folder}")))
+    rows = range(16)
+    return features(rows, [shards.caption(i) for i in rows], [str(i) for i in rows], shown).float().numpy()
+
+
+def test_within_a_promised_error(lab):
+    """Every view and every caption comes back within the bound."""
+    texts = [[shards.caption(row), *synthetic(row)] for row in range(16)]
+    bounded = lab.written("bounded", "--cached_syn_texts_dir @captions --ref_features_error_bound 0.002")
+    for view in range(3):
+        shown = [Shown(texts[row][(row + view) % 3], (row + view) % 3, view) for row in range(16)]
+        exact, packed = (features_of(lab, folder, shown) for folder in (lab.captioned, bounded))
+        assert 0 < np.abs(packed.astype(np.float64) - exact).max() <= 0.002
+
+
+def test_earlier_versions_refuse_such_a_store(lab, capsys):
+    """They would take the first two vectors of a row for its image and its text."""
+    folder = Path(lab.path("features"))
+    for file in (folder / "index.json", folder / "parts/00000000.json"):
+        assert json.loads(file.read_text())["format"] == 3
+    assert check_cache([str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "--ref_features_views 3, --seed 5, augmentation --aug-cfg scale=(0.2,1.0)" in said
+
+
+def test_a_run_says_what_the_target_sees(lab):
+    run = lab.run(lab.words(f"{TRAIN} {AUGMENT} {STORED}"))
+    assert "16 rows of 3 + 1 (views and captions) x 24 float32" in run.log
+    assert "They are of 3 random views of each image, of which the target sees the same one" in run.log
+
+
+def test_what_cannot_work_is_refused(lab, capsys):
+    stored = f"{TRAIN} {STORED}"
+    drawn = "were drawn with --aug-cfg scale=(0.2,1.0), and training shows the target these very views"
+    for other, said in (
+        ("", "--aug-cfg scale=(0.9,1.0)"),
+        ("--aug-cfg scale=(0.2,0.9)", "--aug-cfg scale=(0.2,0.9)"),
+        (f"{AUGMENT} --rand_augment", "--aug-cfg scale=(0.2,1.0) --rand_augment"),
+    ):
+        sentence = fails(lab, f"{stored} {other}", capsys)
+        assert sentence.startswith(f"error: {said}: the views in ") and drawn in sentence
+    folder = f"--cached_ref_features_dir {lab.path('features')}"
+    for other, was, now in (
+        ("--seed 6", "--seed 5", "--seed 6"),
+        ("--ref_features_views 2", "--ref_features_views 3", "--ref_features_views 2"),
+        (
+            "--aug-cfg scale=(0.1,1.0)",
+            "augmentation --aug-cfg scale=(0.2,1.0)",
+            "augmentation --aug-cfg scale=(0.1",
+        ),
+        ("--ref_features_views 0", "--ref_features_views 3, --seed 5", "no --ref_features_views, no --seed"),
+        ("--cached_syn_texts_dir @captions", "no synthetic captions", "synthetic captions 2 by "),
+    ):
+        sentence = fails(lab, f"{WRITE} {folder} {other}", capsys)
+        assert f"was begun with {was}" in sentence and f"and this run has {now}" in sentence
+
+
+def test_captions_that_were_not_embedded_are_refused(lab, tmp_path, capsys):
+    line = f"{TRAIN} {AUGMENT} --cached_syn_texts_dir @captions"
+    sentence = fails(lab, f"{line} {STORED}", capsys)
+    assert "--cached_ref_features_dir holds features of the samples' own captions alone" in sentence
+    one = lab.written("one", "--cached_syn_texts_dir @captions --num_syn_texts 1")
+    sentence = fails(lab, f"{line} --cached_ref_features_dir {one}", capsys)
+    assert "--num_syn_texts 2: " in sentence and "has embeddings of 1 synthetic captions per sample" in sentence
+    other = write_captions(tmp_path / "other", 16, add=" again")
+    line = f"{TRAIN} {AUGMENT} --cached_syn_texts_dir {other} --cached_ref_features_dir @captioned"
+    sentence = fails(lab, line, capsys)
+    assert re.search(r"sample \S+ \(row \d+ of the cache\) has another synthetic caption [12] than in", sentence)
+
+
+def test_a_sample_without_synthetic_captions_ends_the_writing(lab, tmp_path, capsys):
+    few = write_captions(tmp_path / "few", 9)
+    folders = f"--cached_syn_texts_dir {few} --cached_ref_features_dir {tmp_path}/features"
+    sentence = fails(lab, f"{WRITE} {folders} --workers 1", capsys)
+    assert re.search(r"error: --cached_syn_texts_dir: sample \S+00002.tar/000009 \(row 9 of the", sentence)
+    assert sentence.endswith(f"is not in {few}")
+
+
+def test_the_plan_of_a_run_that_writes_views(lab, tmp_path, capsys):
+    line = f"{WRITE} --cached_syn_texts_dir @captions --cached_ref_features_dir {tmp_path}/none"
+    assert main([*lab.words(line), "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    assert f"the reference's features of 3 views and of the captions in {lab.path('captions')} of each" in told

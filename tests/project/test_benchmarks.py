@@ -352,7 +352,7 @@ def test_features():
     assert result["rows"] == 3000
     assert result["bytes"] > 3000 * (2 * 8 * 2 + 16 + 8)
     assert all(result[f"{key}_ms"] > 0 for key in ("warm", "cold", "one_by_one"))
-    assert "Lookup of 64 random rows of 3,000, [2, 8], float16" in text
+    assert "Lookup of 64 random rows of 3,000, 2 x 8, float16" in text
 
 
 def test_features_with_an_error_bound(tmp_path):
@@ -365,13 +365,21 @@ def test_features_with_an_error_bound(tmp_path):
     assert result["dfn_gb"] == pytest.approx(0.192 * result["bytes_per_pair"])
 
 
+def test_features_of_several_views(tmp_path):
+    import features
+
+    options = features.Options(3000, 64, 64, 1, None, "float16", 0.01, views=3)
+    result = features.run(options, tmp_path)
+    assert 3000 * (4 * 64 * 0.4 + 28) < result["bytes"] < 3000 * (4 * 64 * 0.8 + 28)
+
+
 def test_features_notices_another_value(tmp_path, monkeypatch):
     import features
 
     options = features.Options(300, 16, 64, 1, None, "float16", 0.01)
     features.write(options, tmp_path)
     right = features.values
-    monkeypatch.setattr(features, "values", lambda rows, dim: right(rows, dim) + np.float32(0.0201))
+    monkeypatch.setattr(features, "values", lambda *asked: right(*asked) + np.float32(0.0201))
     with pytest.raises(AssertionError, match="the store gave other values"):
         features.measure(options, tmp_path, cold=False)
 

@@ -46,12 +46,8 @@ from training.models import described, pretrained
 
 KIND = "reference features"
 FLAG = "--cached_ref_features_dir"
-VIEWS, SEED, AUGMENTATION, CAPTIONS = (
-    "views",
-    "seed",
-    "augmentation",
-    "synthetic captions",
-)  # in a store's identity
+# In the identity of a store with several views, and of one with embeddings of synthetic captions.
+VIEWS, SEED, AUGMENTATION, CAPTIONS = "--ref_features_views", "--seed", "augmentation", "synthetic captions"
 _FLOATS = (torch.float16, torch.float32, torch.float64)  # those that numpy has too
 _OPEN = 4096  # published files that a process maps at a time; the system allows about 65,000 mappings in all
 
@@ -86,10 +82,10 @@ class StoredFeatures:
 
     def describe(self) -> str:
         """See ``FeatureSource``."""
-        made, (images, texts) = self.store.identity, self._several or (1, 1)
-        each = "" if self._several is None else f" of {images} images and {texts} captions each,"
+        made = self.store.identity
+        each = "2" if self._several is None else "{} + {} (views and captions)".format(*self._several)
         return (
-            f"{len(self.store):,} rows{each} of 2 x {self.width} {self.form} in {self.store.folder}, "
+            f"{len(self.store):,} rows of {each} x {self.width} {self.form} in {self.store.folder}, "
             f"from {made['model']} with weights {made['weights']}"
         )
 
@@ -223,8 +219,8 @@ def _check_augmentation(store: RowStore, config: Config) -> None:
     wanted = describe_augmentation(config.data.aug_cfg, config.data.rand_augment)
     if made not in (None, wanted):
         raise ValueError(
-            f"{wanted}: the views in {store.folder} were drawn with {made}, and training shows these very views: "
-            f"give {made}, or write features with yours"
+            f"{wanted}: the views in {store.folder} were drawn with {made}, and training shows the target these "
+            f"very views: give {made}, or write features with {wanted}"
         )
 
 

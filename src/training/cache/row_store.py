@@ -223,10 +223,12 @@ def _format(facts: Iterable[Mapping[str, Any]]) -> int:
 
 
 def _compare(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    different = [key for key in wanted if held.get(key) != wanted[key]]
+    different = [key for key in {**wanted, **held} if held.get(key) != wanted.get(key)]
     if different:
-        was = ", ".join(f"{key} {held.get(key)}" for key in different)
-        now = ", ".join(f"{key} {wanted[key]}" for key in different)
+        was, now = (
+            ", ".join(f"{key} {made[key]}" if key in made else f"no {key}" for key in different)
+            for made in (held, wanted)
+        )
         raise ValueError(f"{folder} was begun with {was}, and this run has {now}: give this run another folder")
 
 
@@ -328,7 +330,7 @@ class RowStore:
                 if which is not None:
                     each = array.shape[1]
                     array, source = array.reshape(-1, *array.shape[2:]), source * each + which[order[piece]]
-                mapped.expect(source, of=len(array))
+                mapped.expect(source, len(array))
                 pieces.append(Portion(part, array, source, order[piece]))
         return pieces
 
