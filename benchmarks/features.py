@@ -11,7 +11,9 @@ was written.
 
 warm        files in the page cache
 cold        after the kernel was asked to forget the files: every row is a read from the disk
-one by one  the same without asking for all pages of a batch first: reads wait for each other
+ahead       cold, but the rows of the next batch are announced while the present one is trained on for
+            ``--step-ms``, as the loader does with those of the next window of samples
+one by one  cold, without asking for all pages of a batch first: reads wait for each other
 
 Lookups per second and core are those of the processor time, warm. ``dfn_gb`` is what 192 million such rows take.
 """
@@ -59,6 +61,7 @@ class Options:
     dtype: str
     error_bound: float | None
     views: int = 0
+    step_ms: float = 200.0
 
     @property
     def storage(self) -> Storage:
@@ -137,7 +140,7 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def measure(options: Options, folder: Path, *, cold: bool) -> tuple[float, float]:
+def measure(options: Options, folder: Path, *, cold: bool, ahead: bool = False) -> tuple[float, float]:
     """Milliseconds per batch, each of rows of its own: the median, and that of the processor's time."""
     rng, times, worked = np.random.default_rng(), [], []
     names, texts = [""] * options.batch, [""] * options.batch
@@ -152,6 +155,10 @@ def measure(options: Options, folder: Path, *, cold: bool) -> tuple[float, float
         asked = rows.tolist()
         views = rng.integers(0, max(options.views, 1), options.batch)
         shown = [Shown("", view=view) for view in views.tolist()]
+        if ahead:
+            for row in asked:
+                features.coming(row)
+            time.sleep(options.step_ms / 1e3)
         started, working = time.perf_counter(), time.thread_time()
         found = features(asked, texts, names, shown)
         times.append(1e3 * (time.perf_counter() - started))
@@ -167,6 +174,7 @@ def run(options: Options, folder: Path) -> dict[str, float]:
     write(options, folder)
     result = {"write_seconds": time.perf_counter() - started}
     result["cold_ms"], _ = measure(options, folder, cold=True)
+    result["ahead_ms"], _ = measure(options, folder, cold=True, ahead=True)
     with mock.patch.object(row_store._Mapped, "expect", lambda *_: None):
         result["one_by_one_ms"], _ = measure(options, folder, cold=True)
     for file in folder.rglob("*.npy"):
@@ -194,6 +202,7 @@ def parse() -> tuple[Options, bool]:
     parser.add_argument("--dtype", choices=sorted(ERRORS), default="float16")
     parser.add_argument("--error-bound", type=float)
     parser.add_argument("--views", type=int, default=0)
+    parser.add_argument("--step-ms", type=float, default=200.0)
     parser.add_argument("--json", action="store_true")
     given = vars(parser.parse_args())
     as_json = given.pop("json")
@@ -206,8 +215,8 @@ def main() -> None:
     options, as_json = parse()
     with tempfile.TemporaryDirectory() as temporary:
         result = run(options, Path(options.folder or temporary))
-    rows = [(name, f"{result[f'{key}_ms']:.1f} ms") for name, key in
-            (("warm", "warm"), ("cold", "cold"), ("cold, one by one", "one_by_one"))]  # fmt: skip
+    shown = {"warm": "warm", "cold": "cold", "cold, announced": "ahead", "cold, one by one": "one_by_one"}
+    rows = [(name, f"{result[f'{key}_ms']:.1f} ms") for name, key in shown.items()]
     rows.append(("per second and core, warm", f"{result['lookups_per_second_per_core']:,.0f}"))
     form = options.dtype if options.error_bound is None else f"error of at most {options.error_bound:g}"
     each = f"{options.views} + 1 (views and captions)" if options.views else "2"

@@ -1,7 +1,7 @@
 """The training steps that ``train_step.py`` compares, from a batch in host memory to new weights.
 
 A variant is one of ``VARIANTS`` with any of these behind it: ``+compile``, the same through ``torch.compile``, and
-``+channels_last``, the target's image tower with the channels innermost.
+``+channels_last``, the image towers with the channels innermost (``--channels_last``).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Setting:
     batches: list[Batch]
 
 
-def prepare(options: Options) -> Setting:
+def prepare(options: Options, *, channels_last: bool = False) -> Setting:
     """Models from the seed, as the trainer builds them, and batches as its loader hands them over."""
     config = parse(
         [
@@ -84,6 +84,7 @@ def prepare(options: Options) -> Setting:
             *("--fastclip_eps", str(EPS), "--gamma", str(GAMMA), "--gamma_schedule", "constant"),
             *("--lr_tau_scheduler", "step_thresh", "--lr", "1e-4", "--warmup", "0"),
             *(["--torchcompile"] if options.torchcompile else []),
+            *(["--channels_last"] if channels_last else []),
         ]
     )
     world = process_group.start(config.distributed)
@@ -125,7 +126,7 @@ class Ours:
         run_precision = precision.resolve(s.config.run.precision, s.world.device)
         model, frozen = s.target.module, self._reference(s, run_precision.autocast_dtype)
         if s.config.model.torchcompile:
-            model, frozen = torch.compile(model), frozen.compile()
+            model, frozen = torch.compile(model), frozen and frozen.compile()
         self.task = Task(
             model=model,
             bare=s.target.module,
@@ -134,7 +135,7 @@ class Ours:
             precision=run_precision,
             loss=build_loss(s.config, s.world.device),
             reference=frozen,
-            margins=True,
+            margins=frozen is not None,
         )
         self.task.model.train()
         self.task.loss.set_epoch(1)  # in epoch 0 gamma is 1 and u is not read
@@ -144,7 +145,7 @@ class Ours:
         self.arriving = prefetch(itertools.cycle(self._batches(s)), s.world.device)
         self.done = 0
 
-    def _reference(self, s: Setting, dtype: torch.dtype | None) -> Reference | CachedReference:
+    def _reference(self, s: Setting, dtype: torch.dtype | None) -> Reference | CachedReference | None:
         pixels = s.reference.preprocess
         return Reference(s.reference.module, pixels.mean, pixels.std, dtype)
 
@@ -186,6 +187,16 @@ class Cached(Ours):
             batch = replace(batch, ref_image=None, ref_text=None, ref_features=stored)
             batches.append(batch.pin_memory() if s.world.device.type == "cuda" else batch)
         return batches
+
+
+class NoReference(Ours):
+    """The trainer's step of FastCLIP itself: no reference at all."""
+
+    def _reference(self, s: Setting, dtype: torch.dtype | None) -> None:
+        return None
+
+    def _batches(self, s: Setting) -> list[Batch]:
+        return [replace(batch, ref_image=None, ref_text=None) for batch in s.batches]
 
 
 class Plain:
@@ -332,7 +343,7 @@ def normalized(batch: Batch, s: Setting) -> Batch:
     return batch.pin_memory() if s.world.device.type == "cuda" else batch
 
 
-VARIANTS = {"ours": Ours, "plain": Plain, "cached": Cached, "openclip": OpenClip}
+VARIANTS = {"ours": Ours, "plain": Plain, "cached": Cached, "none": NoReference, "openclip": OpenClip}
 Variant = Ours | Plain | OpenClip
 COMPILED, CHANNELS_LAST = "+compile", "+channels_last"
 
@@ -340,9 +351,8 @@ COMPILED, CHANNELS_LAST = "+compile", "+channels_last"
 def build(name: str, options: Options) -> Variant:
     """The variant ``name`` with models and batches of its own."""
     kind, *more = name.split("+")
-    setting = prepare(replace(options, torchcompile=options.torchcompile or COMPILED[1:] in more))
-    if CHANNELS_LAST[1:] in more:
-        setting.target.module.visual.to(memory_format=torch.channels_last)  # convolutions follow their weights
+    compiled, channels_last = (word[1:] in more for word in (COMPILED, CHANNELS_LAST))
+    setting = prepare(replace(options, torchcompile=options.torchcompile or compiled), channels_last=channels_last)
     return VARIANTS[kind](setting)
 
 

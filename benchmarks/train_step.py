@@ -7,13 +7,14 @@ ours      uint8 pixels, copied beside the step before and normalized on the devi
           precision, compiled with ``--torchcompile``; float32 loss over tiles; sample state on the device; AdamW,
           fused on a GPU
 cached    ours with the reference's embeddings stored: no reference runs
+none      ours without a reference: FastCLIP itself
 plain     float32 pixels; reference outside autocast, in the type of its weights; loss over whole matrices in
           autocast's type; sample state as a full table on the CPU with copies that wait; the temperature read by
           the host in every step, as ``step_thresh`` does there; AdamW as torch chooses
 openclip  OpenCLIP's own loop and loss (``open_clip_train``): no reference, no sample state
 
 ``NAME+compile`` is the same through ``torch.compile`` (``--torchcompile``: all of them), ``NAME+channels_last``
-has the channels of the target's image tower innermost, which convolutions on GPUs prefer.
+has the channels of the image towers innermost, which convolutions prefer.
 
 DRRho-CLIP with a learnable temperature, one process, random data and weights. All train a model of their own from
 the same start and take turns; the best block counts. Before that, one step of ours and plain in float32 must give

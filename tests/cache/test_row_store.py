@@ -1,7 +1,11 @@
 """Values per sample on disk: what is written is found by row, and nothing else is."""
 
+import ctypes
 import json
+import mmap
+import os
 import resource
+import time
 
 import numpy as np
 import pytest
@@ -173,3 +177,42 @@ def test_files_are_plain_npy_whose_rows_do_not_straddle_pages(tmp_path):
     file = tmp_path / "parts/00000000.things.npy"
     assert np.load(file).shape == (4, 2, 512)
     assert file.stat().st_size == 4096 + 4 * 2048
+
+
+def in_memory(path) -> np.ndarray:
+    """Whether each page of a file is in the kernel's page cache."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as held:
+        pages = -(-len(held) // mmap.PAGESIZE)
+        state = (ctypes.c_ubyte * pages)()
+        first = ctypes.c_ubyte.from_buffer(held)
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(held)), state) == 0
+        del first
+        return np.array(state) & 1 == 1
+
+
+def forget(path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_announced_rows_are_fetched_from_the_disk(tmp_path):
+    rows = np.arange(300)
+    writer = StoreWriter(tmp_path, "things", MADE)
+    writer.write([(0, "0.tar")], rows, checksums(rows), things=np.zeros((300, mmap.PAGESIZE), np.uint8))
+    writer.index()
+    file = tmp_path / "parts/00000000.things.npy"
+    forget(file)
+    if in_memory(file)[1:].any():
+        pytest.skip("files here cannot leave memory")
+    store = open_store(tmp_path, "things", "--flag")
+    chosen = np.array([7, 150, 290])
+    store.expect(chosen, ("things",))
+    store.expect(np.array([10**9, -1]), ("things",))  # what is not there is left to the lookup
+    end = time.monotonic() + 20
+    while not in_memory(file)[1 + chosen].all() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert in_memory(file)[1 + chosen].all() and in_memory(file)[1:].sum() < 30
+    store.expect(np.array([3]), ("things",))
+    assert np.array_equal(store.find(chosen, checksums(chosen), str), chosen)

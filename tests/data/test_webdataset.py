@@ -408,3 +408,21 @@ def test_rows_by_position_survive_bad_samples_and_need_whole_shards(tmp_path):
     (tmp_path / "00000.tar").write_bytes(b"x" * 1000)
     with pytest.raises(ValueError, match=r"00000\.tar"):
         open_shards(config, 0, alone, 1)
+
+
+def test_rows_are_announced_before_they_come(tmp_path):
+    """A window ahead of those that are handed out, each once; not where all lanes read all samples."""
+    write_shards(tmp_path, [small(i) for i in range(40)], per_shard=10)
+    pattern = f"{tmp_path}/{{00000..00003}}.tar"
+    shards, announced, given = source(pattern, window=8), [], []
+    shards.announce = announced.append
+    for item in shards.stream(0, lane(1, 2)):
+        if item.sample is None:
+            break
+        given.append(item.sample.row)
+        assert given[-1] in announced
+        assert len(announced) >= min(8 * (-(-len(given) // 8)) + (len(given) - 1) % 8, 20)
+    assert sorted(announced) == sorted(given) and len(given) == 20
+    all_read, told = source(pattern, window=8, by_sample=True), []
+    all_read.announce = told.append
+    assert turn(all_read.stream(0, lane(1, 2))) and not told

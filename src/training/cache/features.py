@@ -15,7 +15,9 @@ minus A's ``--data_size`` as offset.) A row that is missing, zero or not finite 
 
 Loader processes look up the features and send them with the batch: the disk is read during the training step,
 and on the way to a GPU the features travel with the images, from page-locked memory and in the type they are
-stored in.
+stored in. The disk is told the rows of a window of samples before they are looked up (``coming``), and the
+kernel's page cache, which all processes of a node share, holds them until then. There is no cache beside that:
+a row is read once in an epoch, so one that is smaller than the store would hardly ever have it.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ FLAG = "--cached_ref_features_dir"
 # In the identity of a store with several views, and of one with embeddings of synthetic captions.
 VIEWS, SEED, AUGMENTATION, CAPTIONS = "--ref_features_views", "--seed", "augmentation", "synthetic captions"
 _FLOATS = (torch.float16, torch.float32, torch.float64)  # those that numpy has too
+_ANNOUNCED = 64  # rows that the disk is told of at a time
 _OPEN = 4096  # published files that a process maps at a time; the system allows about 65,000 mappings in all
 
 
@@ -62,6 +65,14 @@ class StoredFeatures:
         self.captions = self._several[1] - 1 if self._several else 0
         count = store.identity.get(VIEWS, 0)
         self.views = StoredViews(count, store.identity[SEED], offset) if count else None
+        self._coming: list[int] = []
+
+    def coming(self, row: int) -> None:
+        """See ``FeatureSource``."""
+        self._coming.append(row - self.offset)
+        if len(self._coming) == _ANNOUNCED:
+            self.store.expect(np.array(self._coming), self._read.keys)
+            self._coming = []
 
     def __call__(
         self, rows: Sequence[int], texts: Sequence[str], names: Sequence[str], shown: Sequence[Shown] = ()
@@ -143,6 +154,9 @@ class PublishedFeatures:
             f"{len(self.files):,} files of 2 x {self.width} {self.dtype} in the published layout, "
             f"{self.per_shard} rows each, the first is {self.files[min(self.files)]}"
         )
+
+    def coming(self, row: int) -> None:
+        """See ``FeatureSource``. These files are read when they are looked up."""
 
     def _open(self, shard: int) -> np.ndarray:
         """[n, 2, d], mapped into memory."""

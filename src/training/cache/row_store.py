@@ -18,6 +18,7 @@ How it scales (DFN: 255M rows, of which 192M exist; 2 vectors of 512 float16 are
   one read. They are mapped with ``MADV_RANDOM``: otherwise the kernel reads 128 KiB around every row. The pages
   of a batch are requested before the first is used (``MADV_WILLNEED``), so that the disk gets all requests at
   once.
+- A reader that knows what it will look up says so (``RowStore.expect``), and later the pages are there.
 - At the start only the sizes of files are checked, not their bytes. Every lookup compares the caption's
   checksum, so that values of another data set, of other rows or of rewritten captions are an error and not a bad
   model. ``python -m training.check_cache DIR`` verifies the checksums of all files.
@@ -270,6 +271,7 @@ class RowStore:
         self._table = index["table"]["name"]
         self._ends = np.cumsum([part["rows"] for part in index["parts"]], dtype=np.int64)
         self._maps: dict[str, _Mapped] = {}
+        self._expected = np.empty(0, np.int64)  # rows whose entries of the table are on their way
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}  # another process maps for itself
@@ -277,6 +279,20 @@ class RowStore:
     def __len__(self) -> int:
         """The number of rows in the store."""
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def expect(self, rows: np.ndarray, keys: Sequence[str]) -> None:
+        """Values ``keys`` of ``rows``, int64 [n], will be gathered later: let the disk fetch them meanwhile.
+
+        First come the rows' entries of the table, and with the next call, when they are there, the values.
+        """
+        table = self._map(self._table)
+        rows = rows[(rows >= 0) & (rows < len(table.array))]
+        table.expect(rows)
+        entries = table.array[self._expected, 0].astype(np.int64)
+        self._expected = rows
+        if len(positions := entries[entries > 0] - 1):
+            for key in keys:
+                self.pieces(key, positions)
 
     def find(self, rows: np.ndarray, checksums: np.ndarray, name_of: Callable[[int], str]) -> np.ndarray:
         """The positions of ``rows`` (int64 [n]) with these captions, for ``gather``.

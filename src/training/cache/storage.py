@@ -114,7 +114,13 @@ class Storage:
 
 
 class Reader(Protocol):
-    """What gives features at positions int64 [n]; ``which`` int64 [2, n]: the views and captions, of several."""
+    """What gives features at positions int64 [n]; ``which`` int64 [2, n]: the views and captions, of several.
+
+    ``keys``: the values of the store that it reads.
+    """
+
+    @property
+    def keys(self) -> tuple[str, ...]: ...
 
     def __call__(self, positions: np.ndarray, which: np.ndarray) -> np.ndarray:
         """Features [n, 2, d]."""
@@ -156,6 +162,10 @@ class PlainReader:
     store: RowStore
     several: bool
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return ("images", "texts") if self.several else ("features",)
+
     def __call__(self, positions: np.ndarray, which: np.ndarray) -> np.ndarray:
         """[n, 2, d] in the store's type."""
         if not self.several:
@@ -180,6 +190,10 @@ class PackedReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_offsets": {}}  # another process reads its own
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return ("images", "texts") if self.several else ("packed",)
 
     def __call__(self, positions: np.ndarray, which: np.ndarray) -> np.ndarray:
         """float32 [n, 2, d]; NaN for vectors that were broken when they were written."""

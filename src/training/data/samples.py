@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 from torch import Tensor
@@ -111,6 +111,9 @@ class FeatureSource(Protocol):
         WrongRow: the embeddings of a sample are missing; the message calls it by its entry in ``names``.
         """
 
+    def coming(self, row: int) -> None:
+        """The embeddings of ``row`` will be asked for soon; a disk may fetch them meanwhile."""
+
     def describe(self) -> str:
         """One line for the log."""
 
@@ -130,6 +133,13 @@ class CaptionSource(Protocol):
 
     def describe(self) -> str:
         """One line for the log."""
+
+
+@runtime_checkable
+class Announcing(Protocol):
+    """A source that knows the samples of its streams some time before it gives them."""
+
+    announce: Callable[[int], None] | None  # is called with the row of each, where it is not None
 
 
 class Source(Protocol):

@@ -21,7 +21,7 @@ from training.data.batch_memory import BatchMemory, ReceivedMemory
 from training.data.decode import check_size
 from training.data.lanes import Lane, Layout
 from training.data.progress import BEGIN, Place, Progress
-from training.data.samples import CaptionSource, FeatureSource, RawSample, Shown, Source, Unusable
+from training.data.samples import Announcing, CaptionSource, FeatureSource, RawSample, Shown, Source, Unusable
 from training.data.tokenizer import Tokenizer, Tokens
 from training.data.transforms import TrainView, Views
 from training.rng import CAPTION, sample_seed, seed_of
@@ -116,6 +116,8 @@ class TrainStream(IterableDataset[LoadedBatch]):
         self.tokens = Tokens(tokenizer)
         self.ref_tokens = None if ref_tokenizer is None else Tokens(ref_tokenizer)
         self.features, self.captions = features, captions
+        if features is not None and isinstance(source, Announcing):
+            source.announce = features.coming
         self.seed, self.batch_size, self.steps = seed, batch_size, steps
         self.rank, self.ranks, self.own_shards = rank, ranks, own_shards
         self.layout, self.start = layout, Progress()

@@ -14,7 +14,7 @@ The order of an epoch (see ``order`` for lanes and turns):
   with its next turn while another does not finish; ``--epoch_policy exact`` counts the samples first and deals
   to each lane as many as it delivers.
 - Samples are shuffled, undecoded, in windows of ``WINDOW``, by (seed, epoch, turn, lane, window). While a window
-  is handed out, the next one is read.
+  is handed out, the next one is read, and its rows are announced: what is stored of them on disk can be fetched.
 - With ``--epoch_policy resample`` each lane draws shards with replacement instead.
 
 ``rows`` describes which row a sample has.
@@ -23,7 +23,7 @@ The order of an epoch (see ``order`` for lanes and turns):
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -137,6 +137,7 @@ class ShardSource:
         self.weights = None if weights is None else tuple(weights)
         self.by_sample = by_sample and weights is None
         self.sizes, self.steps = sizes, steps
+        self.announce: Callable[[int], None] | None = None
         self._rows = RowsMet()
         self._incomplete = 0  # samples that lack a part, since the process has begun
 
@@ -183,7 +184,7 @@ class ShardSource:
         """The rest of a turn from ``place`` on. Returns the item that ends the turn."""
         key = (self.seed, epoch, place.turn) if self.by_sample else (self.seed, epoch, place.turn, lane.number)
         shared = lane if self.by_sample else None
-        ahead = _Ahead(self._samples(self._visits(epoch, place.turn, lane), place, limit))
+        ahead = _Ahead(self._announced(self._samples(self._visits(epoch, place.turn, lane), place, limit)))
         while True:
             block = ahead.take(self.window)
             if not block or block[0].sample is None:
@@ -200,6 +201,16 @@ class ShardSource:
                 place_after = place._replace(taken=taken + 1) if taken + 1 < len(block) else after
                 yield Item(read.sample, place_after, read.faults)
             place = after
+
+    def _announced(self, reads: Iterator[Read]) -> Iterator[Read]:
+        """``reads``, whose rows are announced; not those of sets that are so small that all lanes read all."""
+        if self.announce is None or self.by_sample:
+            yield from reads
+            return
+        for read in reads:
+            if read.sample is not None:
+                self.announce(read.sample.row)
+            yield read
 
     def _visits(self, epoch: int, turn: int, lane: Lane) -> list[Visit]:
         """What the lane reads in a turn, in this order."""
