@@ -338,4 +338,4 @@ def test_refusals_and_help_import_nothing_heavy():
     ],
 )
 def test_error_bounds_by_kind(given, spans):
-    assert vars(config([*FASTCLIP.split(), "--gather_error_bound", given]).loss.gather_error_bound) == spans
+    assert vars(config(f"{FASTCLIP} --gather_error_bound '{given}'").loss.gather_error_bound) == spans
