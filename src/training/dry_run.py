@@ -96,6 +96,8 @@ def _models(config: Config, features: FeatureSource | None) -> Iterator[tuple[st
         yield "target", _model(c.model, count_parameters(c.model, "--model", **forced), c.pretrained)
     if features is not None:
         yield "reference", f"not built, its features are on disk: {features.describe()}"
+    elif config.reads_features:
+        yield "reference", "not built, its features are in the shards"
     elif r.named:
         weights = r.ref_model_checkpoint or r.ref_model_pretrained
         name, flag = reference_name(r)[0], "--ref_model"

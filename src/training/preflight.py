@@ -74,6 +74,10 @@ def check(config: Config, world: World) -> Opened:
             remarks.append(
                 f"the reference's features are read from disk: {features.describe()}. They are of {seen}"
             )
+        if config.data.dataset_reinforcement:
+            remarks.append(
+                "the reference's features, synthetic captions and crops are those beside each sample of the shards"
+            )
         if captions is not None:
             remarks.append(f"captions are the samples' own or synthetic ones: {captions.describe()}")
         if config.model.use_bn_sync:
@@ -178,11 +182,13 @@ def check_shared_memory(config: Config, world: World) -> None:
 def check_teachers(config: Config, features: FeatureSource | None) -> None:
     """ValueError: the teachers' widths do not add up to the reference's, whose ``features`` may be on disk.
 
-    A reference whose config would have to be downloaded first is checked by the loss.
+    The loss checks a reference whose config would have to be downloaded first, and features in the shards.
     """
     reference, widths = config.reference, config.loss.distill_teacher_dimension
     if "distill" not in reference.usage or config.loss.spec.distills or widths == (-1,):
         return
+    if config.data.dataset_reinforcement:
+        return  # the loss sees the first of them
     if features is not None:
         width, source = features.width, "--cached_ref_features_dir"
     else:

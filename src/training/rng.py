@@ -57,6 +57,18 @@ def view_number(seed: int, epoch: int, turn: int, row: int, views: int) -> int:
     return (seed_of(seed, _VIEW, row) + epoch + turn) % views
 
 
+def caption_number(seed: int, own: int, synthetic: int, ratio: float | None = None) -> int:
+    """Which of a sample's captions the use with this ``seed`` gets, of ``own`` ones and then ``synthetic`` ones.
+
+    ``ratio``: the chance of a synthetic one, if there is any; None: all have the same chance.
+    """
+    drawn = seed_of(seed >> 1, CAPTION)
+    if ratio is None or not synthetic:
+        return drawn % (own + synthetic) if own + synthetic > 1 else 0
+    chosen = seed_of(seed >> 1, CAPTION, 0)
+    return own + chosen % synthetic if (drawn >> 11) * 2.0**-53 < ratio else chosen % own
+
+
 def step_seed(seed: int, step: int, rank: int, purpose: int) -> int:
     """The seed for ``purpose``, MASKS or SELECTION, inside optimizer step ``step`` on ``rank``."""
     return seed_of(seed, step, rank, purpose)

@@ -54,6 +54,21 @@ WRITE = f"{DATA} --data_size 2000 {REFERENCE} --cache_ref_model_features"
         (f"{FASTCLIP} --cap_model coca_ViT-B-32", "run once with --cache_syn_texts, then train with"),
         (f"{FASTCLIP} --cached_syn_texts_dir nowhere", "there is no such folder on this machine"),
         (f"{DATA} --cached_syn_texts_dir .", "--cached_syn_texts_dir . needs --data_size"),
+        (f"{WRITE} --dataset_reinforcement", "--dataset_reinforcement with --cache_ref_model"),
+        (
+            f"{FASTCLIP} --dataset_reinforcement --cached_ref_features_dir .",
+            "--cached_ref_features_dir . with --dataset_reinforcement: the shards hold such values themselves",
+        ),
+        (
+            f"{FASTCLIP} --dataset_reinforcement --dataset-type synthetic",
+            "--dataset_reinforcement: only shards hold features beside samples",
+        ),
+        (
+            f"{FASTCLIP} --dataset_reinforcement --aug-cfg use_timm=True",
+            "--aug-cfg use_timm=True with --dataset_re",
+        ),
+        (f"{DATA} --dataset_reinforcement", "--dataset_reinforcement: the loss 'clip' does not use"),
+        (f"{FASTCLIP} --syn_texts_ratio 1.5", "--syn_texts_ratio 1.5: the value must lie in [0, 1]"),
         (f"{WRITE} --cached_syn_texts_dir nowhere", "--cached_syn_texts_dir nowhere: there is no such folder"),
         (f"{WRITE} --ref_features_views -1", "--ref_features_views -1: the value must lie in"),
         (f"{CAPTION} --ref_features_views 2", "--ref_features_views 2: --cache_syn_texts writes captions"),
@@ -99,6 +114,15 @@ def test_flags_without_effect_are_named(tmp_path):
     assert config(f"{WRITE} --ref_features_offset 5").remarks == (
         "--ref_features_offset: no effect when a cache is written; rows keep their numbers",
     )
+
+
+def test_what_the_shards_hold_stands_for_a_reference():
+    drawn = "--num_syn_texts 3 --syn_texts_ratio 0.5"
+    c = config(f"{DATA} --dataset_reinforcement --ref_features_usage distill {drawn}")
+    assert c.reads_features and c.reference.usage == {"distill"} and not c.remarks
+    assert (c.cache.num_syn_texts, c.cache.syn_texts_ratio) == (3, 0.5)
+    (remark,) = config(f"{FASTCLIP} {drawn}").remarks
+    assert remark == "--num_syn_texts, --syn_texts_ratio: no effect without synthetic captions"
 
 
 def test_captions_are_written_or_drawn_from(tmp_path):

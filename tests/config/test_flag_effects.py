@@ -130,6 +130,7 @@ EFFECTS: dict[str, Effect] = {
     "ref_features_dtype": Effect((None, "int8"), runs.cached_bytes, CACHE),
     "ref_features_error_bound": Effect(("0.001", "0.01"), runs.cached_bytes, CACHE),
     "ref_features_views": Effect(("0", "2"), runs.cached_bytes, CACHE),
+    "dataset_reinforcement": Effect(SWITCH, observe_run(runs.losses), "--fastclip --train-data @reinforced"),
     "ref_features_offset": Effect(("0", "-2"), refusal_or(parts.reference_features), PUBLISHED),
     "num_samples_per_shard": Effect(("4", "3"), refusal_or(parts.reference_features), PUBLISHED),
     "cache_group_size": Effect(("1", "2"), runs.cached_rows, CACHE),
@@ -147,6 +148,7 @@ EFFECTS: dict[str, Effect] = {
     "cached_syn_texts_dir": Effect((None, "@captions"), parts.stream),
     "syn_texts_offset": Effect(("0", "-13"), refusal_or(parts.stream), DRAWN),
     "num_syn_texts": Effect(("1", "3"), parts.stream, f"{DRAWN} --train-num-samples 16"),
+    "syn_texts_ratio": Effect(("0", "1"), parts.stream, DRAWN),
     "distill_model": Effect(("@reference", "@vit"), parts.reference_size, "--distill-pretrained x"),
     "distill_pretrained": Effect(
         ("@reference_weights", "@other_reference_weights"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import DATA, config, refusal
+from tests.support.commands import DATA, REFERENCE, config, refusal
 from training.config.flags import ALL
 
 
@@ -40,6 +40,7 @@ COMPANY = {
     "temperature": DATA,
     "epochs": f"{DATA} --imagenet-val {Path(__file__).parent}",
     "ref_filter_n_chunks": DATA,
+    "loss_weight": f"{DATA} {REFERENCE} --ref_features_usage distill",
 }
 
 

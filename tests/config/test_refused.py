@@ -9,6 +9,7 @@ from training.config.params import parse
 
 ONE_OF_TWO = "keep one of them"
 REFUSALS = {
+    f"{FASTCLIP} --loss_weight 0": "--loss_weight 0.0 leaves nothing to train on",
     f"{DATA} --precision bf16 --grad_compression fp16": "the gradients of --precision bf16 have 16 bits already",
     f"{DATA} --precision pure_fp16 --grad_compression bf16": "--grad_compression bf16: the gradients of",
     f"{DATA} --precision amp --grad_compression powersgd": "does not go with --precision amp, whose scale of the",

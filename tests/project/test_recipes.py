@@ -221,7 +221,11 @@ def test_scripts_are_valid_bash(script: Path) -> None:
 
 
 def test_every_recipe_and_slurm_script_is_in_the_table() -> None:
-    assert {path.stem for path in (ROOT / "recipes").iterdir()} == {*RECIPES, "drrho_clip"}
+    assert {path.stem for path in (ROOT / "recipes").iterdir()} == {
+        *RECIPES,
+        "drrho_clip",
+        "mobileclip_datacompdr12m",
+    }
     assert {path.stem for path in (ROOT / "scripts" / "slurm").iterdir()} == {*RECIPES, "train"}
 
 
@@ -235,6 +239,24 @@ def test_slurm_scripts_give_the_published_flags_and_no_others(launchers: Launche
     assert config.reference.usage == ({"ref"} if name.startswith("drrho") else set())
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("node7", "12999")
     assert env["PYTHONPATH"].split(os.pathsep)[0] == str(launchers.root / "src")
+
+
+def test_the_baseline_of_mobileclip_has_its_published_settings() -> None:
+    """Those of run_datacompdr12m.sh that are not about its machines; its loss is twice a mean of captions."""
+    config = parse(["--config_file", str(ROOT / "recipes/mobileclip_datacompdr12m.yaml")])
+    assert config.run.batch_size * 32 == 8192
+    assert config.schedule.epochs * config.data.train_num_samples == 30_000 * 8192
+    assert (config.optim.lr, config.optim.beta2, config.optim.wd, config.optim.grad_clip_norm) == (
+        1e-3,
+        0.95,
+        0.2,
+        1,
+    )
+    assert (config.schedule.warmup, config.data.epoch_policy, config.model.model) == (1000, "resample", "ViT-B-16")
+    assert (config.loss.loss_weight, config.loss.distill_weight, config.cache.syn_texts_ratio) == (0.0, 2.0, 0.5)
+    assert (config.loss.distill_logit_scale, config.loss.distill_teacher_dimension) == (100.0, (768, 768))
+    assert config.loss.distill_average_after_softmax and config.reads_features
+    assert config.reference.usage == {"distill"} and not config.remarks
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "train"])

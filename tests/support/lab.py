@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,6 +104,17 @@ class Lab:
             sample["other.jpg"] = shards.encode(shards.picture(20 + i))
             sample["json"] |= {"caption": f"another caption of {i}", "id": 30 + i}
         return shards.write_shards(self.root / "full", samples, per_shard=2)
+
+    @cached_property
+    def reinforced(self) -> str:
+        """Shards in DataCompDR's layout: one view and one synthetic caption of each sample, embeddings of 8."""
+        samples = [shards.sample(i) for i in range(4)]
+        for i, sample in enumerate(samples):
+            file, numbers = io.BytesIO(), np.random.default_rng(i).standard_normal((3, 8), np.float32)
+            np.savez(file, image_emb=numbers[:1], text_emb=numbers[1:])
+            sample |= {"npz": file.getvalue(), "syn.json": {"syn_text": [f"synthetic {i}"]}}
+            sample["paug.json"] = {"param_aug": [[[1, 2, 30, 20 + i], [[6, 0.3], [1, 0.3]]]]}
+        return shards.write_shards(self.root / "reinforced", samples, per_shard=2)
 
     @cached_property
     def csv(self) -> str:

@@ -1,7 +1,8 @@
 """Synthetic captions in training: what a captioning model wrote about each image, once (``captioner``).
 
 With ``--cached_syn_texts_dir`` training uses for each sample one of its own captions or of the synthetic ones, all
-with the same probability, by a seed that follows from (seed, epoch, sample). The store (see ``row_store``) keeps
+with the same probability unless ``--syn_texts_ratio`` says otherwise, by a seed that follows from (seed, epoch,
+sample). The store (see ``row_store``) keeps
 them as utf-8: for each row [captions per sample] strings of bytes.
 """
 
@@ -13,22 +14,25 @@ import numpy as np
 
 from training.cache.row_store import RowStore, caption_checksum, open_store
 from training.config.params import Config
-from training.rng import CAPTION, seed_of
+from training.rng import caption_number
 
 KIND = "synthetic captions"
 FLAG = "--cached_syn_texts_dir"
 
 
 class Captions:
-    """The captions of a store, ``count`` per sample; row 0 of the store is row ``offset`` of the run."""
+    """The captions of a store, ``count`` per sample; row 0 of the store is row ``offset`` of the run.
 
-    def __init__(self, store: RowStore, count: int, offset: int = 0) -> None:
-        self.store, self.count, self.offset = store, count, offset
+    ``ratio``: the chance of a synthetic caption; None: all captions have the same chance.
+    """
+
+    def __init__(self, store: RowStore, count: int, offset: int = 0, ratio: float | None = None) -> None:
+        self.store, self.count, self.offset, self.ratio = store, count, offset, ratio
 
     def draw(self, row: int, texts: Sequence[str], name: str, seed: int) -> tuple[int, str]:
         """See ``CaptionSource``."""
         position = self._position(row, texts[0], name)
-        number = seed_of(seed >> 1, CAPTION) % (len(texts) + self.count)
+        number = caption_number(seed, len(texts), self.count, self.ratio)
         if number < len(texts):
             return number, texts[number]
         return number, _text(self.store.one("captions", position)[number - len(texts)])
@@ -78,4 +82,4 @@ def open_captions(config: Config) -> Captions | None:
         raise ValueError(
             f"--num_syn_texts {count}: {store.folder} has {held} captions per sample; give at most {held}"
         )
-    return Captions(store, count, cache.syn_texts_offset)
+    return Captions(store, count, cache.syn_texts_offset, cache.syn_texts_ratio)

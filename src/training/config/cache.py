@@ -43,6 +43,7 @@ class CacheConfig:
     cap_model_pretrained: str
     cache_group_size: int
     cache_rank: int
+    syn_texts_ratio: float | None = None
 
 
 def _writes_with(key: str, unless: str | None) -> Callable[[Setting], bool]:
@@ -57,9 +58,14 @@ IDLE = (
         "without --cached_ref_features_dir",
     ),
     Idle(
-        ("syn_texts_offset", "num_syn_texts"),
+        ("syn_texts_offset",),
         lambda s: not s.given.cached_syn_texts_dir,
         "without --cached_syn_texts_dir",
+    ),
+    Idle(
+        ("num_syn_texts", "syn_texts_ratio"),
+        lambda s: not s.given.cached_syn_texts_dir and not s.given.dataset_reinforcement,
+        "without synthetic captions",
     ),
     Idle(("cap_model_pretrained",), lambda s: True, "without --cache_syn_texts"),
     Idle(
@@ -111,6 +117,7 @@ def resolve_cache(given: Given, dataset_type: str, trains: bool) -> CacheConfig:
         }
     elif trains:
         _check_reading(given, dataset_type)
+        _check_reinforcement(given, dataset_type)
     count = given.num_syn_texts if written == CAPTIONS or given.chose("num_syn_texts") else None
     return given.group(CacheConfig, writes=written, num_syn_texts=count, **folders)
 
@@ -122,6 +129,8 @@ def _check_writing(given: Given, written: str, dataset_type: str) -> None:
     if dataset_type == "synthetic":
         raise Refusal(f"{flag}: synthetic data is noise that every run generates again; give --train-data")
     _check_rows(given, flag, dataset_type)
+    if given.dataset_reinforcement:
+        raise Refusal(f"--dataset_reinforcement with {flag}: it is for training; leave it out")
     if given.cache_rank >= given.cache_group_size:
         raise Refusal(
             f"{given.say('cache_rank')}: jobs are numbered from 0 to --cache_group_size - 1, which is "
@@ -162,6 +171,26 @@ def _check_reading(given: Given, dataset_type: str) -> None:
         raise Refusal(
             f"{given.say('cap_model')}: training generates no captions; run once with --cache_syn_texts, then "
             "train with --cached_syn_texts_dir and without --cap_model"
+        )
+
+
+def _check_reinforcement(given: Given, dataset_type: str) -> None:
+    if not given.dataset_reinforcement:
+        return
+    if dataset_type != "webdataset":
+        raise Refusal(
+            "--dataset_reinforcement: only shards hold features beside samples; give --train-data shards"
+        )
+    other = next((key for key, _ in _FOLDERS.values() if given.values[key]), None)
+    if other:
+        raise Refusal(
+            f"{given.say(other)} with --dataset_reinforcement: the shards hold such values themselves; leave one "
+            "of the two out"
+        )
+    if given.aug_cfg.get("use_timm"):
+        raise Refusal(
+            "--aug-cfg use_timm=True with --dataset_reinforcement: timm's transforms cannot show the views that "
+            "the shards name; leave it out"
         )
 
 

@@ -50,6 +50,7 @@ class DataConfig:
     data_sizes: tuple[int, ...] = ()
     csv_quoting: str = "auto"
     csv_encoding: str = "utf-8"
+    dataset_reinforcement: bool = False
 
 
 IDLE = (

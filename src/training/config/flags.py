@@ -346,6 +346,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "the target the same views. 0: of one fixed view, whatever the target sees",
             within=AT_LEAST_0,
         ),
+        Flag(
+            "--dataset_reinforcement",
+            "switch",
+            False,
+            "train with what the shards hold beside each sample, as DataCompDR's do: a reference's features (.npz "
+            "or .pth.gz), synthetic captions (.syn.json) and the crops of these features (.paug.json)",
+        ),
         Flag("--ref_features_offset", "int", 0, "row of this run that belongs to row 0 of the cached features"),
         Flag(
             "--num_samples_per_shard",
@@ -392,6 +399,14 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             5,
             "number of synthetic captions per sample to write, or to draw from",
             within=AT_LEAST_1,
+        ),
+        Flag(
+            "--syn_texts_ratio",
+            "float",
+            None,
+            "chance that the caption of a sample is a synthetic one (default: its own and the synthetic ones all "
+            "have the same chance)",
+            within="[0, 1]",
         ),
     ),
     "loss": (
@@ -445,8 +460,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "--loss_weight",
             "float",
             1.0,
-            "factor on the contrastive loss; 2 gives the scale of the published DRRho code",
-            within=POSITIVE,
+            "factor on the contrastive loss; 2 gives the scale of the published DRRho code, 0 leaves distillation",
+            within=AT_LEAST_0,
         ),
         Flag("--logit_scale_bound", "float", 100.0, "upper bound of the inverse temperature", within=AT_LEAST_1),
         Flag(

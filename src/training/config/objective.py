@@ -173,6 +173,15 @@ def resolve_objective(given: Given) -> Objective:
     return Objective(spec, decided_by, scheme)
 
 
+def check_weight(given: Given, loss: LossSpec, usage: frozenset[str]) -> None:
+    """Refusal: the contrastive loss has the weight 0, and nothing else is trained on."""
+    if not given.loss_weight and ("distill" not in usage or loss.distills):
+        raise Refusal(
+            f"{given.say('loss_weight')} leaves nothing to train on: give a larger one, or a reference with "
+            "--ref_features_usage distill"
+        )
+
+
 def resolve_loss(given: Given, objective: Objective, trains: bool) -> LossConfig:
     """The ``LossConfig`` of the flags.
 

@@ -53,6 +53,12 @@ class Config:
         """Whether there is anything to train, rather than only to evaluate."""
         return self.schedule.epochs > 0
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether a reference's features come with the data, so that no reference is built."""
+        stored = self.cache.cached_ref_features_dir or self.data.dataset_reinforcement
+        return bool(stored) and not self.cache.writes
+
     def on_ranks(self, ranks: int) -> Config:
         """The configuration for ``ranks`` ranks: ``--global_batch_size`` sets the batch and its micro-batches.
 
@@ -102,11 +108,13 @@ def configure(given: Given) -> Config:
     run_config = run.resolve_run(given)
     cache_config = cache.resolve_cache(given, kind, trains)
     chosen = objective.resolve_objective(given)
-    reads = bool(cache_config.cached_ref_features_dir) and not writes
+    stored = ("cached_ref_features_dir", "dataset_reinforcement")
+    reads = next((key for key in stored if given.values[key]), "") if not writes else ""
     reference_config = reference.resolve_reference(given, chosen.spec, reads=reads, writes=writes)
     loss_config = objective.resolve_loss(given, chosen, trains)
     if trains:
         run.check_batch(given, reference_config.usage)
+        objective.check_weight(given, chosen.spec, reference_config.usage)
     setting = Setting(
         given=given,
         loss=chosen.spec,

@@ -45,11 +45,12 @@ IDLE = (
 )
 
 
-def resolve_reference(given: Given, loss: LossSpec, *, reads: bool, writes: str) -> ReferenceConfig:
+def resolve_reference(given: Given, loss: LossSpec, *, reads: str, writes: str) -> ReferenceConfig:
     """The ``ReferenceConfig`` of the flags; empty without a reference.
 
-    ``reads``: its features are read from disk, so the model need not be named. ``writes``: the kind of cache that
-    the run writes, '' for none. Refusal: the flags do not describe one reference with weights and a use.
+    ``reads``: the flag by which its features are read, so that the model need not be named, '' for none.
+    ``writes``: the kind of cache that the run writes, '' for none. Refusal: the flags do not describe one
+    reference with weights and a use.
     """
     check_weights_file(given, "ref_model_checkpoint")
     for key in ("ref_model_pretrained", "distill_pretrained"):
@@ -57,7 +58,7 @@ def resolve_reference(given: Given, loss: LossSpec, *, reads: bool, writes: str)
     return given.group(ReferenceConfig, **_choice(given, loss, reads=reads, writes=writes))
 
 
-def _choice(given: Given, loss: LossSpec, *, reads: bool, writes: str) -> dict[str, Any]:
+def _choice(given: Given, loss: LossSpec, *, reads: str, writes: str) -> dict[str, Any]:
     usage = _usage(given)
     nothing = {"ref_model": "", "ref_model_pretrained": "", "ref_model_checkpoint": "", "usage": frozenset()}
     if writes and writes != "features":
@@ -99,7 +100,7 @@ def _choice(given: Given, loss: LossSpec, *, reads: bool, writes: str) -> dict[s
     if loss.distills:
         usage = usage - {"ref"} | {"distill"}
     elif loss.reference == "none" and "ref" in usage and not writes:
-        flag = given.say("cached_ref_features_dir" if reads else key)
+        flag = given.say(reads or key)
         raise Refusal(
             f"{flag}: the loss {loss.name!r} does not use a reference's margins; add --fastclip, or use the "
             "reference with --ref_features_usage distill or select"

@@ -14,6 +14,7 @@ from training.data.bad_samples import allowance
 from training.data.lanes import Layout, default_layout
 from training.data.loader import TrainData
 from training.data.samples import CaptionSource, FeatureSource, Source
+from training.data.sources.reinforcement import Reinforcement
 from training.data.sources.tables import CsvSource, SyntheticSource, open_csv
 from training.data.sources.webdataset import open_shards
 from training.data.tokenizer import Tokenizer
@@ -62,6 +63,9 @@ def build_train(
     ref_tokenizer = None
     if reference is not None and not same_tokens(target.tokenizer, reference.tokenizer):
         ref_tokenizer = reference.tokenizer
+    reinforcement = None
+    if data.dataset_reinforcement:
+        reinforcement = Reinforcement(config.cache.num_syn_texts, config.cache.syn_texts_ratio)
     stream = TrainStream(
         source,
         TrainView(
@@ -74,6 +78,7 @@ def build_train(
         ref_tokenizer,
         features,
         captions,
+        reinforcement,
         seed=run.seed,
         batch_size=run.batch_size,
         steps=steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -21,7 +21,8 @@ class RawSample(NamedTuple):
     ``image`` is an encoded image, the path of one, or a Pillow image; ``row`` is its row of the sample state
     (where the run keeps no state, a negative number that only identifies the sample); ``turn`` distinguishes the
     visits of the sample in one epoch; ``name`` is for messages. ``text`` is its caption, the first one where it
-    has several; ``more`` are the others, and training draws one of all.
+    has several; ``more`` are the others, and training draws one of all. ``extras`` are further files by their
+    extensions, where the run uses them (``sources.reinforcement``).
     """
 
     image: bytes | str | Image.Image
@@ -30,6 +31,7 @@ class RawSample(NamedTuple):
     turn: int
     name: str
     more: tuple[str, ...] = ()
+    extras: Mapping[str, bytes] | None = None
 
 
 class Fault(NamedTuple):

@@ -43,11 +43,18 @@ from torch import Tensor
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
+# What RandAugment itself calls; nothing public applies an operation that was drawn before.
+from torchvision.transforms.autoaugment import _apply_op
+
 from training.data.decode import decode, decode_pixels, jpeg_decoder
+from training.data.samples import Unusable
 from training.rng import isolated_rng, seed_all, view_seed
 
 log = logging.getLogger(__name__)
 
+# RandAugment's operations, in torchvision's order: DataCompDR numbers them.
+OPERATIONS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
+              "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")  # fmt: skip
 _TRIES = 10  # crops drawn before a fixed one is taken, as in torchvision
 
 
@@ -68,6 +75,13 @@ class Box(NamedTuple):
     left: int
     height: int
     width: int
+
+
+class Replay(NamedTuple):
+    """A view that was drawn before: a crop, then RandAugment's ``operations`` with their magnitudes."""
+
+    box: Box
+    operations: tuple[tuple[str, float], ...] = ()
 
 
 class TrainView:
@@ -104,6 +118,19 @@ class TrainView:
     def __call__(self, image: Tensor | Image.Image, seed: int) -> Views:
         """Views of what ``decode`` returned, fixed by ``seed`` (64 bits)."""
         return Views(self._target(image, seed), None if self._reference is None else self._reference(image, seed))
+
+    def replay(self, image: Tensor | Image.Image, view: Replay) -> Tensor:
+        """The target's view of what ``decode`` returned, as ``view`` says; not with timm's transforms.
+
+        Unusable: the crop is not inside the image.
+        """
+        assert isinstance(self._target, _CropView) and isinstance(image, Tensor), "refused with use_timm=True"
+        height, width = image.shape[1:]
+        if view.box.top + view.box.height > height or view.box.left + view.box.width > width:
+            raise Unusable(
+                "crop is outside the image", f"{view.box} of {height} x {width}: take the images at full size"
+            )
+        return self._target.replay(image, view)
 
 
 class FixedView:
@@ -263,6 +290,16 @@ class _CropView:
         box = random_box(height, width, self._scale, self._ratio, random.Random(seed))
         view = resized_crop(image, box, self._size, self._mode)
         return view if self._colors is None else self._colors(view, seed)
+
+    def replay(self, image: Tensor, view: Replay) -> Tensor:
+        """The crop and the operations of ``view``."""
+        crop = resized_crop(image, view.box, self._size, self._mode)
+        if not view.operations:
+            return crop
+        picture = tvf.to_pil_image(crop)
+        for name, magnitude in view.operations:
+            picture = _apply_op(picture, name, magnitude, tv.InterpolationMode.NEAREST, None)
+        return tvf.pil_to_tensor(picture)
 
 
 def _random_view(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from drrho_clip.batch import Batch
@@ -22,9 +23,10 @@ from training.data.decode import check_size
 from training.data.lanes import Lane, Layout
 from training.data.progress import BEGIN, Place, Progress
 from training.data.samples import Announcing, CaptionSource, FeatureSource, RawSample, Shown, Source, Unusable
+from training.data.sources.reinforcement import Reinforcement
 from training.data.tokenizer import Tokenizer, Tokens
 from training.data.transforms import TrainView, Views
-from training.rng import CAPTION, sample_seed, seed_of
+from training.rng import caption_number, sample_seed
 
 T = TypeVar("T")
 
@@ -34,7 +36,10 @@ _EMPTY_TURNS = 20  # turns without a usable sample, in addition to one per lane,
 
 
 class Sample(NamedTuple):
-    """One decoded training sample. ``text`` is the first of its own captions; ``shown`` has the one in use."""
+    """One decoded training sample. ``text`` is the first of its own captions; ``shown`` has the one in use.
+
+    ``features``: the reference's embeddings [2, d], where the shards hold them.
+    """
 
     views: Views
     shown: Shown
@@ -42,6 +47,7 @@ class Sample(NamedTuple):
     row: int
     seed: int
     name: str
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ class TrainStream(IterableDataset[LoadedBatch]):
         ref_tokenizer: Tokenizer | None,
         features: FeatureSource | None = None,
         captions: CaptionSource | None = None,
+        reinforcement: Reinforcement | None = None,
         *,
         seed: int,
         batch_size: int,
@@ -115,7 +122,7 @@ class TrainStream(IterableDataset[LoadedBatch]):
         self.allowed = allowed or Allowance()
         self.tokens = Tokens(tokenizer)
         self.ref_tokens = None if ref_tokenizer is None else Tokens(ref_tokenizer)
-        self.features, self.captions = features, captions
+        self.features, self.captions, self.reinforcement = features, captions, reinforcement
         if features is not None and isinstance(source, Announcing):
             source.announce = features.coming
         self.seed, self.batch_size, self.steps = seed, batch_size, steps
@@ -185,8 +192,24 @@ class TrainStream(IterableDataset[LoadedBatch]):
             index=torch.tensor(rows),
             ref_image=self._ref_images.stack(references) if references else None,
             ref_text=None if self.ref_tokens is None else self.ref_tokens(texts, seeds),
-            ref_features=None if self.features is None else self.features(rows, own, names, shown),
+            ref_features=self._features(samples, rows, own, names, shown),
         )
+
+    def _features(
+        self, samples: list[Sample], rows: list[int], own: list[str], names: list[str], shown: list[Shown]
+    ) -> Tensor | None:
+        if self.features is not None:
+            return self.features(rows, own, names, shown)
+        found = [sample.features for sample in samples if sample.features is not None]
+        if not found:
+            return None
+        for name, features in zip(names, found, strict=True):
+            if features.shape != found[0].shape:
+                raise WrongRow(
+                    f"--dataset_reinforcement: the embeddings of {names[0]} are {found[0].shape[1]} wide, and "
+                    f"those of {name} {features.shape[1]}: give shards of the same teachers"
+                )
+        return torch.stack(found)
 
 
 class LaneReader:
@@ -225,18 +248,37 @@ class LaneReader:
 
     def _decoded(self, raw: RawSample) -> Sample | None:
         image = decode_or_skip(raw, self._skips, self._stream.view.decode)
-        if image is None:
-            return None
-        self._usable += 1
-        self._skips.in_a_row = 0
+        sample = None if image is None else self._sample(raw, image)
+        if sample is not None:
+            self._usable += 1
+            self._skips.in_a_row = 0
+        return sample
+
+    def _sample(self, raw: RawSample, image: Tensor | Image.Image) -> Sample | None:
         stream = self._stream
         seed = sample_seed(stream.seed, self._epoch, raw.turn, raw.row)
+        if stream.reinforcement is not None:
+            return self._reinforced(stream.reinforcement, raw, image, seed)
         number, of_view = 0, seed
         if stream.features is not None and stream.features.views is not None:
             number, of_view = stream.features.views.draw(stream.seed, self._epoch, raw.turn, raw.row)
         caption, text = self._caption(raw, seed)
         shown = Shown(text, caption, number)
         return Sample(stream.view(image, of_view), shown, raw.text[:LONGEST_TEXT], raw.row, seed, raw.name)
+
+    def _reinforced(
+        self, reinforcement: Reinforcement, raw: RawSample, image: Tensor | Image.Image, seed: int
+    ) -> Sample | None:
+        """The sample with what its shard holds for it; None where that cannot be used, which is counted."""
+        view = self._stream.view
+        try:
+            found = reinforcement(raw, self._stream.seed, self._epoch, seed)
+            seen = view(image, seed).target if found.view is None else view.replay(image, found.view)
+        except Unusable as fault:
+            self._skips.add(str(fault), f"{raw.name}: {fault.why}" if fault.why else raw.name)
+            return None
+        shown = Shown(found.text[:LONGEST_TEXT])
+        return Sample(Views(seen, None), shown, raw.text, raw.row, seed, raw.name, found.features)
 
     def _caption(self, raw: RawSample, seed: int) -> tuple[int, str]:
         """The caption for this use of a sample, of those that it has: its number and itself."""
@@ -246,7 +288,7 @@ class LaneReader:
         texts = [text[:LONGEST_TEXT] for text in own]
         if stream.captions is not None:
             return stream.captions.draw(raw.row, texts, raw.name, seed)
-        number = seed_of(seed >> 1, CAPTION) % len(texts) if len(texts) > 1 else 0
+        number = caption_number(seed, len(texts), 0)
         return number, texts[number]
 
     def _end_turn(self) -> None:

@@ -46,7 +46,7 @@ def build_task(config: Config, world: World, target: BuiltModel, reference: Buil
         compression=compression,
     )
     frozen: Reference | CachedReference | None = None
-    if config.cache.cached_ref_features_dir:
+    if config.reads_features:
         frozen = CachedReference()
     if reference is not None:
         pixels = reference.preprocess

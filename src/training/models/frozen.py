@@ -103,7 +103,7 @@ class _Frozen:
 
 def _reference_of(config: Config) -> _Frozen | None:
     c = config.reference
-    if not c.named or (config.cache.cached_ref_features_dir and not config.cache.writes):
+    if not c.named or config.reads_features:
         return None
     if config.flags.get("distill_model"):
         flags = {"model_flag": "--distill-model", "weights_flag": "--distill-pretrained"}

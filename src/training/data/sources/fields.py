@@ -50,13 +50,14 @@ class SampleFields:
     """The alternatives for each part of a sample, in the order in which they are tried.
 
     ``several``: a text file has a caption on each line, and where there is none, a list in a json is captions;
-    otherwise a text file is one caption.
+    otherwise a text file is one caption. ``extras``: the extensions of further files that a sample keeps.
     """
 
     image: tuple[str, ...]
     text: tuple[Field, ...]
     json: tuple[Field, ...]
     several: bool = False
+    extras: tuple[str, ...] = ()
 
     @property
     def known(self) -> Known:

@@ -35,6 +35,7 @@ from training.data.lanes import Lane, Part
 from training.data.order import Piece, deal, deal_exactly
 from training.data.progress import BEGIN, Place
 from training.data.samples import Fault, Item, RawSample, Unusable
+from training.data.sources import reinforcement
 from training.data.sources.fields import DEFAULT, INCOMPLETE, SampleFields, fields_of
 from training.data.sources.paths import expand_shards
 from training.data.sources.rows import RowsMet, at_positions, count_all, nameless_row, with_rows
@@ -279,15 +280,16 @@ class ShardSource:
         image = fields.image_in(files)
         texts = fields.texts_in(files, parsed)
         name = f"{shard.url}/{group.name}"
+        extras = {extension: files.members[extension] for extension in fields.extras if extension in files.members}
         if self.sample_index is None:
-            return RawSample(image, texts[0], nameless_row(name), turn, shown(name), texts[1:])
+            return RawSample(image, texts[0], nameless_row(name), turn, shown(name), texts[1:], extras or None)
         by_key = self.sample_index == "key"
         row = shard.first_row + (fields.key_in(files, parsed) if by_key else group.position)
         if not shard.first_row <= row < shard.stop_row:
             raise Unusable("key out of range")
         if by_key:
             self._check_key(row, number)
-        return RawSample(image, texts[0], row, turn, shown(name), texts[1:])
+        return RawSample(image, texts[0], row, turn, shown(name), texts[1:], extras or None)
 
     def _where_the_rest_is(self, url: str, name: str, lacks: str, incomplete: set[str]) -> str:
         """Where the shard has the files that the sample ``name`` lacks; '': nowhere, or it was not searched.
@@ -332,6 +334,8 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
     samples = config.train_num_samples
     assert samples is not None, "the parser asks for --train-num-samples"
     fields = fields_of(config)
+    if config.dataset_reinforcement:
+        fields = replace(fields, extras=reinforcement.EXTENSIONS)
     by_position, exact = keeps_rows and config.sample_index == "position", config.epoch_policy == "exact"
     counts: list[int] = []
     if by_position or exact:
