@@ -69,7 +69,7 @@ def check(config: Config, world: World) -> Opened:
             seen = (
                 "one fixed view of each image, whatever augmentation the target sees"
                 if views is None
-                else f"{views.count} random views of each image, of which the target sees the same one"
+                else f"{views.count} random views of each image, and the target sees the one that is used"
             )
             remarks.append(
                 f"the reference's features are read from disk: {features.describe()}. They are of {seen}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -19,10 +20,11 @@ from tests.support.lab import CPU, WORLD, Lab
 from training.cache import captions
 from training.cache.captioner import packed
 from training.cache.features import open_features
-from training.cache.row_store import StoreWriter, caption_checksum
+from training.cache.row_store import RowStore, StoreWriter, caption_checksum
+from training.cache.storage import reader
 from training.check_cache import main as check_cache
 from training.config.params import parse
-from training.data.samples import Shown
+from training.data.samples import Shown, StoredViews
 from training.data.transforms import KeptViews, TrainView
 from training.distributed.process_group import World
 from training.main import main
@@ -210,22 +212,22 @@ def test_earlier_versions_refuse_such_a_store(lab, capsys):
         assert json.loads(file.read_text())["format"] == 3
     assert check_cache([str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "--ref_features_views 3, --seed 5, augmentation --aug-cfg scale=(0.2,1.0)" in said
+    assert "--ref_features_views 3, --seed 5, augmentation --aug-cfg 'scale=(0.2,1.0)'" in said
 
 
 def test_a_run_says_what_the_target_sees(lab):
     run = lab.run(lab.words(f"{TRAIN} {AUGMENT} {STORED}"))
     assert "16 rows of 3 + 1 (views and captions) x 24 float32" in run.log
-    assert "They are of 3 random views of each image, of which the target sees the same one" in run.log
+    assert "They are of 3 random views of each image, and the target sees the one that is used" in run.log
 
 
 def test_what_cannot_work_is_refused(lab, capsys):
     stored = f"{TRAIN} {STORED}"
-    drawn = "were drawn with --aug-cfg scale=(0.2,1.0), and training shows the target these very views"
+    drawn = "were drawn with --aug-cfg 'scale=(0.2,1.0)', and training shows the target these very views"
     for other, said in (
-        ("", "--aug-cfg scale=(0.9,1.0)"),
-        ("--aug-cfg scale=(0.2,0.9)", "--aug-cfg scale=(0.2,0.9)"),
-        (f"{AUGMENT} --rand_augment", "--aug-cfg scale=(0.2,1.0) --rand_augment"),
+        ("", "--aug-cfg 'scale=(0.9,1.0)'"),
+        ("--aug-cfg scale=(0.2,0.9)", "--aug-cfg 'scale=(0.2,0.9)'"),
+        (f"{AUGMENT} --rand_augment", "--aug-cfg 'scale=(0.2,1.0)' --rand_augment"),
     ):
         sentence = fails(lab, f"{stored} {other}", capsys)
         assert sentence.startswith(f"error: {said}: the views in ") and drawn in sentence
@@ -234,15 +236,49 @@ def test_what_cannot_work_is_refused(lab, capsys):
         ("--seed 6", "--seed 5", "--seed 6"),
         ("--ref_features_views 2", "--ref_features_views 3", "--ref_features_views 2"),
         (
-            "--aug-cfg scale=(0.1,1.0)",
-            "augmentation --aug-cfg scale=(0.2,1.0)",
-            "augmentation --aug-cfg scale=(0.1",
+            "--aug-cfg scale=(0.1,1)",
+            "augmentation --aug-cfg 'scale=(0.2,1.0)'",
+            "augmentation --aug-cfg 'scale=(0.1",
         ),
         ("--ref_features_views 0", "--ref_features_views 3, --seed 5", "no --ref_features_views, no --seed"),
         ("--cached_syn_texts_dir @captions", "no synthetic captions", "synthetic captions 2 by "),
     ):
         sentence = fails(lab, f"{WRITE} {folder} {other}", capsys)
         assert f"was begun with {was}" in sentence and f"and this run has {now}" in sentence
+
+
+def test_a_run_that_goes_on_sees_the_same_views(lab):
+    """From the middle of an epoch, as without the interruption."""
+    words = lab.words(f"{STORED} {AUGMENT} --train-num-samples 16 --fastclip --seed 1 --batch-size 4")
+    whole = train_data(words)
+    for _ in whole.epoch(0):
+        pass
+    batches, state = [], None
+    for step, batch in enumerate(whole.epoch(1)):
+        batches.append(batch.clone())
+        state = whole.state_dict() if step == 1 else state
+    again = train_data(words)
+    assert again.resume(state, 1, 2) == 2
+    for batch, other in zip(again.epoch(1, 2), batches[2:], strict=True):
+        assert torch.equal(batch.image, other.image) and torch.equal(batch.ref_features, other.ref_features)
+
+
+def test_rows_that_an_offset_shifts_have_the_views_of_the_stores_rows():
+    number, seed = StoredViews(3, 5, offset=10).draw(1, 4, 0, 12)
+    assert number == (seed_of(1, -1, 12) + 4) % 3
+    assert seed == seed_of(5, -1, number, 2)
+
+
+def test_a_part_with_fewer_views_is_refused(lab, tmp_path):
+    """Otherwise another row's vector would be read."""
+    folder = shutil.copytree(lab.path("features"), tmp_path / "features")
+    (part,) = folder.glob("parts/*.images.npy")
+    np.save(part, np.load(part)[:, :2])
+    read, _, _ = reader(RowStore(folder, json.loads((folder / "index.json").read_text())))
+    with pytest.raises(
+        ValueError, match=r"images.npy has 2 values per row, and number 2 is wanted; copy the store"
+    ):
+        read(np.array([3]), np.array([[2], [0]]))
 
 
 def test_captions_that_were_not_embedded_are_refused(lab, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 import random
 from collections import Counter
 from unittest import mock
@@ -171,6 +172,7 @@ def test_the_share_of_synthetic_captions():
         ({"npz": b"PK"}, "embeddings cannot be read"),
         ({"npz": npz(image_emb=np.array([object()]))}, "embeddings cannot be read"),
         ({"npz": None, "pth.gz": b"\x1f\x8b"}, "embeddings cannot be read"),
+        ({"npz": None, "pth.gz": gzip.compress(pickle.dumps(Reinforcement))}, "embeddings cannot be read"),
         ({"npz": npz(image_emb=np.ones((3, 6), np.float32))}, "embeddings are incomplete"),
         ({"npz": npz(image_emb=np.ones((3, 6)), text_emb=np.ones((4, 6)))}, "do not fit the captions"),
         ({"npz": npz(image_emb=np.ones((3, 6)), text_emb=np.ones((3, 5)))}, "do not fit the captions"),

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.cache.captions import FLAG as captions_flag
+from training.cache.captions import FLAG as CAPTIONS_FLAG
 from training.cache.captions import Captions
 from training.cache.row_store import RowStore, caption_checksum, open_store
 from training.cache.storage import reader, several
@@ -244,8 +244,8 @@ def check_captions(features: FeatureSource | None, captions: Captions | None) ->
         return
     if not isinstance(features, StoredFeatures) or not features.captions:
         raise ValueError(
-            f"{captions_flag} {captions.store.folder}: {FLAG} holds features of the samples' own captions alone, "
-            f"and these replace them: write features with {captions_flag} too, run the reference live, or train "
+            f"{CAPTIONS_FLAG} {captions.store.folder}: {FLAG} holds features of the samples' own captions alone, "
+            f"and these replace them: write features with {CAPTIONS_FLAG} too, run the reference live, or train "
             "without synthetic captions"
         )
     folder = features.store.folder

@@ -344,8 +344,13 @@ class RowStore:
                 array: np.ndarray = mapped.array
                 source = places[piece] - start
                 if which is not None:
-                    each = array.shape[1]
-                    array, source = array.reshape(-1, *array.shape[2:]), source * each + which[order[piece]]
+                    each, wanted = array.shape[1], which[order[piece]]
+                    if wanted.max() >= each:
+                        raise ValueError(
+                            f"{self.folder}/parts/{self.parts[part]}.{key}.npy has {each} values per row, and "
+                            f"number {wanted.max()} is wanted; copy the store again, or write it again"
+                        )
+                    array, source = array.reshape(-1, *array.shape[2:]), source * each + wanted
                 mapped.expect(source, len(array))
                 pieces.append(Portion(part, array, source, order[piece]))
         return pieces

@@ -31,6 +31,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,9 +43,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
-
-# What RandAugment itself calls; nothing public applies an operation that was drawn before.
-from torchvision.transforms.autoaugment import _apply_op
 
 from training.data.decode import decode, decode_pixels, jpeg_decoder
 from training.data.samples import Unusable
@@ -203,7 +201,7 @@ def describe_augmentation(aug_cfg: Mapping[str, Any], rand_augment: bool) -> str
     """
     fields = vars(_augmentation(aug_cfg)).items()
     told = [f"{name}={_typed(value)}" for name, value in fields if value is not None and value is not False]
-    return " ".join([f"--aug-cfg {' '.join(told)}", *(["--rand_augment"] if rand_augment else [])])
+    return f"--aug-cfg {shlex.join(told)}" + (" --rand_augment" if rand_augment else "")
 
 
 def _typed(value: Any) -> str:
@@ -293,6 +291,9 @@ class _CropView:
 
     def replay(self, image: Tensor, view: Replay) -> Tensor:
         """The crop and the operations of ``view``."""
+        # What RandAugment itself calls; nothing public applies an operation that was drawn before.
+        from torchvision.transforms.autoaugment import _apply_op
+
         crop = resized_crop(image, view.box, self._size, self._mode)
         if not view.operations:
             return crop

@@ -37,7 +37,7 @@ from training.rng import caption_number, view_number
 
 EXTENSIONS = ("npz", "pth.gz", "syn.json", "paug.json")
 _SYNTHETIC = re.compile(r"syn_text.*")
-_MOST = 2**28  # bytes of a decompressed .pth.gz
+_MOST = 2**28  # bytes of a sample's embeddings; what claims to be larger is broken
 
 
 class Reinforced(NamedTuple):
@@ -145,6 +145,8 @@ def _embeddings(extras: Mapping[str, bytes]) -> dict[str, np.ndarray]:
     try:
         if "npz" in extras:
             with np.load(io.BytesIO(extras["npz"]), allow_pickle=False) as file:
+                if sum(member.file_size for member in file.zip.infolist()) > _MOST:
+                    raise ValueError(f"more than {_MOST} bytes")
                 held: dict[str, Any] = {name: file[name] for name in file.files}
         elif "pth.gz" in extras:
             with gzip.GzipFile(fileobj=io.BytesIO(extras["pth.gz"])) as packed:
