@@ -178,7 +178,12 @@ def test_the_share_of_synthetic_captions():
         ({"npz": npz(image_emb=np.ones((3, 6)), text_emb=np.ones((3, 5)))}, "do not fit the captions"),
         ({"npz": npz(image_emb=np.ones((2, 6)), text_emb=np.ones((3, 6)))}, "do not fit the views"),
         ({"npz": npz(image_emb=np.zeros((3, 6)), text_emb=np.ones((3, 6)))}, "zero or not finite"),
+        (
+            {"npz": npz(image_emb=np.ones((3, 6)), text_emb=np.ones((1, 6)), syn_text_emb=np.ones((2, 5)))},
+            "do not fit the captions",
+        ),
         ({"syn.json": {"syn_text": "one"}}, "no list of texts"),
+        ({"syn.json": {"syn_text": ["\ud800", "two"]}}, "text is not utf-8"),
         ({"syn.json": [1]}, "json is not valid"),
         ({"paug.json": {"param_aug": "[["}}, "views are not of the known form"),
         ({"paug.json": {"param_aug": [[[0, 0, 3], None]] * 3}}, "views are not of the known form"),

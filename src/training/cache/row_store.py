@@ -43,7 +43,7 @@ from training.files import digest, replacing
 
 # Formats: of plain values; of values for which each part has facts that tell how to unpack them; of rows with
 # several values each, of which a reader takes one (``SEVERAL`` is among their facts).
-FORMAT, PACKED, CHOICES = 1, 2, 3
+FORMAT, PACKED, MULTIPLE = 1, 2, 3
 SEVERAL = "several"
 _PAGE = 4096
 _BLOCK = 2**24  # bytes that are written at a time
@@ -220,7 +220,7 @@ def _format(facts: Iterable[Mapping[str, Any]]) -> int:
     known = [part for part in facts if part]
     if not known:
         return FORMAT
-    return CHOICES if any(SEVERAL in part for part in known) else PACKED
+    return MULTIPLE if any(SEVERAL in part for part in known) else PACKED
 
 
 def _compare(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -418,7 +418,7 @@ def damaged(store: RowStore) -> list[str]:
 
 
 def _check_format(folder: Path, held: Any, kind: str) -> None:
-    if not isinstance(held, dict) or "kind" not in held or held.get("format") not in (FORMAT, PACKED, CHOICES):
+    if not isinstance(held, dict) or "kind" not in held or held.get("format") not in (FORMAT, PACKED, MULTIPLE):
         raise ValueError(f"{folder} is not a store of this program, or was written by another version of it")
     if held["kind"] != kind:
         raise ValueError(f"{folder} holds {held['kind']}, not {kind}: give the folder of {kind}")

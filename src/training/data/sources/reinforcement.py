@@ -94,8 +94,8 @@ class _Held(NamedTuple):
         if images is None or texts is None or not len(images):
             raise Unusable("embeddings are incomplete", f"there are {', '.join(vectors) or 'none'}")
         if len(texts) == own and synthetic:
-            apart = [vectors.get(f"{name}_emb", texts[:0]) for name in lists]
-            if [len(part) for part in apart] != [len(captions) for captions in lists.values()]:
+            apart, width = [vectors.get(f"{name}_emb", texts[:0]) for name in lists], texts.shape[1]
+            if [part.shape for part in apart] != [(len(captions), width) for captions in lists.values()]:
                 raise Unusable("embeddings do not fit the captions", "of synthetic captions")
             texts = np.concatenate([texts, *apart])
         if len(texts) != own + len(synthetic) or images.shape[1] != texts.shape[1]:
@@ -114,6 +114,10 @@ def _lists(extras: Mapping[str, bytes]) -> dict[str, list[str]]:
     for captions in lists.values():
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise Unusable("synthetic captions are no list of texts")
+        try:
+            "".join(captions).encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which a json can hold
+            raise Unusable("text is not utf-8") from None
     return lists
 
 
