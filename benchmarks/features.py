@@ -156,8 +156,8 @@ def measure(options: Options, folder: Path, *, cold: bool, ahead: bool = False) 
         views = rng.integers(0, max(options.views, 1), options.batch)
         shown = [Shown("", view=view) for view in views.tolist()]
         if ahead:
-            for row in asked:
-                features.coming(row)
+            for row, view in zip(asked, views.tolist()):
+                features.coming(row, view)
             time.sleep(options.step_ms / 1e3)
         started, working = time.perf_counter(), time.thread_time()
         found = features(asked, texts, names, shown)

@@ -197,10 +197,12 @@ def forget(path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def test_announced_rows_are_fetched_from_the_disk(tmp_path):
-    rows = np.arange(300)
+@pytest.mark.parametrize("which", [None, np.array([1, 3, 0])])
+def test_announced_rows_are_fetched_from_the_disk(tmp_path, which):
+    """Of rows with several values, the one that is wanted."""
+    rows, several = np.arange(300), () if which is None else (4,)
     writer = StoreWriter(tmp_path, "things", MADE)
-    writer.write([(0, "0.tar")], rows, checksums(rows), things=np.zeros((300, mmap.PAGESIZE), np.uint8))
+    writer.write([(0, "0.tar")], rows, checksums(rows), things=np.zeros((300, *several, mmap.PAGESIZE), np.uint8))
     writer.index()
     file = tmp_path / "parts/00000000.things.npy"
     forget(file)
@@ -208,11 +210,12 @@ def test_announced_rows_are_fetched_from_the_disk(tmp_path):
         pytest.skip("files here cannot leave memory")
     store = open_store(tmp_path, "things", "--flag")
     chosen = np.array([7, 150, 290])
-    store.expect(chosen, ("things",))
+    store.expect(chosen, ("things",), {} if which is None else {"things": which})
     store.expect(np.array([10**9, -1]), ("things",))  # what is not there is left to the lookup
     end = time.monotonic() + 20
-    while not in_memory(file)[1 + chosen].all() and time.monotonic() < end:
+    pages = 1 + (chosen if which is None else 4 * chosen + which)
+    while not in_memory(file)[pages].all() and time.monotonic() < end:
         time.sleep(0.01)
-    assert in_memory(file)[1 + chosen].all() and in_memory(file)[1:].sum() < 30
+    assert in_memory(file)[pages].all() and in_memory(file)[1:].sum() < 30
     store.expect(np.array([3]), ("things",))
     assert np.array_equal(store.find(chosen, checksums(chosen), str), chosen)

@@ -17,9 +17,9 @@ from tests.cache.test_features import assert_same, fails, trained
 from tests.support import shards
 from tests.support.flag_parts import train_data
 from tests.support.lab import CPU, WORLD, Lab
-from training.cache import captions
+from training.cache import captions, features
 from training.cache.captioner import packed
-from training.cache.features import open_features
+from training.cache.features import StoredFeatures, open_features
 from training.cache.row_store import RowStore, StoreWriter, caption_checksum
 from training.cache.storage import reader
 from training.check_cache import main as check_cache
@@ -261,6 +261,28 @@ def test_a_run_that_goes_on_sees_the_same_views(lab):
     assert again.resume(state, 1, 2) == 2
     for batch, other in zip(again.epoch(1, 2), batches[2:], strict=True):
         assert torch.equal(batch.image, other.image) and torch.equal(batch.ref_features, other.ref_features)
+
+
+def test_the_views_that_are_looked_up_were_announced(lab):
+    """The disk is told of the very views that training reads."""
+    announced, shown = [], []
+
+    class Told(StoredFeatures):
+        def coming(self, row: int, view: int = 0) -> None:
+            announced.append((row, view))
+            super().coming(row, view)
+
+        def __call__(self, rows, texts, names, uses=()):
+            shown.extend((row, use.view) for row, use in zip(rows, uses))
+            return super().__call__(rows, texts, names, uses)
+
+    with mock.patch.object(features, "StoredFeatures", Told):
+        train = train_data(lab.words(f"{STORED} {AUGMENT} --train-num-samples 16 --fastclip --seed 1"))
+    train._stream.source.by_sample = False  # small sets are not announced
+    for epoch in range(2):
+        assert len(list(train.epoch(epoch))) == 8
+    assert len(shown) == 32 and set(shown) <= set(announced)
+    assert len(set(shown)) == 32  # another view of each row in each epoch
 
 
 def test_rows_that_an_offset_shifts_have_the_views_of_the_stores_rows():

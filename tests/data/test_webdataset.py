@@ -415,7 +415,7 @@ def test_rows_are_announced_before_they_come(tmp_path):
     write_shards(tmp_path, [small(i) for i in range(40)], per_shard=10)
     pattern = f"{tmp_path}/{{00000..00003}}.tar"
     shards, announced, given = source(pattern, window=8), [], []
-    shards.announce = announced.append
+    shards.announce = lambda row, epoch, turn: announced.append(row)
     for item in shards.stream(0, lane(1, 2)):
         if item.sample is None:
             break
@@ -424,5 +424,5 @@ def test_rows_are_announced_before_they_come(tmp_path):
         assert len(announced) >= min(8 * (-(-len(given) // 8)) + (len(given) - 1) % 8, 20)
     assert sorted(announced) == sorted(given) and len(given) == 20
     all_read, told = source(pattern, window=8, by_sample=True), []
-    all_read.announce = told.append
+    all_read.announce = lambda row, epoch, turn: told.append(row)
     assert turn(all_read.stream(0, lane(1, 2))) and not told

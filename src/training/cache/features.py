@@ -65,13 +65,14 @@ class StoredFeatures:
         self.captions = self._several[1] - 1 if self._several else 0
         count = store.identity.get(VIEWS, 0)
         self.views = StoredViews(count, store.identity[SEED], offset) if count else None
-        self._coming: list[int] = []
+        self._coming: list[tuple[int, int]] = []
 
-    def coming(self, row: int) -> None:
+    def coming(self, row: int, view: int = 0) -> None:
         """See ``FeatureSource``."""
-        self._coming.append(row - self.offset)
+        self._coming.append((row - self.offset, view))
         if len(self._coming) == _ANNOUNCED:
-            self.store.expect(np.array(self._coming), self._read.keys)
+            rows, views = np.array(self._coming).T
+            self.store.expect(rows, self._read.keys, {"images": views})
             self._coming = []
 
     def __call__(
@@ -155,7 +156,7 @@ class PublishedFeatures:
             f"{self.per_shard} rows each, the first is {self.files[min(self.files)]}"
         )
 
-    def coming(self, row: int) -> None:
+    def coming(self, row: int, view: int = 0) -> None:
         """See ``FeatureSource``. These files are read when they are looked up."""
 
     def _open(self, shard: int) -> np.ndarray:

@@ -271,7 +271,8 @@ class RowStore:
         self._table = index["table"]["name"]
         self._ends = np.cumsum([part["rows"] for part in index["parts"]], dtype=np.int64)
         self._maps: dict[str, _Mapped] = {}
-        self._expected = np.empty(0, np.int64)  # rows whose entries of the table are on their way
+        # Rows whose entries of the table are on their way, and of which of their values the numbers are known.
+        self._expected: tuple[np.ndarray, dict[str, np.ndarray]] = np.empty(0, np.int64), {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}  # another process maps for itself
@@ -280,19 +281,23 @@ class RowStore:
         """The number of rows in the store."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def expect(self, rows: np.ndarray, keys: Sequence[str]) -> None:
+    def expect(self, rows: np.ndarray, keys: Sequence[str], which: Mapping[str, np.ndarray] = {}) -> None:
         """Values ``keys`` of ``rows``, int64 [n], will be gathered later: let the disk fetch them meanwhile.
 
         First come the rows' entries of the table, and with the next call, when they are there, the values.
+        ``which``: for keys of which a row has several values, the numbers of those that are wanted, where they are
+        known; int64 [n].
         """
         table = self._map(self._table)
-        rows = rows[(rows >= 0) & (rows < len(table.array))]
-        table.expect(rows)
-        entries = table.array[self._expected, 0].astype(np.int64)
-        self._expected = rows
-        if len(positions := entries[entries > 0] - 1):
+        within = (rows >= 0) & (rows < len(table.array))
+        coming = rows[within], {key: numbers[within] for key, numbers in which.items()}
+        table.expect(coming[0])
+        (rows, known), self._expected = self._expected, coming
+        entries = table.array[rows, 0].astype(np.int64)
+        there = entries > 0
+        if there.any():
             for key in keys:
-                self.pieces(key, positions)
+                self.pieces(key, entries[there] - 1, known[key][there] if key in known else None)
 
     def find(self, rows: np.ndarray, checksums: np.ndarray, name_of: Callable[[int], str]) -> np.ndarray:
         """The positions of ``rows`` (int64 [n]) with these captions, for ``gather``.

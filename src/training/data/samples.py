@@ -113,8 +113,8 @@ class FeatureSource(Protocol):
         WrongRow: the embeddings of a sample are missing; the message calls it by its entry in ``names``.
         """
 
-    def coming(self, row: int) -> None:
-        """The embeddings of ``row`` will be asked for soon; a disk may fetch them meanwhile."""
+    def coming(self, row: int, view: int = 0) -> None:
+        """The embeddings of ``row``, in this view, will be asked for soon; a disk may fetch them meanwhile."""
 
     def describe(self) -> str:
         """One line for the log."""
@@ -141,7 +141,9 @@ class CaptionSource(Protocol):
 class Announcing(Protocol):
     """A source that knows the samples of its streams some time before it gives them."""
 
-    announce: Callable[[int], None] | None  # is called with the row of each, where it is not None
+    announce: (
+        Callable[[int, int, int], None] | None
+    )  # is called with row, epoch and turn of each, where it is not None
 
 
 class Source(Protocol):

@@ -124,11 +124,17 @@ class TrainStream(IterableDataset[LoadedBatch]):
         self.ref_tokens = None if ref_tokenizer is None else Tokens(ref_tokenizer)
         self.features, self.captions, self.reinforcement = features, captions, reinforcement
         if features is not None and isinstance(source, Announcing):
-            source.announce = features.coming
+            source.announce = self._coming
         self.seed, self.batch_size, self.steps = seed, batch_size, steps
         self.rank, self.ranks, self.own_shards = rank, ranks, own_shards
         self.layout, self.start = layout, Progress()
         self._images, self._ref_images = BatchMemory(), BatchMemory()
+
+    def _coming(self, row: int, epoch: int, turn: int) -> None:
+        """Tell the features that a sample will be used."""
+        assert self.features is not None, "nothing is announced without them"
+        views = self.features.views
+        self.features.coming(row, 0 if views is None else views.draw(self.seed, epoch, turn, row)[0])
 
     @property
     def lanes(self) -> int:

@@ -138,7 +138,7 @@ class ShardSource:
         self.weights = None if weights is None else tuple(weights)
         self.by_sample = by_sample and weights is None
         self.sizes, self.steps = sizes, steps
-        self.announce: Callable[[int], None] | None = None
+        self.announce: Callable[[int, int, int], None] | None = None
         self._rows = RowsMet()
         self._incomplete = 0  # samples that lack a part, since the process has begun
 
@@ -185,7 +185,7 @@ class ShardSource:
         """The rest of a turn from ``place`` on. Returns the item that ends the turn."""
         key = (self.seed, epoch, place.turn) if self.by_sample else (self.seed, epoch, place.turn, lane.number)
         shared = lane if self.by_sample else None
-        ahead = _Ahead(self._announced(self._samples(self._visits(epoch, place.turn, lane), place, limit)))
+        ahead = _Ahead(self._announced(self._samples(self._visits(epoch, place.turn, lane), place, limit), epoch))
         while True:
             block = ahead.take(self.window)
             if not block or block[0].sample is None:
@@ -203,14 +203,14 @@ class ShardSource:
                 yield Item(read.sample, place_after, read.faults)
             place = after
 
-    def _announced(self, reads: Iterator[Read]) -> Iterator[Read]:
+    def _announced(self, reads: Iterator[Read], epoch: int) -> Iterator[Read]:
         """``reads``, whose rows are announced; not those of sets that are so small that all lanes read all."""
         if self.announce is None or self.by_sample:
             yield from reads
             return
         for read in reads:
             if read.sample is not None:
-                self.announce(read.sample.row)
+                self.announce(read.sample.row, epoch, read.sample.turn)
             yield read
 
     def _visits(self, epoch: int, turn: int, lane: Lane) -> list[Visit]:
