@@ -256,6 +256,11 @@ def test_two_teachers_are_averaged(lab):
     assert run.logged("Distill_loss") != one.logged("Distill_loss")
 
 
+def test_widths_of_other_teachers_are_refused(lab, capsys):
+    sentence = fails(lab, f"--train-data @reinforced {LINE} --distill_teacher_dimension 4 5", capsys)
+    assert "the teachers' widths 4, 5 add up to 9, but the reference's embeddings are 8 wide" in sentence
+
+
 def test_unusable_samples_are_counted_and_named(lab, capsys):
     samples = [sample(i, json={"key": i}) for i in range(8)]
     samples[5]["paug.json"] = {"param_aug": [[[0, 0, 41, 10], None]] * 3}
