@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from training.config.flags import ALL
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare()
         # Imported here: torch does not load everywhere, and ``prepare`` says why.
         from training.data.audit import check
+        from training.data.sources import reinforcement
         from training.data.sources.fields import sample_fields
         from training.data.sources.paths import expand_shards, look_for_shards
         from training.distributed.failures import lost_loader
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if re.search(r"\.(csv|tsv)(\.\w+)?(::|$)", given.train_data, re.IGNORECASE):
             raise ValueError(f"--train-data {given.train_data}: this checks webdataset shards, not csv files")
         fields = sample_fields(given.image_key, given.text_key, given.json_key)
+        if given.dataset_reinforcement:
+            fields = replace(fields, extras=reinforcement.EXTENSIONS)
         for remark in look_for_shards(given.train_data, "--train-data"):
             print(f"remark: {remark}", file=sys.stderr)
         sources = expand_shards(given.train_data)
@@ -90,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for key in ("image_key", "text_key", "json_key"):
         add(key, default=ALL[key].default)
+    add("dataset_reinforcement", action="store_true", help="check what shards hold beside samples too")
     add("max_bad_fraction", type=float, default=ALL["max_bad_fraction"].default)
     add("workers", type=int, default=cores(), help="processes that read")
     return parser

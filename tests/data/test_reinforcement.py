@@ -24,6 +24,7 @@ from tests.cache.test_features import assert_same, fails, trained
 from tests.support import shards, tiny_models
 from tests.support.flag_parts import PIXELS, train_data
 from tests.support.lab import Lab
+from training.check_data import main as check_data
 from training.data.samples import RawSample, Unusable
 from training.data.sources.reinforcement import EXTENSIONS, Reinforcement
 from training.data.transforms import OPERATIONS, PreprocessCfg, TrainView, random_box
@@ -270,6 +271,13 @@ def test_unusable_samples_are_counted_and_named(lab, capsys):
     run = lab.run(lab.words(f"{line} --max_bad_fraction 1"))
     assert run.code == 0
     assert "missing embeddings" in run.log and "crop is outside the image" in run.log
+    capsys.readouterr()
+    checked = ["--train-data", data, "--sample_index", "none", "--workers", "1", "--max_bad_fraction", "0.5"]
+    assert check_data([*checked, "--dataset_reinforcement"]) == 0
+    said = capsys.readouterr().out
+    assert "8, of which 6 can be used" in said and "missing embeddings" in said and "crop is outside" in said
+    assert check_data(checked) == 0
+    assert "8, of which 8 can be used" in capsys.readouterr().out
     wide = [sample(i, npz=npz(**vectors(i, 6 + i % 2))) for i in range(8)]
     data = shards.write_shards(lab.root / "wide", wide, per_shard=4)
     sentence = fails(lab, f"--train-data {data} --data_size -1 {LINE} --workers 1", capsys)

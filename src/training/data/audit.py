@@ -18,7 +18,8 @@ from tqdm import tqdm
 from training.data.bad_samples import Skips
 from training.data.decode import decode_pixels, image_size
 from training.data.lanes import Part
-from training.data.samples import Fault, RawSample
+from training.data.samples import Fault, RawSample, Unusable
+from training.data.sources import reinforcement
 from training.data.sources.fields import DEFAULT, INCOMPLETE, SampleFields
 from training.data.sources.rows import with_rows
 from training.data.sources.shards import APART, Shard
@@ -101,7 +102,14 @@ class Checks(Dataset[ShardReport]):
             if self.by_key and key >= size:
                 report.skips.add("key out of range", raw.name)
             elif decode_or_skip(raw, report.skips, decode_pixels) is not None:
-                yield key, *image_size(raw.image), len(raw.text)
+                width, height = image_size(raw.image)
+                try:
+                    if self.fields.extras:
+                        reinforcement.check(raw, height, width)
+                except Unusable as fault:
+                    report.skips.add(str(fault), raw.name, fault.why)
+                    continue
+                yield key, width, height, len(raw.text)
 
     def _samples(self, shard: Shard, report: ShardReport) -> Iterator[RawSample]:
         """The usable samples of ``shard``. Faults are counted in ``report``, those of one sample only once."""

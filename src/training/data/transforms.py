@@ -81,6 +81,13 @@ class Replay(NamedTuple):
     box: Box
     operations: tuple[tuple[str, float], ...] = ()
 
+    def check(self, height: int, width: int) -> None:
+        """Unusable: the crop is not inside an image of this size."""
+        if self.box.top + self.box.height > height or self.box.left + self.box.width > width:
+            raise Unusable(
+                "crop is outside the image", f"{self.box} of {height} x {width}: take the images at full size"
+            )
+
 
 class TrainView:
     """Random views of an image for the target and, with ``reference``, for the reference model.
@@ -123,11 +130,7 @@ class TrainView:
         Unusable: the crop is not inside the image.
         """
         assert isinstance(self._target, _CropView) and isinstance(image, Tensor), "refused with use_timm=True"
-        height, width = image.shape[1:]
-        if view.box.top + view.box.height > height or view.box.left + view.box.width > width:
-            raise Unusable(
-                "crop is outside the image", f"{view.box} of {height} x {width}: take the images at full size"
-            )
+        view.check(*image.shape[1:])
         return self._target.replay(image, view)
 
 

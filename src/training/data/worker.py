@@ -281,7 +281,7 @@ class LaneReader:
             found = reinforcement(raw, self._stream.seed, self._epoch, seed)
             seen = view(image, seed).target if found.view is None else view.replay(image, found.view)
         except Unusable as fault:
-            self._skips.add(str(fault), f"{raw.name}: {fault.why}" if fault.why else raw.name)
+            self._skips.add(str(fault), raw.name, fault.why)
             return None
         shown = Shown(found.text[:LONGEST_TEXT])
         return Sample(Views(seen, None), shown, raw.text, raw.row, seed, raw.name, found.features)

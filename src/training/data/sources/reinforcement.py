@@ -69,11 +69,24 @@ class Reinforcement:
         synthetic = held.synthetic[: self.captions]
         number = view_number(run_seed, epoch, raw.turn, raw.row, len(held.images))
         caption = caption_number(seed, len(own), len(synthetic), self.ratio)
-        features = torch.from_numpy(np.stack([held.images[number], held.texts[caption]]))
-        if not (torch.isfinite(features).all() and features.any(1).all()):
-            raise Unusable("embedding is zero or not finite")
+        features = np.stack([held.images[number], held.texts[caption]])
+        _check_values(features)
         view = held.views[number] if held.views else None
-        return Reinforced(view, [*own, *synthetic][caption], features)
+        return Reinforced(view, [*own, *synthetic][caption], torch.from_numpy(features))
+
+
+def check(raw: RawSample, height: int, width: int) -> None:
+    """Unusable: something is wrong with what ``raw`` holds, whose image has this size."""
+    held = _Held.of(raw.extras or {}, 1 + len(raw.more))
+    _check_values(held.images)
+    _check_values(held.texts)
+    for view in held.views:
+        view.check(height, width)
+
+
+def _check_values(vectors: np.ndarray) -> None:
+    if not (np.isfinite(vectors).all() and vectors.any(1).all()):
+        raise Unusable("embedding is zero or not finite")
 
 
 class _Held(NamedTuple):
