@@ -2,9 +2,9 @@
 
     python benchmarks/kill.py [--kills 30 --ranks 2 --seed 0 --json]
 
-The program runs twice under ``torchrun --max-restarts``: a small model, FastCLIP-v3 with its sample state, shards
-made on the spot, a loader process per rank, a checkpoint every other step. The second run's ranks are killed with
-SIGKILL, one launch after the other, by turns in these phases and by turns one rank and the next:
+The program runs twice under ``torchrun --max-restarts``: a small model, FastCLIP-v3 with its sample state in 16
+bits, shards made on the spot, a loader process per rank, a checkpoint every other step. The second run's ranks are
+killed with SIGKILL, one launch after the other, by turns in these phases and by turns one rank and the next:
 
 forward pass         between the towers
 between two shards   of the sample state: another rank's is there, this rank's is not
@@ -134,6 +134,7 @@ class Run:
             --epochs {options.epochs} --workers 1 --precision fp32 --deterministic
             --lr 1e-3 --warmup 2 --force-patch-dropout 0.25 --aug-cfg scale=(0.3,1.0)
             --fastclip --multiply_tau --temperature 0.07 --gamma 0.6 --rho 6.5 --lr_tau 1e-4 --seed 5
+            --sample_state_dtype bound
             --save_every_n_steps 2 --save_published_state --logs {lab}/logs --name {name}"""
         self._command = [sys.executable, *launcher.split(), *flags.split()]
 

@@ -75,6 +75,13 @@ def test_memory_of_the_sample_state_per_rank(flags, columns, tmp_path):
     )
 
 
+def test_memory_of_a_sample_state_in_16_bits(tmp_path):
+    c = config(f"{FASTCLIP} --temperature_scheme individual_learnable --sample_state_dtype bound", tmp_path)
+    assert dry_run.state_size(c, 4).bytes_per_rank == (2 * 2 + 6 * 4) * math.ceil(10000001 / 4)
+    text = line_of(dry_run.describe(c, 4), "sample state")
+    assert text.endswith("10,000,001 rows of 8 numbers (2 in 16 bits), 70 MB per rank")
+
+
 @pytest.mark.parametrize("model", tiny_models.CONFIGS)
 def test_parameters_are_those_of_the_built_model(model, tmp_path):
     built = sum(parameter.numel() for parameter in tiny_models.build(model).parameters())

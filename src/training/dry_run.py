@@ -1,7 +1,8 @@
 """``--dry_run``: what a run would do, found out without data, weights, process group or folder.
 
 how long    an epoch is ceil(samples / global batch) steps; the schedules' length and where this run ends
-how large   parameters, counted on torch's meta device; the sample state, 4 N columns / K bytes per rank
+how large   parameters, counted on torch's meta device; the sample state, 4 N columns / K bytes per rank, or
+            2 N / K for a column in 16 bits
 where       the run's folder and what appears in it
 """
 
@@ -30,15 +31,19 @@ from training.models.pretrained import count_parameters
 
 @dataclass(frozen=True)
 class StateSize:
-    """The sample state: ``columns`` float32 numbers for each of ``rows`` samples, divided among the ranks."""
+    """The sample state: ``columns`` numbers for each of ``rows`` samples, divided among the ranks.
+
+    ``coded``: how many of them are kept in 16 bits; the others are float32.
+    """
 
     rows: int
     columns: int
     world_size: int
+    coded: int = 0
 
     @property
     def bytes_per_rank(self) -> int:
-        return 4 * self.columns * math.ceil(self.rows / self.world_size)
+        return (4 * self.columns - 2 * self.coded) * math.ceil(self.rows / self.world_size)
 
 
 def describe(config: Config, world_size: int | None = None) -> str:
@@ -72,7 +77,8 @@ def launched_ranks(config: Config, env: Mapping[str, str]) -> int:
 def state_size(config: Config, world_size: int) -> StateSize:
     """How large the sample state is; no columns where the loss keeps none."""
     columns = len(config.loss.state_columns)
-    return StateSize(config.data.data_size if columns else 0, columns, world_size)
+    rows = config.data.data_size if columns else 0
+    return StateSize(rows, columns, world_size, len(config.loss.state_codes))
 
 
 def _loss(config: Config) -> str:
@@ -123,7 +129,8 @@ def _training(config: Config, ranks: int, features: FeatureSource | None) -> Ite
     yield "epoch", f"{samples:,} samples in {_count(steps, 'step')}"
     yield "steps", _steps(config, horizon(config.schedule, steps))
     state = state_size(config, ranks)
-    what = f"{state.rows:,} rows of {state.columns} numbers, {state.bytes_per_rank / 1e6:,.3g} MB per rank"
+    coded = f" ({state.coded} in 16 bits)" if state.coded else ""
+    what = f"{state.rows:,} rows of {state.columns} numbers{coded}, {state.bytes_per_rank / 1e6:,.3g} MB per rank"
     yield "sample state", what if state.columns else "none"
 
 

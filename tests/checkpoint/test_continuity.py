@@ -23,8 +23,9 @@ V3 = "--fastclip --multiply_tau --temperature 0.07 --gamma 0.6 --rho 6.5 --lr_ta
 OBJECTIVES = {
     "openclip": "",
     "v3, accumulated": f"{V3} --accum-freq 2 --optimizer lamb",
-    "v2": "--fastclip --temperature_scheme individual_learnable --gamma 0.6 --lr_tau 1e-2",
     "powersgd": f"{V3} --grad_compression powersgd --powersgd_rank 1",
+    "v2": "--fastclip --temperature_scheme individual_learnable --gamma 0.6 --lr_tau 1e-2 "
+    "--sample_state_dtype bound",
     "channels last": "--model @resnet --channels_last",
     "drrho": f"{V3} --ref_model @reference --ref_model_checkpoint @weights --grad-clip-norm 0.5",
 }

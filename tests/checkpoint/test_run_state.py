@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from drrho_clip.fixed_point import FixedPoint
 from drrho_clip.sample_state import SampleState
 from tests.support.ranks import ranks
-from tests.support.small_runs import COLUMNS, CPU, ROWS, Model, Run, assert_same, save
+from tests.support.small_runs import COLUMNS, CPU, IN_16_BITS, ROWS, Model, Run, assert_same, save
 from tests.support.stepping import OPTIM
 from training.checkpoint import optimizer_state, pt_file
 from training.checkpoint.run_state import RunState
@@ -30,6 +33,67 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, optimi
     assert_same(other.everything(), run.everything())
     assert_same(other.epochs(1).everything(), run.epochs(1).everything())
     assert_same(Run(2, optimizer).resumed(tmp_path / "epoch_1.pt").epochs(1).everything(), run.everything())
+
+
+def test_a_state_in_16_bits_resumes_bit_for_bit(tmp_path):
+    run = Run(0, codes=IN_16_BITS).epochs(1)
+    save([tmp_path / "epoch_1.pt"], run.state)
+    other = Run(1, codes=IN_16_BITS).resumed(tmp_path / "epoch_1.pt")
+    assert run.state.sample_state.local()["log_u_text"].dtype == torch.int16
+    assert_same(other.everything(), run.everything())
+    assert_same(other.epochs(1).everything(), run.epochs(1).everything())
+
+
+COARSER = dict.fromkeys(COLUMNS, FixedPoint.of_bound(0.02, -33, 89))
+BEYOND = dict.fromkeys(COLUMNS, FixedPoint(1e-4, -17_000))
+INEXACT = r"from here on 16 bits keep it, with an error of at most 0\.00(1|327)"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "error", "told"),
+    [
+        (None, IN_16_BITS, 1e-3, f"log u was saved in float32; {INEXACT}"),
+        (IN_16_BITS, None, 0.0, r"saved in 16 bits with an error of at most 0\.001, and is kept in float32"),
+        (COARSER, IN_16_BITS, 1e-3, rf"saved in 16 bits with an error of at most 0\.02; {INEXACT}"),
+        (None, BEYOND, 9.0, r"; \d values beyond -1\.7 and 4\.853 have become these"),
+    ],
+)
+def test_a_state_that_was_kept_in_another_way_resumes_and_the_log_says_so(
+    tmp_path, caplog, then, now, error, told
+):
+    run = Run(0, codes=then).epochs(1)
+    save([tmp_path / "epoch_1.pt"], run.state)
+    with caplog.at_level(logging.INFO):
+        other = Run(1, codes=now).resumed(tmp_path / "epoch_1.pt")
+    was, found = run.state.sample_state.values(), other.state.sample_state.values()
+    for name in COLUMNS:
+        assert 0 < was[name].isnan().sum() < ROWS
+        torch.testing.assert_close(found[name], was[name], rtol=0, atol=error, equal_nan=True)
+    (line,) = [record.getMessage() for record in caplog.records if "log u" in record.getMessage()]
+    assert re.search(told, line), line
+
+
+def of_other_ranks(folder: str, codes) -> dict:
+    """The rows of ``folder``'s checkpoint, read by these ranks."""
+    run = Run(1, codes=codes).resumed(Path(folder, "epoch_1.pt"))
+    return {n: t for n, t in run.everything().items() if n.startswith("rows.")}
+
+
+def saved_by_these_ranks(folder: str, codes) -> dict:
+    run = Run(0, codes=codes).epochs(1)
+    save([Path(folder, "epoch_1.pt")], run.state)
+    return {n: t for n, t in run.everything().items() if n.startswith("rows.")}
+
+
+@pytest.mark.parametrize("then", [None, IN_16_BITS])
+def test_a_state_in_16_bits_is_read_by_other_ranks(tmp_path, then):
+    saved = ranks(2).run(saved_by_these_ranks, str(tmp_path), then)[0]
+    for found in ranks(4).run(of_other_ranks, str(tmp_path), IN_16_BITS):
+        if then is None:
+            saved = {n: IN_16_BITS[n.removeprefix("rows.")].rounded(t) for n, t in saved.items()}
+            saved |= {n: t for n, t in found.items() if n.endswith(".code")}
+            then = IN_16_BITS
+        assert_same(found, saved)
 
 
 def interrupted_and_not(folder: str) -> tuple[dict, dict, list[str]]:

@@ -172,6 +172,7 @@ EFFECTS: dict[str, Effect] = {
     "logit_scale_bound": Effect(("100", "5"), observe_run(lambda run: run.logged("Logit Scale"))),
     "sample_state_device": Effect(("auto", "cpu"), parts.table, FASTCLIP),
     "gather_error_bound": Effect((None, "1e-2"), parts.gradients_on_two_ranks, FASTCLIP),
+    "sample_state_dtype": Effect(("float32", "bound"), parts.table, FASTCLIP),
     "local_loss": Effect(SWITCH, parts.gradients_on_two_ranks),
     "gather_with_grad": Effect(SWITCH, parts.gradients_on_two_ranks),
     "coca_caption_loss_weight": Effect(("2", "3"), parts.caption_terms, "--model @coca"),

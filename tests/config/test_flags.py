@@ -43,6 +43,7 @@ NEW = {
     "--requeue_on_preempt",
     "--sample_index",
     "--sample_state_device",
+    "--sample_state_dtype",
     "--save_every_minutes",
     "--save_every_n_steps",
     "--save_published_state",

@@ -22,6 +22,13 @@ REFUSALS = {
     f"{FASTCLIP} --gather_error_bound nan": "a bound must be in [2e-05, 0.1]",
     f"{FASTCLIP} --gather_error_bound picture=1e-3": "give one bound for all, or one each for image, text, ref",
     f"{FASTCLIP} --gather_error_bound 1e-3,ref=1e-3": "give one bound for all, or one each for image, text, ref",
+    f"{FASTCLIP} --sample_state_dtype float16": "--sample_state_dtype float16: give float32, bound, or",
+    f"{FASTCLIP} --sample_state_dtype bound=": "--sample_state_dtype bound=: give float32, bound, or",
+    f"{FASTCLIP} --sample_state_dtype bound=nan": "--sample_state_dtype bound=nan: give float32, bound, or",
+    f"{FASTCLIP} --sample_state_dtype bound=-1": "--sample_state_dtype bound=-1: give float32, bound, or",
+    f"{FASTCLIP} --sample_state_dtype bound=1e-4": "1e-14; give at least bound=0.000974, or float32",
+    f"{FASTCLIP} --sample_state_dtype bound --fastclip_eps 1e-40": "--fastclip_eps 1e-40; give at least",
+    f"{FASTCLIP} --sample_state_dtype bound=0.3 --gamma 0.2": "--gamma 0.2 log u falls by at most 0.223",
     # nothing to do, data
     "": "--train-data is missing: give data to train on",
     f"{DATA} --epochs 0": "only evaluates: give --val-data, --imagenet-val, --imagenet-v2 or --eval_data_dir",

@@ -22,6 +22,10 @@ from tests.support.commands import DATA, FASTCLIP, config
             "--sample_state_device: no effect with a loss that keeps nothing per sample",
         ),
         (
+            f"{FASTCLIP} --gamma 1 --temperature_scheme individual_learnable --sample_state_dtype bound",
+            "--sample_state_dtype: no effect with a loss that keeps no u, as with --gamma 1",
+        ),
+        (
             f"{DATA} --requeue_on_preempt",
             "--requeue_on_preempt: no effect outside of a Slurm job",
         ),

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from drrho_clip.fixed_point import FixedPoint
 from drrho_clip.sample_state import SampleState, StateUpdate
 from tests.support.stepping import OPTIM
 from training.checkpoint.resume import resume
@@ -22,6 +24,7 @@ from training.loop.optimizer import create_optimizer
 CPU = torch.device("cpu")
 ROWS = 11
 COLUMNS = ("log_u_image", "log_u_text")
+IN_16_BITS = dict.fromkeys(COLUMNS, FixedPoint.of_bound(1e-3, -33, 89))
 RUN = RunConfig(
     batch_size=4,
     global_batch_size=None,
@@ -79,7 +82,9 @@ class Model(nn.Module):
 class Run:
     """A run in miniature: each step trains on data that the step number decides, and writes rows."""
 
-    def __init__(self, seed: int, optimizer: str = "adamw", rows: int = ROWS, scaler: bool = False) -> None:
+    def __init__(
+        self, seed: int, optimizer: str = "adamw", rows: int = ROWS, scaler: bool = False, codes=None
+    ) -> None:
         torch.manual_seed(seed)
         model = Model()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -90,7 +95,7 @@ class Run:
             model=model,
             optimizer=create_optimizer(model, replace(OPTIM, optimizer=optimizer), CPU),
             scaler=torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2) if scaler else None,
-            sample_state=SampleState(rows, COLUMNS),
+            sample_state=SampleState(rows, COLUMNS, codes=codes),
         )
 
     def train(self, steps: int) -> Run:
@@ -130,8 +135,8 @@ class Run:
         found = {f"model.{n}": t.clone() for n, t in s.model.state_dict().items()}
         for index, values in s.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{index}.{k}": torch.as_tensor(v).clone() for k, v in values.items()}
-        for n, t in s.sample_state.state_dict().items():
-            found[f"rows.{n}"] = (t.full_tensor() if dist.is_initialized() else t).clone()
+        for n, t in s.sample_state.sharded(s.sample_state.values()).items():
+            found[f"rows.{n}"] = (t.full_tensor() if isinstance(t, DTensor) else t).clone()
         found["counters"] = torch.tensor([s.epoch, s.epoch_step, s.step, s.samples_seen])
         return found
 

@@ -118,7 +118,9 @@ def _load_rows(path: Path, held: Mapping[str, Any], state: SampleState, u_format
         saved = SavedState.named_in(held, path)
     missing = sample_state_io.missing(saved.folder, saved.files) if saved else None
     if saved and not missing:
-        sample_state_io.read(saved.folder, state)
+        changed = sample_state_io.read(saved.folder, state)
+        if changed and rank_in() == 0:
+            _log.info("%s: %s", path, changed)
         return
     with of_a_run(path):
         columns = published.from_published(held, u_format)

@@ -1,8 +1,9 @@
 """The sample state on disk: a folder of ``torch.distributed.checkpoint``, to which each rank writes its own rows.
 
-Any number of ranks can read it again, also into a table with more rows. ``Files`` describes what was written, name
--> [bytes, CRC-32], and is kept in the checkpoint that names the folder: a file that is missing, cut short or has a
-flipped bit is noticed before anything of it is used.
+Any number of ranks can read it again, also into a table with more rows, or one that keeps its values in another
+way. A column in 16 bits is int16, and its code stands beside it (``SampleState.state_dict``). ``Files`` describes
+what was written, name -> [bytes, CRC-32], and is kept in the checkpoint that names the folder: a file that is
+missing, cut short or has a flipped bit is noticed before anything of it is used.
 
 The format's index, ``.metadata``, is a pickle, and torch would run what it says. Here only the few classes are
 known that torch writes into it; anything else is an error. The tensors are read by torch with
@@ -36,9 +37,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.tensor import DTensor
 
-from drrho_clip.sample_state import SampleState
+from drrho_clip.collectives import world_size
+from drrho_clip.fixed_point import FixedPoint
+from drrho_clip.sample_state import CODE, SampleState, code_in, never_seen, value_of
 from training.checkpoint import pt_file
 from training.distributed.collectives import Group, PeerFailed, gather_object, on_main, rank_in
 from training.files import checksum, sync_folder
@@ -96,9 +98,10 @@ def write(folder: Path, columns: Mapping[str, Tensor], group: Group = None) -> F
     return files
 
 
-def read(folder: Path, state: SampleState) -> None:
-    """Fill ``state`` from ``folder``; rows beyond those saved stay as they are. Collective.
+def read(folder: Path, state: SampleState) -> str | None:
+    """Fill ``state``, a new one, from ``folder``; rows beyond those saved are never seen. Collective.
 
+    Returns what changed on the way, for the log; None: every value is the one that was saved.
     ValueError: a column is missing, there are more rows than ``state`` has, or the files are not a sample state.
     """
     reader = _Reader(folder)
@@ -106,7 +109,7 @@ def read(folder: Path, state: SampleState) -> None:
     columns = saved.state_dict_metadata
     for name in state.columns:
         if name not in columns:
-            raise ValueError(f"sample state {folder} lacks the column {name!r}; it has {sorted(columns)}")
+            raise ValueError(f"sample state {folder} lacks the column {name!r}; it has {_names(saved)}")
         rows = _column(saved, name).size[0]
         if rows > state.num_samples:
             raise ValueError(
@@ -114,11 +117,31 @@ def read(folder: Path, state: SampleState) -> None:
                 f"none may be lost; give at least {rows}"
             )
     try:
+        codes = {name: _code(folder, saved, name) for name in state.columns}
+        into, local = {}, state.local()
+        for name, code in codes.items():
+            same = code == state.codes.get(name)
+            into[name] = local[name] if same else never_seen(len(state.rows), code)
         with _exchanged(folder):
-            dcp.load(dict(state.local()), storage_reader=reader, planner=_Planner(state.rows))
+            dcp.load(dict(into), storage_reader=reader, planner=_Planner(state.rows))
     except OSError as error:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise ValueError(f"sample state {folder} cannot be read ({pt_file.reason(cause)})") from error
+    changed = [name for name, code in codes.items() if code != state.codes.get(name)]
+    beyond = sum(gather_object(sum(state.fill(name, into[name], codes[name]) for name in changed)))
+    return _told(changed[0], codes, state, beyond) if changed else None
+
+
+def _told(name: str, codes: Mapping[str, FixedPoint | None], state: SampleState, beyond: int) -> str:
+    """That columns such as ``name`` are kept in another way from now on, in words."""
+    then, now = codes[name], state.codes.get(name)
+    was = "float32" if then is None else f"16 bits with an error of at most {then.bound:.3g}"
+    if now is None:
+        return f"log u was saved in {was}, and is kept in float32 from here on"
+    told = f"log u was saved in {was}; from here on 16 bits keep it, with an error of at most {now.bound:.3g}"
+    if beyond:
+        told += f"; {beyond:,} values beyond {now.least:.4g} and {now.most:.4g} have become these"
+    return told
 
 
 def blocks(folder: Path, names: Sequence[str], rows: int) -> Iterator[dict[str, Tensor]]:
@@ -131,9 +154,13 @@ def blocks(folder: Path, names: Sequence[str], rows: int) -> Iterator[dict[str, 
     pieces = {name: _pieces(folder, saved, name) for name in names if name in saved.state_dict_metadata}
     total = max((_column(saved, name).size[0] for name in pieces), default=0)
     try:
+        codes = {name: _code(folder, saved, name) for name in pieces}
         for start in range(0, total, rows):
             wanted = range(start, min(start + rows, total))
-            yield {name: _read_rows(places, wanted) for name, places in pieces.items()}
+            yield {
+                name: value_of(_read_rows(places, wanted, codes[name]), codes[name])
+                for name, places in pieces.items()
+            }
     except OSError as error:
         raise ValueError(f"sample state {folder} cannot be read ({error})") from error
 
@@ -149,14 +176,14 @@ class _Piece:
 
 def _pieces(folder: Path, saved: Metadata, name: str) -> list[_Piece]:
     """Where the rows of a column are. ValueError: not where torch puts them."""
-    found = []
+    found, size = [], _column(saved, name).properties.dtype.itemsize
     for chunk in _column(saved, name).chunks:
         (first,), (length,) = chunk.offsets, chunk.sizes
         place = saved.storage_data.get(MetadataIndex(name, chunk.offsets))
         if length and place is not None:
             file = folder / place.relative_path
             try:
-                offset = _values_in(file, place.offset, place.length, 4 * length)
+                offset = _values_in(file, place.offset, place.length, size * length)
             except (OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
                 raise ValueError(f"sample state {folder}: {file.name} cannot be read ({error})") from error
             found.append(_Piece(range(first, first + length), file, offset))
@@ -205,15 +232,26 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
-def _read_rows(pieces: Sequence[_Piece], rows: range) -> Tensor:
-    """float32 [len(rows)]."""
-    found = np.full(len(rows), np.nan, dtype=np.float32)
+def _code(folder: Path, saved: Metadata, name: str) -> FixedPoint | None:
+    """How the column is kept in 16 bits; None: it is float32."""
+    if _column(saved, name).properties.dtype is not torch.int16:
+        return None
+    code = code_in(_read_rows(_pieces(folder, saved, name + CODE), range(2), None))
+    if code is None:
+        raise ValueError(f"sample state {folder}: {name + CODE} is no code of 16 bits, as {name} needs it")
+    return code
+
+
+def _read_rows(pieces: Sequence[_Piece], rows: range, code: FixedPoint | None) -> Tensor:
+    """[len(rows)] as they are kept."""
+    found = never_seen(len(rows), code).numpy()
+    size = found.itemsize
     for piece in pieces:
         start, stop = max(rows.start, piece.rows.start), min(rows.stop, piece.rows.stop)
         if start < stop:
             with piece.file.open("rb") as file:
-                file.seek(piece.offset + 4 * (start - piece.rows.start))
-                values = np.fromfile(file, "<f4", stop - start)
+                file.seek(piece.offset + size * (start - piece.rows.start))
+                values = np.fromfile(file, found.dtype.newbyteorder("<"), stop - start)
             if len(values) < stop - start:
                 raise OSError(f"{piece.file} is cut short")
             found[start - rows.start : stop - rows.start] = values
@@ -221,14 +259,14 @@ def _read_rows(pieces: Sequence[_Piece], rows: range) -> Tensor:
 
 
 def whole(state: SampleState) -> dict[str, Tensor]:
-    """Column -> [N] on the CPU of rank 0; empty on the others. Collective."""
+    """Column -> float32 [N] on the CPU of rank 0; empty on the others. Collective."""
     columns = {}
-    for name, column in state.state_dict().items():
-        if not isinstance(column, DTensor):
+    k, n = world_size(), state.num_samples
+    for name, column in state.values().items():
+        if k == 1:
             columns[name] = column.cpu()
             continue
-        k, n = dist.get_world_size(), column.shape[0]
-        local = column.to_local().cpu()
+        local = column.cpu()
         padded = torch.full((-(-n // k),), torch.nan)
         padded[: len(local)] = local
         pieces = [torch.empty_like(padded) for _ in range(k)] if dist.get_rank() == 0 else None
@@ -286,6 +324,7 @@ class _Unpickler(pickle.Unpickler):
         "torch.distributed.checkpoint.filesystem._StorageInfo": filesystem._StorageInfo,
         "torch.Size": torch.Size,
         "torch.float32": torch.float32,
+        "torch.int16": torch.int16,
         "torch.serialization._get_layout": lambda _: torch.strided,
         **dict.fromkeys(("pathlib.PosixPath", "pathlib._local.PosixPath"), PurePosixPath),  # of the folder, unused
     }
@@ -328,14 +367,19 @@ def _is_index(found: Any) -> bool:
     """Whether ``found`` is the index of columns whose pieces lie in files of the same folder."""
     if type(found) is not Metadata:
         return False
-    for name, column in found.state_dict_metadata.items():
+    columns = found.state_dict_metadata
+    for name, column in columns.items():
         if (
             type(name) is not str
             or type(column) is not TensorStorageMetadata
             or type(column.size) is not torch.Size
+            or len(column.size) != 1
         ):
             return False
-        if len(column.size) != 1 or column.properties.dtype is not torch.float32:
+        if column.properties.dtype is torch.int16:
+            if name.endswith(CODE) or name + CODE not in columns:
+                return False
+        elif column.properties.dtype is not torch.float32 or (name.endswith(CODE) and column.size[0] != 2):
             return False
         for chunk in column.chunks:
             (offset,), (length,) = chunk.offsets, chunk.sizes
@@ -347,6 +391,10 @@ def _is_index(found: Any) -> bool:
         if place.relative_path != Path(place.relative_path).name or min(place.offset, place.length) < 0:
             return False
     return True
+
+
+def _names(saved: Metadata) -> list[str]:
+    return sorted(name for name in saved.state_dict_metadata if not name.endswith(CODE))
 
 
 def _column(saved: Metadata, name: str) -> TensorStorageMetadata:

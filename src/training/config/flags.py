@@ -479,6 +479,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             choices=("auto", "cpu"),
         ),
         Flag(
+            "--sample_state_dtype",
+            "str",
+            "float32",
+            "how log u of each sample is kept: float32, or bound=E for 16 bits with an error of at most E "
+            "(bound alone: 1e-3)",
+        ),
+        Flag(
             "--local-loss",
             "switch",
             False,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from drrho_clip.fixed_point import FixedPoint
 from drrho_clip.losses import registry
-from drrho_clip.losses.registry import INDIVIDUAL_TAU, LossSpec
+from drrho_clip.losses.registry import INDIVIDUAL_TAU, LOG_U, LossSpec
 from drrho_clip.schedules import ErrorBounds
 from training.config.flags import ALL
 from training.config.given import Given, Refusal
@@ -20,7 +22,8 @@ class LossConfig:
     """The objective. ``name`` is the loss's name in the registry, ``decided_by`` the flag that chose it, in words.
 
     ``temperature`` is None where the flag was not given or has no effect. ``multiply_tau`` is False for individual
-    temperatures, whose objective is multiplied by them anyway.
+    temperatures, whose objective is multiplied by them anyway. ``sample_state_dtype``: the largest error of log u
+    where it is kept in 16 bits; None: it is float32.
     """
 
     name: str
@@ -37,6 +40,7 @@ class LossConfig:
     logit_scale_bound: float
     sample_state_device: str
     gather_error_bound: ErrorBounds | None
+    sample_state_dtype: float | None
     local_loss: bool
     gather_with_grad: bool
     coca_caption_loss_weight: float
@@ -57,6 +61,14 @@ class LossConfig:
     def state_columns(self) -> tuple[str, ...]:
         """The columns of the sample state that the loss keeps; empty where it keeps none."""
         return self.spec.state_columns(self.gamma)
+
+    @property
+    def state_codes(self) -> dict[str, FixedPoint]:
+        """Column of the sample state -> how it is kept in 16 bits; the others are float32."""
+        if self.sample_state_dtype is None:
+            return {}
+        code = FixedPoint.of_bound(self.sample_state_dtype, *_log_u(self.fastclip_eps))
+        return {name: code for name in self.state_columns if name in LOG_U}
 
     @property
     def initial_tau(self) -> float:
@@ -81,6 +93,9 @@ class Objective:
 
 _KINDS = ("image", "text", "ref")
 _BOUNDS = 2e-5, 0.1
+_BOUND = 1e-3  # of log u, where --sample_state_dtype names none
+_FLOAT32 = 2.0**-149, (2 - 2.0**-23) * 2.0**127  # the least and the largest positive number
+
 _DISTILL = tuple(
     key for key in ALL if key.startswith("distill_") and key not in ("distill_model", "distill_pretrained")
 )
@@ -113,6 +128,11 @@ IDLE = (
         ("sample_state_device", "save_published_state"),
         lambda s: not s.loss.state_columns(s.given.gamma),
         "with a loss that keeps nothing per sample",
+    ),
+    Idle(
+        ("sample_state_dtype",),
+        lambda s: not set(s.loss.state_columns(s.given.gamma)) & set(LOG_U),
+        "with a loss that keeps no u, as with --gamma 1",
     ),
     Idle(
         ("rho",),
@@ -204,6 +224,7 @@ def resolve_loss(given: Given, objective: Objective, trains: bool) -> LossConfig
         temperature=given.temperature if _temperature_acts(given, objective.spec) else None,
         multiply_tau=given.multiply_tau and not objective.spec.individual,
         gather_error_bound=_error_bounds(given),
+        sample_state_dtype=_state_bound(given, objective.spec),
     )
 
 
@@ -235,6 +256,39 @@ def _error_bounds(given: Given) -> ErrorBounds | None:
             )
         spans |= dict.fromkeys(kinds, span)
     return ErrorBounds(**spans)
+
+
+def _log_u(eps: float) -> tuple[float, float]:
+    """Between which numbers log u lies where u is at least ``eps`` and a float32."""
+    return math.log(max(eps, _FLOAT32[0])), math.log(_FLOAT32[1])
+
+
+def _state_bound(given: Given, spec: LossSpec) -> float | None:
+    """The largest error of log u in 16 bits; None: float32."""
+    said, (kind, equals, number) = given.say("sample_state_dtype"), given.sample_state_dtype.partition("=")
+    if not equals and kind in ("float32", "bound"):
+        bound = None if kind == "float32" else _BOUND
+    else:
+        try:
+            bound = float(number) if kind == "bound" else math.nan
+        except ValueError:
+            bound = math.nan
+        if not 0 < bound < math.inf:
+            raise Refusal(f"{said}: give float32, bound, or the largest error of log u as in bound={_BOUND:g}")
+    if bound is None or not set(spec.state_columns(given.gamma)) & set(LOG_U):
+        return None
+    least = FixedPoint.least_bound(*_log_u(given.fastclip_eps))
+    if bound < least:
+        raise Refusal(
+            f"{said}: 16 bits cannot keep log u so exactly with {given.say('fastclip_eps')}; give at least "
+            f"bound={least:g}, or float32"
+        )
+    if given.gamma < 1 and bound >= (forgets := -math.log1p(-given.gamma)):
+        raise Refusal(
+            f"{said}: with {given.say('gamma')} log u falls by at most {forgets:.3g} from visit to visit, and "
+            "would not fall at all if it is rounded so coarsely; give a smaller bound, or float32"
+        )
+    return bound
 
 
 def _implied_losses(given: Given, scheme: str) -> dict[str, str]:

@@ -136,7 +136,7 @@ def build_loss(config: Config, device: torch.device) -> Loss:
     state_device = device if config.loss.sample_state_device == "auto" else torch.device("cpu")
     environment = LossEnvironment(
         device,
-        SampleState(config.data.data_size, columns, state_device) if columns else None,
+        SampleState(config.data.data_size, columns, state_device, config.loss.state_codes) if columns else None,
         compiled=config.model.torchcompile,
     )
     settings = {
