@@ -32,9 +32,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import report
+from drrho_clip.state.readback import Readback
 from train_step import SMALL_REFERENCE, SMALL_TARGET, write_config, write_random_weights
 from training import main as program
-from training.loop.readback import Readback
 from training.loop.trainer import Trainer
 
 SETTLED = 8  # steps before anything is counted: the first ones compile, allocate and choose kernels

@@ -43,9 +43,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # The same inside the method: modules of one row do not import each other, except the losses.
 METHOD: tuple[tuple[str, ...], ...] = (
-    ("batch", "codec", "collectives", "fixed_point", "float32", "normalize", "schedules", "worst_case",
-     "losses.registry"),
+    ("batch", "codec", "collectives", "float32", "normalize", "schedules", "worst_case", "losses.registry",
+     "state.fixed_point", "state.readback"),
     ("sample_state",),
+    ("state.host_state",),
     ("losses.interface", "losses.gather", "losses.pair_kernels", "losses.compositional", "losses.baselines",
      "losses.distillation", "losses.fastclip", "losses.individual"),
     ("reference", "selection", "risk"),
@@ -57,7 +58,7 @@ WITHOUT_TORCH = (
     "training.check_reference",
     "training.report",
     "training.distributed.launcher",
-    "drrho_clip.fixed_point",
+    "drrho_clip.state.fixed_point",
     "drrho_clip.losses.registry",
 )
 MAY_COMMUNICATE = {

@@ -41,6 +41,25 @@ def all_gather(local: Tensor) -> Tensor:
     return gathered
 
 
+def start_all_gather(local: Tensor) -> Callable[[], Tensor]:
+    """``all_gather`` beside what the host does meanwhile: a function that waits for it and returns its result.
+
+    Until then ``local`` must stay as it is. All ranks start their collectives in the same order.
+    """
+    k = world_size()
+    if k == 1:
+        return local.detach
+    gathered = local.new_empty((k * local.shape[0], *local.shape[1:]))
+    work = _gather(gathered, local.detach().contiguous(), async_op=True)
+
+    def wait() -> Tensor:
+        assert work is not None, "an asynchronous collective of a group that this rank is in"
+        work.wait()
+        return gathered
+
+    return wait
+
+
 def gather_with_grad(local: Tensor) -> Tensor:
     """As ``all_gather``, with the gradient of every rank's use of ``local``. Its backward pass is collective."""
     gathered: Tensor = _GatherWithGrad.apply(local)

@@ -36,7 +36,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from drrho_clip import collectives
-from drrho_clip.fixed_point import FixedPoint
+from drrho_clip.state.fixed_point import FixedPoint
 
 _AT_ONCE = 2**22  # values that are converted at once, to need little memory
 CODE = ".code"  # "log_u_image.code" in ``state_dict``: how the column "log_u_image" is kept in 16 bits
@@ -59,7 +59,7 @@ class SampleState:
 
     ``columns``  names, for example ``("log_u_image", "log_u_text")``; all values start as NaN.
     ``device``   where the rows are kept. If they are on the CPU and the model is on a GPU, each commit waits for
-                 the step, because it copies the new values to the CPU.
+                 the step, because it copies the new values to the CPU; a ``HostSampleState`` does not.
     ``codes``    column -> how it is kept in 16 bits; the others are float32.
     ValueError: ``num_samples`` is less than 1.
     """
@@ -99,6 +99,16 @@ class SampleState:
     def bytes_per_rank(self) -> int:
         """The size of this rank's rows in bytes, over all columns."""
         return sum(column.element_size() * self._rows for column in self._table.values())
+
+    def announce(self, index: Tensor) -> None:
+        """A training loop may tell the rows of each batch to come, this rank's int64 [b] on the CPU. Collective.
+
+        ``fetch`` of this very tensor then finds them ready, where rows are far from the step.
+        """
+
+    def choose_from(self, index: Tensor) -> None:
+        """The next ``fetch`` is of some of these rows, int64 on the CPU. IndexError: as ``check``."""
+        self.check(index)
 
     def fetch(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The global batch's indices, int64 [B], and its values, column -> float32 [B], on the table's device.
@@ -211,7 +221,7 @@ class SampleState:
 
         Returns how many values are beyond the ends of the column's own code, and are therefore less exact.
         """
-        column, own = self._table[name][: self._rows], self.codes.get(name)
+        column, own = self.local()[name], self.codes.get(name)
         if code == own:
             column.copy_(local)
             return 0

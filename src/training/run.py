@@ -144,6 +144,8 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
     evaluation = open_evaluation(target, config, world, log, opened.sets, opened.val_table, opened.benchmark)
     train_data = build_train(config, world, target, reference, opened.features, opened.captions, opened.table)
     task = build_task(config, world, target, reference)
+    if task.loss.state is not None:
+        train_data.announce = task.loss.state.announce
     trainer = build_trainer(config, world, folder, log, task, train_data)
     state = RunState(
         name=folder.name,

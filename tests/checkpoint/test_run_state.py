@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drrho_clip.fixed_point import FixedPoint
 from drrho_clip.sample_state import SampleState
+from drrho_clip.state.fixed_point import FixedPoint
 from tests.support.ranks import ranks
 from tests.support.small_runs import COLUMNS, CPU, IN_16_BITS, ROWS, Model, Run, assert_same, save
 from tests.support.stepping import OPTIM

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from drrho_clip.fixed_point import FixedPoint
 from drrho_clip.sample_state import SampleState, StateUpdate
+from drrho_clip.state.fixed_point import FixedPoint
 from tests.support.ranks import ranks
 from training.checkpoint import sample_state_io
 

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from drrho_clip.fixed_point import FixedPoint
+from drrho_clip.state.fixed_point import FixedPoint
 
 MOST = math.log(torch.finfo(torch.float32).max)
 LEAST = math.log(1e-14)

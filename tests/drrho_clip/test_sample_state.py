@@ -9,9 +9,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from drrho_clip import collectives
-from drrho_clip.fixed_point import FixedPoint
 from drrho_clip.losses.compositional import moving_average
 from drrho_clip.sample_state import SampleState, StateUpdate
+from drrho_clip.state.fixed_point import FixedPoint
 from tests.support.ranks import ranks
 
 COLUMNS = ("log_u_image", "log_u_text", "tau_image")

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from drrho_clip.fixed_point import FixedPoint
 from drrho_clip.sample_state import SampleState, StateUpdate
+from drrho_clip.state.fixed_point import FixedPoint
 from tests.support.stepping import OPTIM
 from training.checkpoint.resume import resume
 from training.checkpoint.run_state import RunState

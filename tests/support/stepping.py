@@ -19,11 +19,11 @@ FCCO = {"gamma": lambda epoch: 0.7, "eps": 1e-8, "rho": 6.5}
 WITH_GRADIENT = {"local_loss": True, "gather_with_grad": True}  # through other ranks' pairs too
 
 
-def make_loss(name, device=CPU):
+def make_loss(name, device=CPU, kind=SampleState):
     if name in ("fastclip", "drrho"):
-        return fastclip.FastCLIP(state=SampleState(64, fastclip.COLUMNS, device), multiply_tau=True, **FCCO)
+        return fastclip.FastCLIP(state=kind(64, fastclip.COLUMNS, device), multiply_tau=True, **FCCO)
     if name == "fastclip_individual":
-        state = SampleState(64, individual.COLUMNS, device)
+        state = kind(64, individual.COLUMNS, device)
         adam = {"temperature": 0.05, "betas": (0.9, 0.98), "adam_eps": 1e-8, "lr_tau": 0.01}
         return individual.IndividualFastCLIP(state=state, **FCCO, **adam)
     return {

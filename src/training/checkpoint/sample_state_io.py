@@ -39,8 +39,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from drrho_clip.collectives import world_size
-from drrho_clip.fixed_point import FixedPoint
 from drrho_clip.sample_state import CODE, SampleState, code_in, never_seen, value_of
+from drrho_clip.state.fixed_point import FixedPoint
 from training.checkpoint import pt_file
 from training.distributed.collectives import Group, PeerFailed, gather_object, on_main, rank_in
 from training.files import checksum, sync_folder

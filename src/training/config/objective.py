@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from drrho_clip.fixed_point import FixedPoint
 from drrho_clip.losses import registry
 from drrho_clip.losses.registry import INDIVIDUAL_TAU, LOG_U, LossSpec
 from drrho_clip.schedules import ErrorBounds
+from drrho_clip.state.fixed_point import FixedPoint
 from training.config.flags import ALL
 from training.config.given import Given, Refusal
 from training.config.model import is_coca

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from training.distributed.collectives import gather_object
 from training.distributed.loader_processes import Batches, Loader, start_worker
 
 T = TypeVar("T")
+Announce = Callable[[torch.Tensor], None]
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class TrainData:
 
     An epoch has ``steps_per_epoch`` batches of this rank's ``batch_size``; ``samples_per_epoch`` is the number of
     samples in the batches of all ranks. ``fixed``: the user asked for these lanes, so a checkpoint's are not used.
+    ``announce`` is called with the ``index`` of each batch once it is known, on a GPU a step before it comes.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class TrainData:
         self._processes: Batches[LoadedBatch] | None = None
         self._chunks: Iterator[LoadedBatch] | None = None
         self._fetched = (0, 0)  # the epoch and step that the next chunk is for
+        self.announce: Announce = lambda index: None
         self._progress = Progress()  # after the last batch handed out
 
     def epoch(self, epoch: int, step: int = 0) -> Iterator[Batch]:
@@ -71,7 +74,7 @@ class TrainData:
             self._fetched = (epoch, step)
             self._chunks = self._start()
         arrived: deque[LoadedBatch] = deque()
-        for batch in prefetch(self._fetch(arrived), self._device):
+        for batch in prefetch(self._fetch(arrived), self._device, self.announce):
             chunk = arrived.popleft()
             self.skips.update(chunk.skips, len(batch))
             places = self._progress.places | chunk.places
@@ -158,19 +161,24 @@ class TrainData:
             yield chunk.batch
 
 
-def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """``batches`` on ``device``.
+def prefetch(
+    batches: Iterable[Batch], device: torch.device, announce: Announce = lambda index: None
+) -> Iterator[Batch]:
+    """``batches`` on ``device``. ``announce``: as in ``TrainData``.
 
     On a GPU the next batch is copied from page-locked memory during the computation on the last one.
     """
     if device.type != "cuda":
-        yield from (batch.to(device) for batch in batches)
+        for batch in batches:
+            announce(batch.index)
+            yield batch.to(device)
         return
     copies = _copy_stream(device)
     ahead: Batch | None = None
     for batch in batches:
         with torch.cuda.stream(copies):
             arriving = batch.to(device)
+        announce(batch.index)
         if ahead is not None:
             yield ahead
         ahead = _hand_over(arriving, copies, device)

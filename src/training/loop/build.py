@@ -11,6 +11,7 @@ from drrho_clip.losses.distillation import Distillation
 from drrho_clip.losses.interface import Loss, LossEnvironment
 from drrho_clip.reference import CachedReference, Reference
 from drrho_clip.sample_state import SampleState
+from drrho_clip.state.host_state import HostSampleState
 from training.checkpoint.run_folder import RunFolder
 from training.config.params import Config
 from training.data.loader import TrainData
@@ -133,10 +134,10 @@ def build_loss(config: Config, device: torch.device) -> Loss:
     The loss's settings are fields of ``config.loss`` or of ``config.optim``.
     """
     spec, columns = config.loss.spec, config.loss.state_columns
-    state_device = device if config.loss.sample_state_device == "auto" else torch.device("cpu")
+    kind = HostSampleState if config.loss.sample_state_device == "cpu" and device.type != "cpu" else SampleState
     environment = LossEnvironment(
         device,
-        SampleState(config.data.data_size, columns, state_device, config.loss.state_codes) if columns else None,
+        kind(config.data.data_size, columns, device, config.loss.state_codes) if columns else None,
         compiled=config.model.torchcompile,
     )
     settings = {

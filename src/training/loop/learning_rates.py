@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from drrho_clip import schedules
+from drrho_clip.state.readback import Readback
 from training.config.optim import OptimConfig, ScheduleConfig
-from training.loop.readback import Readback
 
 
 def horizon(schedule: ScheduleConfig, steps_per_epoch: int) -> schedules.Horizon:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drrho_clip.sample_state import StateUpdate
+from drrho_clip.state.readback import Readback
 from training.distributed.collectives import gather_object
-from training.loop.readback import Readback
 
 _SHOWN = 8  # the most rows in a message
 

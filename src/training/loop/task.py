@@ -154,7 +154,7 @@ class Task:
         """
         assert self.selection is not None
         if self.loss.state is not None:
-            self.loss.state.check(batch.index)
+            self.loss.state.choose_from(batch.index)
         image = outputs["image_features"].float()
         generator = torch.Generator(image.device)
         generator.manual_seed(step_seed(self._seed, step, collectives.rank(), SELECTION))
