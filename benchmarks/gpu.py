@@ -7,6 +7,7 @@ tests        ``tests/device``: losses, steps and runs are right on this card
 headline     ``train_step.py``: ViT-B/16 under a ViT-B/32 reference, 640 samples per step, ours beside the
              published loop's way; kinds of kernels, and the GPU's idle time
 waits        ``waits.py``: the training loop makes the host wait for nothing
+places       ``sample_state.py``: steps with the sample state on the card, and in host memory in two ways
 fed          ``fed.py``: the same from JPEG shards through the whole program, and a checkpoint on the way
 others       the headline eager, with stored features and beside OpenCLIP's own loop, further models, runs that are
              killed, and the loss alone at large batches
@@ -113,7 +114,8 @@ def plan(report: Path, cpu: bool) -> list[Measurement]:
         environment,
         Measurement("tests", pytest, 240, tested),
         headline("headline", "ours+compile,plain", 180, "--kernels"),
-        Measurement("waits", script("waits.py"), 150, last_line),
+        Measurement("waits", script("waits.py"), 180, last_line),
+        Measurement("places", script("sample_state.py", "--ranks", "1", "--data-size", "50000000"), 90, last_line),
         Measurement("fed", script("fed.py", "--torchcompile", "--pictures", "1024"), 260, last_line),
         headline("headline, other ways", "ours,cached+compile,openclip+compile", 220),
         Measurement("loss, batch 5120", script("loss.py", "--device", "cuda", "--batch", "5120"), 60, last_line),
@@ -244,6 +246,11 @@ def lines(name: str, r: dict[str, Any]) -> list[tuple[str, str]]:
                 name,
                 f"{sum(r['killed'].values())} kills, {len(r['differing'])} differences from the undisturbed run",
             )
+        ]
+    if name == "places":
+        return [
+            (f"{name}: {place}", f"{p['milliseconds']:.2f} ms and {p['waits']:g} waits per step")
+            for place, p in r["places"].items()
         ]
     if name.startswith("loss"):
         return [(name, f"{1e3 * r['ours_seconds']:.1f} ms, {r['time_ratio']:.2f} of autograd's time")]

@@ -48,6 +48,8 @@ RECIPES = {
     "accumulation": f"{DRRHO} --accum-freq 4",
     "selection": f"{DRRHO} --ref_features_usage ref,select --ref_filter_ratio 0.5",
     "fp16": "--fastclip --multiply_tau --temperature_scheme global_learnable {reference} --precision amp",
+    "host": f"{DRRHO} --sample_state_device cpu",
+    "host-selection": f"{DRRHO} --sample_state_device cpu --ref_features_usage ref,select --ref_filter_ratio 0.5",
     "step_thresh": f"{DRRHO} --lr_tau_scheduler step_thresh",
     "clipped": f"{DRRHO} --grad-clip-norm 1.0",
     "lamb": f"{DRRHO} --optimizer lamb",
@@ -56,8 +58,8 @@ RECIPES = {
 }
 # Waits per step that are meant to be there. Lion has no kernel that can leave out a step on the device.
 MEANT = {"lion": 1, "lamb": 1}
-# Waits for copies that were started a step before.
-LATE = {"step_thresh": 1}
+# Waits for copies that were started a step or more before.
+LATE = {"step_thresh": 1, "host": 2, "host-selection": 2}
 
 
 @dataclass
@@ -131,13 +133,15 @@ def watched(watch: Watch) -> Iterator[None]:
         mock.patch.object(Trainer, "_report", reported),
         mock.patch.object(Trainer, "train_epoch", trained),
         mock.patch.object(Readback, "value", read),
-        _counted_on_gpu(watch) if torch.cuda.is_available() else Reads(watch),
+        counted_on_gpu(watch) if torch.cuda.is_available() else Reads(watch),
     ):
         yield
 
 
 @contextmanager
-def _counted_on_gpu(watch: Watch) -> Iterator[None]:
+def counted_on_gpu(watch: Watch) -> Iterator[None]:
+    """A context in which every wait for the GPU is noted."""
+
     def shown(message: Warning | str, *_: Any, **__: Any) -> None:
         if SYNC in str(message):
             watch.note()

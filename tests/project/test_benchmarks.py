@@ -107,6 +107,30 @@ def test_sample_state():
     assert result["values_agree"] is True
     assert min(result["ms_per_step"], result["replicated_ms_per_step"]) > 0
     assert "replicated" in text
+    waits = {place: (found["waits"], found["late"]) for place, found in result["places"].items()}
+    assert waits["device"] == (0, 0) and waits["host, at once"][0] >= 4 and waits["host, at once"][1] == 0
+    assert waits["host"] == (0, 2)
+
+
+def test_the_stand_in_for_a_gpu_counts_what_waits_and_refuses_what_would_fail():
+    from drrho_clip.state.readback import Readback
+    from stand_in import StandIn
+
+    with StandIn() as device:
+        there = torch.arange(4.0).to(device.name)
+        made = torch.zeros(4, device=device.name)
+        assert there.device == made.device == device.name and (there + made).sum().device == device.name
+        assert device.waits == 0
+        assert (there + 1).tolist() == [1.0, 2.0, 3.0, 4.0] and bool(there[1] > 0) and there.cpu().sum() == 6
+        assert device.waits == 3
+        there[there > 1], torch.zeros(4).copy_(there), there.to("cpu", torch.int64)
+        assert (device.waits, device.late) == (6, 0)
+        copy = Readback(there)
+        there += 5
+        assert copy.value().tolist() == [0.0, 1.0, 2.0, 3.0] and (device.waits, device.late) == (6, 1)
+        for mixed in (lambda: there + torch.ones(4), lambda: torch.ones(4)[there.long()]):
+            with pytest.raises(RuntimeError, match="two devices"):
+                mixed()
 
 
 def test_replicated_table_reads_what_was_written():
