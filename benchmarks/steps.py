@@ -30,7 +30,7 @@ from training.loop.flops import forward_flops, step_flops, training_flops
 from training.loop.learning_rates import LearningRates
 from training.loop.optimizer import create_optimizer
 from training.loop.step import Stepper
-from training.loop.task import Task
+from training.loop.task import Selection, Task
 from training.models import precision
 from training.models.build import build_target
 from training.models.create import BuiltModel
@@ -122,6 +122,8 @@ def make_batches(options: Options, target: BuiltModel, reference: BuiltModel, wo
 class Ours:
     """The trainer's step, with the trainer's parts."""
 
+    selection: Selection | None = None
+
     def __init__(self, s: Setting) -> None:
         run_precision = precision.resolve(s.config.run.precision, s.world.device)
         model, frozen = s.target.module, self._reference(s, run_precision.autocast_dtype)
@@ -136,6 +138,7 @@ class Ours:
             loss=build_loss(s.config, s.world.device),
             reference=frozen,
             margins=frozen is not None,
+            selection=self.selection,
         )
         self.task.model.train()
         self.task.loss.set_epoch(1)  # in epoch 0 gamma is 1 and u is not read
@@ -197,6 +200,18 @@ class NoReference(Ours):
 
     def _batches(self, s: Setting) -> list[Batch]:
         return [replace(batch, ref_image=None, ref_text=None) for batch in s.batches]
+
+
+class Selecting(Ours):
+    """Ours, with batches that are a quarter of the samples that are embedded."""
+
+    selection = Selection(keep_ratio=0.25, n_chunks=2, topk=False)
+
+
+class SelectingCached(Cached):
+    """The same with the reference's embeddings stored."""
+
+    selection = Selecting.selection
 
 
 class Plain:
@@ -343,7 +358,15 @@ def normalized(batch: Batch, s: Setting) -> Batch:
     return batch.pin_memory() if s.world.device.type == "cuda" else batch
 
 
-VARIANTS = {"ours": Ours, "plain": Plain, "cached": Cached, "none": NoReference, "openclip": OpenClip}
+VARIANTS = {
+    "ours": Ours,
+    "plain": Plain,
+    "cached": Cached,
+    "none": NoReference,
+    "select": Selecting,
+    "select-cached": SelectingCached,
+    "openclip": OpenClip,
+}
 Variant = Ours | Plain | OpenClip
 COMPILED, CHANNELS_LAST = "+compile", "+channels_last"
 

@@ -8,6 +8,8 @@ ours      uint8 pixels, copied beside the step before and normalized on the devi
           fused on a GPU
 cached    ours with the reference's embeddings stored: no reference runs
 none      ours without a reference: FastCLIP itself
+select    ours with batch selection (JEST): a quarter of the samples is trained on, taken in two draws;
+          select-cached: the same with the reference's embeddings stored
 plain     float32 pixels; reference outside autocast, in the type of its weights; loss over whole matrices in
           autocast's type; sample state as a full table on the CPU with copies that wait; the temperature read by
           the host in every step, as ``step_thresh`` does there; AdamW as torch chooses
@@ -20,8 +22,9 @@ DRRho-CLIP with a learnable temperature, one process, random data and weights. A
 the same start and take turns; the best block counts. Before that, one step of ours and plain in float32 must give
 the same gradients and u. Without flags: the published recipe's models and batch on a GPU, small ones on the CPU.
 
-``samples_per_second``, ``peak_bytes`` of device memory (on the CPU of resident memory), and ``share_of_peak``: the
-floating point operations that the models need, per second, of what the GPU can do (MFU).
+``samples_per_second``, with selection those that are embedded and scored, and ``trained_per_second`` of them;
+``peak_bytes`` of device memory (on the CPU of resident memory), and ``share_of_peak``: the floating point
+operations that the models need, per second, of what the GPU can do (MFU).
 """
 
 from __future__ import annotations
@@ -155,6 +158,7 @@ def main() -> None:
         rate, flops = options.batch_size / min(seconds[name]), run.flops_per_sample(batch)
         result[name] = {
             "samples_per_second": rate,
+            "trained_per_second": rate * kept_share(run),
             "seconds_per_step": min(seconds[name]),
             "share_of_peak": None if peak is None else rate * flops / peak,
             "flops_per_sample": flops,
@@ -176,6 +180,11 @@ def main() -> None:
     report.emit(result, describe(result, seconds) + (f"\n\n{found}" if with_kernels else ""), as_json)
 
 
+def kept_share(run: Variant) -> float:
+    """Of the samples, those that are trained on."""
+    return run.selection.keep_ratio if isinstance(run, Ours) and run.selection else 1.0
+
+
 def ratio(result: dict, field: str, best: Callable[[list[float]], float]) -> float | None:
     """Ours over plain, the better one of eager and compiled of both; None where one of them was not asked for."""
     sides = []
@@ -193,15 +202,15 @@ def describe(r: dict, seconds: dict[str, list[float]]) -> str:
         v, runs = r[name], sorted(seconds[name])
         share = "-" if v["share_of_peak"] is None else f"{v['share_of_peak']:.1%}"
         best, median = f"{v['samples_per_second']:.1f}", f"{r['batch_size'] / runs[len(runs) // 2]:.1f}"
-        rows.append((name, best, median, share, report.mib(v["peak_bytes"])))
+        rows.append((name, best, f"{v['trained_per_second']:.1f}", median, share, report.mib(v["peak_bytes"])))
     if r["speedup"] is not None:
-        rows.append(("ours / plain", f"{r['speedup']:.2f}", "", "", f"{r['memory_ratio']:.2f}"))
+        rows.append(("ours / plain", f"{r['speedup']:.2f}", "", "", "", f"{r['memory_ratio']:.2f}"))
     compiled = ", compiled" if r["torchcompile"] else ""
     title = (
         f"Training step: {r['model']} under {r['ref_model']}, batch {r['batch_size']}, {r['precision']}{compiled} "
         f"({r[r['variants'][0]]['flops_per_sample'] / 1e9:.3g} GFLOP per sample); {r['machine']}"
     )
-    text = report.table(title, ("", "samples/s", "median", "of peak", "peak memory"), rows)
+    text = report.table(title, ("", "samples/s", "trained", "median", "of peak", "peak memory"), rows)
     if r["largest_difference"] is not None:
         text += f"\ngradients and u of a float32 step agree to {r['largest_difference']:.1e}"
     return text

@@ -9,10 +9,13 @@ score is its loss under the target minus its loss under the reference. With t th
 where ``kept`` are the samples drawn so far on all ranks. A draw takes samples without replacement with probability
 proportional to exp(score): it takes those with the largest score + Gumbel noise, which needs no exp and no
 normalization. With ``topk`` it takes those with the largest score. Every rank draws from its own samples, so that
-the ranks' batches keep equal sizes.
+the ranks' batches keep equal sizes. A rank may also draw from each of ``parts`` equal parts of its samples, and
+keeps what so many ranks with a part each would: what a run keeps need not depend on its number of ranks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +36,8 @@ def select(
     n_chunks: int,
     topk: bool,
     ref_scale: float = 100.0,
-    generator: torch.Generator | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    parts: int = 1,
 ) -> Tensor:
     """The positions of the kept samples in this rank's batch: int64 [kept], ascending, on the device.
 
@@ -42,13 +46,18 @@ def select(
     ``image``, ``text``           [b, d], unit norm, from the target.
     ``ref_image``, ``ref_text``   [b, d_r], unit norm, from the reference.
     ``logit_scale``               0-d, the target's 1/tau. ``ref_scale``: the reference's.
-    ``keep_ratio``, ``n_chunks``  b * keep_ratio must be a multiple of n_chunks.
+    ``keep_ratio``, ``n_chunks``  b * keep_ratio must be a multiple of n_chunks * parts.
     ``topk``                      take the samples with the largest scores instead of drawing.
-    ``generator``                 on the embeddings' device; it must have a different seed on each rank.
+    ``generator``                 on the embeddings' device, one for each part; each part of each rank must have a
+                                  different seed.
+    ``parts``                     of this rank's batch, in order; b must be a multiple of it.
     """
     kept = round(len(image) * keep_ratio)
     assert kept > 0 and abs(kept - len(image) * keep_ratio) < 1e-6 * len(image), (len(image), keep_ratio)
-    assert kept % n_chunks == 0, (kept, n_chunks)
+    assert kept % (n_chunks * parts) == 0 and len(image) % parts == 0, (len(image), kept, n_chunks, parts)
+    generators = [generator] if isinstance(generator, torch.Generator) else generator
+    assert topk or (generators is not None and len(generators) == parts), "each part draws by itself"
+    first = torch.arange(0, len(image), len(image) // parts, device=image.device)[:, None]
     with exact_float32(image.device.type):
         target = _Losses(image, text, logit_scale)
         reference = _Losses(ref_image, ref_text, ref_scale)
@@ -59,11 +68,14 @@ def select(
                 taken.index_fill_(0, draws[-1], True)
                 target.keep(draws[-1])
                 reference.keep(draws[-1])
-            score = target.losses() - reference.losses()
+            score = (target.losses() - reference.losses()).view(parts, -1)
             if not topk:
+                assert generators is not None
+                noise = [torch.empty_like(own).exponential_(generator=g) for own, g in zip(score, generators)]
                 # If E is exponentially distributed, -log E has a Gumbel distribution.
-                score -= torch.empty_like(score).exponential_(generator=generator).log()
-            draws.append(score.masked_fill(taken, -torch.inf).topk(kept // n_chunks, sorted=False).indices)
+                score = score - torch.stack(noise).log()
+            score = score.masked_fill(taken.view(parts, -1), -torch.inf)
+            draws.append((score.topk(kept // n_chunks // parts, sorted=False).indices + first).flatten())
         return torch.cat(draws).sort().values
 
 

@@ -33,6 +33,7 @@ from training.logger import EarlyRecords, RunLog, open_run
 from training.loop.build import build_task, build_trainer, describe
 from training.loop.checkpointer import Checkpointer
 from training.loop.metrics import distributions, held_meters
+from training.loop.task import Task
 from training.loop.trainer import Trainer
 from training.machine import limits
 from training.models.build import build_target, start_temperature
@@ -163,6 +164,7 @@ def train(start: Start, log: RunLog, watchdog: Watchdog) -> Ended:
         _resume(start, start.checkpoint, log, state, trainer)
     if config.run.debug:
         log.watch(task.bare)
+    _draw_by_virtual_rank(log, task, train_data, config.run.batch_size)
     with (
         trainer.profiler,
         Saver(folder.checkpoints, config.run, initial_tau=config.loss.initial_tau) as saver,
@@ -210,6 +212,21 @@ def _resume(start: Start, checkpoint: Path, log: RunLog, state: RunState, traine
         if result.get("step") == state.step:
             state.best = best.update(state.best, result, result["epoch"])
     log.goes_on(trainer.step)
+
+
+def _draw_by_virtual_rank(log: RunLog, task: Task, data: TrainData, batch_size: int) -> None:
+    """Batch selection draws from each virtual rank's samples, and so keeps the same on any number of ranks."""
+    if task.selection is None:
+        return
+    draw = task.kept(batch_size) // task.selection.n_chunks
+    if draw % data.parts:
+        log.warning(
+            f"batch selection draws {draw} samples per rank at a time, which the {data.parts} virtual ranks of a "
+            "rank (--lanes) do not divide: it draws from all of a rank's samples, and keeps others than it would "
+            "on another number of ranks"
+        )
+    else:
+        task.parts = data.parts
 
 
 def _evaluation_is_missing(folder: RunFolder, checkpoint: Path, state: RunState, trainer: Trainer) -> bool:

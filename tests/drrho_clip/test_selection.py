@@ -1,14 +1,23 @@
-"""JEST selection: scores against the definition in slow float64 code, draws against exact probabilities."""
+"""JEST selection: scores against the definition in slow float64 code, draws against exact probabilities.
+
+And what it is for: of a set in which captions have changed places, it keeps the pairs that are right.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
+from drrho_clip import collectives
+from drrho_clip.losses.fastclip import COLUMNS, FastCLIP
+from drrho_clip.losses.interface import LossInputs
+from drrho_clip.sample_state import SampleState
 from drrho_clip.selection import select
 from tests.support.ranks import ranks
 
@@ -59,6 +68,19 @@ def on_this_rank() -> list[int]:
     return (choose(mine, topk=True, n_chunks=3) + rank * share).tolist()
 
 
+PARTS = 4
+
+
+def of_parts(topk: bool, ref_scale: float) -> list[int]:
+    """The global positions that this rank keeps of its parts of 48 samples, which are four in all."""
+    k, r = collectives.world_size(), collectives.rank()
+    numbers = range(r * PARTS // k, (r + 1) * PARTS // k)
+    mine = [t.chunk(k)[r] for t in embeddings(2 * BATCH, seed=5)]
+    generators = [torch.Generator().manual_seed(number) for number in numbers]
+    settings = {"keep_ratio": 0.5, "n_chunks": 3, "topk": topk, "ref_scale": ref_scale, "parts": len(numbers)}
+    return (select(*mine, torch.tensor(SCALE), generator=generators, **settings) + r * len(mine[0])).tolist()
+
+
 @pytest.mark.parametrize(("keep_ratio", "n_chunks"), [(0.5, 1), (0.5, 3), (1 - 0.75, 2), (1.0, 4)])
 def test_topk_keeps_the_best_given_what_is_kept(keep_ratio, n_chunks):
     e = embeddings()
@@ -78,6 +100,17 @@ def test_later_draws_see_what_all_ranks_kept(size):
         for r in range(size)
     ]
     assert together != alone
+
+
+@pytest.mark.parametrize("topk", [True, False])
+def test_any_number_of_ranks_keeps_what_one_process_keeps_of_the_whole_super_batch(topk):
+    scale = 100.0 if topk else 14.0  # scores that leave something to the draw
+    alone = of_parts(topk, scale)
+    for k in (2, 4):
+        assert [i for own in ranks(k).run(of_parts, topk, scale) for i in own] == alone
+    slow = best(embeddings(2 * BATCH, seed=5), PARTS, 2, 3)
+    assert (alone == [i for own in slow for i in own]) is topk
+    assert len(set(alone)) == BATCH
 
 
 def test_reference_scale_counts():
@@ -157,3 +190,75 @@ def test_low_precision_embeddings_are_compared_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         kept = choose(e, topk=True, n_chunks=3)
     assert kept.tolist() == best(e, 1, 4, 3)[0]
+
+
+# ------------------------------------------------------------------------------- 30 % of the captions are wrong
+
+PAIRS, SUPER_BATCH, KEPT = 1536, 128, 0.25
+
+
+def planted(known: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """Images and captions of hidden points, [n, 16] each, a reference's embeddings, and which pairs are right.
+
+    The captions of 30 % of the pairs have changed places. A reference that is ``known`` to be good is made of the
+    points themselves; the other one knows nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    points, caption = torch.randn(PAIRS, 8, generator=generator), torch.arange(PAIRS)
+    wrong = torch.randperm(PAIRS, generator=generator)[: round(0.3 * PAIRS)]
+    caption[wrong] = wrong.roll(1)
+    seen = [
+        points @ torch.randn(8, 16, generator=generator) + 0.1 * torch.randn(PAIRS, 16, generator=generator)
+        for _ in range(2)
+    ]
+    reference = [points, points[caption]] if known else list(torch.randn(2, PAIRS, 8, generator=generator))
+    return [seen[0], seen[1][caption]], [F.normalize(r, dim=1) for r in reference], caption == torch.arange(PAIRS)
+
+
+def trained_on_selected(known: bool, keep_ratio: float, topk: bool = False) -> tuple[list[float], float]:
+    """The share of right pairs in each of 100 batches of 32, and of images that find their own caption then."""
+    seen, reference, right = planted(known)
+    torch.manual_seed(1)
+    towers, scale = [nn.Linear(16, 16), nn.Linear(16, 16)], nn.Parameter(torch.tensor(1 / 0.07).log())
+    optimizer = torch.optim.Adam([*towers[0].parameters(), *towers[1].parameters(), scale], 3e-2)
+    state = SampleState(PAIRS, COLUMNS)
+    loss = FastCLIP(state=state, gamma=lambda epoch: 0.8, eps=1e-14, rho=6.5, multiply_tau=True)
+    generator, shares = torch.Generator().manual_seed(2), []
+
+    def embed(rows: torch.Tensor) -> list[torch.Tensor]:
+        return [F.normalize(tower(x[rows]), dim=1) for tower, x in zip(towers, seen, strict=True)]
+
+    for _ in range(100):
+        rows = torch.randperm(PAIRS, generator=generator)[: round(KEPT * SUPER_BATCH / keep_ratio)]
+        with torch.no_grad():
+            given = *embed(rows), *(r[rows] for r in reference), scale.exp()
+        rows = rows[select(*given, keep_ratio=keep_ratio, n_chunks=2, topk=topk, generator=generator)]
+        shares.append(right[rows].float().mean().item())
+        image, text = embed(rows)
+        result = loss(LossInputs(image=image, text=text, logit_scale=scale.exp(), index=rows))
+        optimizer.zero_grad()
+        sum(result.terms.values()).backward()
+        optimizer.step()
+        state.commit(result.update)
+        with torch.no_grad():
+            scale.clamp_(0, math.log(100))
+            image, text = embed(right.nonzero().flatten()[:400])
+    found = (image @ text.T).argmax(1) == torch.arange(400)
+    return shares, found.float().mean().item()
+
+
+def mean(shares: list[float]) -> float:
+    return sum(shares) / len(shares)
+
+
+def test_the_good_pairs_are_kept_of_a_set_with_wrong_captions():
+    everything, recall = trained_on_selected(known=True, keep_ratio=1.0)
+    assert mean(everything) == pytest.approx(0.7, abs=0.02)
+    for topk in (False, True):
+        kept, better = trained_on_selected(known=True, keep_ratio=KEPT, topk=topk)
+        # Also when the target has learned to tell them apart, and wrong pairs are the hardest.
+        assert mean(kept) > 0.98 and mean(kept[-30:]) > 0.98
+        assert better > 0.95 > recall + 0.2
+        # Without a reference that knows better, the hardest pairs are kept, and those are wrong ones.
+        lost, worse = trained_on_selected(known=False, keep_ratio=KEPT, topk=topk)
+        assert mean(lost) < 0.65 and worse < recall

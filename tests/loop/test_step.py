@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from drrho_clip import collectives
 from drrho_clip.losses.distillation import Distillation
-from drrho_clip.reference import Reference
+from drrho_clip.reference import CachedReference, Reference
 from tests.support import tiny_models
 from tests.support.ranks import ranks
 from tests.support.stepping import CPU, WORDS, build, make_batch, make_loss, make_task
@@ -112,6 +112,32 @@ def test_selection_embeds_nothing_twice_and_in_one_size(model, accum, share, sco
     trained = [round(24 * share) // accum] * (accum if accum == 1 else 2 * accum)
     assert sizes.seen == scored + trained
     assert ref_sizes.seen == scored
+
+
+def _kept_rows() -> list[float]:
+    """Log u of the rows that this rank owns after two steps on its share of 32 samples, in four virtual ranks."""
+    k, r = collectives.world_size(), collectives.rank()
+    generator = torch.Generator().manual_seed(0)
+    task = make_task(build("drrho"), make_loss("drrho"), "drrho", selection=Selection(0.5, 2, topk=False))
+    task.reference, task.parts = CachedReference(), 4 // k
+    stepper = Stepper(task, torch.optim.SGD(task.bare.parameters(), lr=0.0))
+    task.model.train()
+    for step in range(2):
+        batch = replace(
+            make_batch(32, seed=step),
+            index=32 * step + torch.randperm(32, generator=generator),
+            ref_features=torch.nn.functional.normalize(torch.randn(32, 2, 24, generator=generator), dim=-1),
+        )
+        stepper(batch.chunk(k)[r], step)
+    return task.loss.state.values()["log_u_image"].tolist()
+
+
+def test_ranks_keep_what_one_process_keeps_of_the_whole_super_batch_with_stored_reference_features():
+    alone = torch.tensor(_kept_rows())
+    assert (~alone.isnan()).sum() == 32
+    for k in (2, 4):
+        together = torch.tensor([u for own in ranks(k).run(_kept_rows) for u in own])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def _order_of_exchange(name, accum):

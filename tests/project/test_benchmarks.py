@@ -167,6 +167,7 @@ def test_train_step(small_pair):
     result, text = run("train_step.py", *flags, "--steps", 1, "--repeats", 1, "--kernels")
     for name in ("ours", "plain"):
         assert result[name]["samples_per_second"] == pytest.approx(6 / result[name]["seconds_per_step"])
+        assert result[name]["trained_per_second"] == result[name]["samples_per_second"]
         assert result[name]["peak_bytes"] > 10 * MIB
         assert result[name]["share_of_peak"] is None
     assert 0 < result["largest_difference"] < 1e-3
@@ -213,6 +214,22 @@ def test_steps_without_a_reference(small_pair, tmp_path, name):
     ref_image = batch.image if batch.ref_image is None else batch.ref_image
     needed = other.flops_per_sample(batch) + forward_flops(frozen, ref_image, ref_text)
     assert ours.flops_per_sample(batch) == pytest.approx(needed)
+
+
+def test_steps_that_select(small_pair, tmp_path):
+    """Of 8 samples they embed all and train on two."""
+    import steps
+    import train_step
+
+    weights = train_step.write_random_weights(tmp_path / "reference.pt", small_pair[1])
+    options = steps.Options(("select-cached", "cached"), *small_pair, 8, "fp32", False, 1, 1, 50, weights)
+    selecting, cached = (steps.build(n, options) for n in options.variants)
+    selecting.steps(1)
+    seen = selecting.task.loss.state.values()["log_u_image"].isfinite().sum()
+    assert (seen, train_step.kept_share(selecting), train_step.kept_share(cached)) == (2, 0.25, 1.0)
+    batch = steps.prepare(options).batches[0]
+    forward = cached.flops_per_sample(batch) / 3
+    assert selecting.flops_per_sample(batch) == pytest.approx(forward + 0.25 * 3 * forward)
 
 
 def test_a_rehearsal_of_the_gpu_command(tmp_path):

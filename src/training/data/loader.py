@@ -59,6 +59,11 @@ class TrainData:
         self.announce: Announce = lambda index: None
         self._progress = Progress()  # after the last batch handed out
 
+    @property
+    def parts(self) -> int:
+        """The virtual ranks of this rank: a batch has the same number of samples of each, one after another."""
+        return self._stream.layout.ranks // self._world_size
+
     def epoch(self, epoch: int, step: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from ``step`` on, on the device (``index`` on the CPU).
 

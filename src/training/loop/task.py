@@ -47,6 +47,7 @@ class Task:
     ``reference``       its embeddings are used by the loss if ``margins`` is True, and by ``distillation`` and
                         ``selection`` if they are given.
     ``compression``     of the gradients that ranks exchange, where that keeps a state.
+    ``parts``           of a rank's samples, from each of which ``selection`` draws by itself; it may be set later.
     ``constant_scale``  1/tau for the loss instead of the model's, which only distillation then uses; 0: the
                         model's.
     """
@@ -74,7 +75,7 @@ class Task:
         self.mean, self.std, self.precision = mean, std, precision
         self.loss, self.loss_weight = loss, loss_weight
         self.reference, self.margins, self.constant_scale = reference, margins, constant_scale
-        self.distillation, self.selection = distillation, selection
+        self.distillation, self.selection, self.parts = distillation, selection, 1
         self.compression = compression
         self._seed = seed
 
@@ -156,8 +157,10 @@ class Task:
         if self.loss.state is not None:
             self.loss.state.choose_from(batch.index)
         image = outputs["image_features"].float()
-        generator = torch.Generator(image.device)
-        generator.manual_seed(step_seed(self._seed, step, collectives.rank(), SELECTION))
+        numbers = range(collectives.rank() * self.parts, (collectives.rank() + 1) * self.parts)
+        generators = [torch.Generator(image.device) for _ in numbers]
+        for generator, number in zip(generators, numbers, strict=True):
+            generator.manual_seed(step_seed(self._seed, step, number, SELECTION))
         positions = select(
             image,
             outputs["text_features"].float(),
@@ -166,6 +169,7 @@ class Task:
             keep_ratio=self.selection.keep_ratio,
             n_chunks=self.selection.n_chunks,
             topk=self.selection.topk,
-            generator=generator,
+            generator=generators,
+            parts=self.parts,
         )
         return batch.select(positions), (reference[0][positions], reference[1][positions])
