@@ -153,10 +153,14 @@ def test_every_loss_trains(folder, name):
 def test_uses_of_the_reference_combine(folder, usage):
     name = usage.replace(",", "-")
     given = [*flags(folder, name, batch=12), *reference_flags(folder), *DRRHO, "--epochs", "1"]
-    given += ["--ref_features_usage", usage, "--ref_filter_ratio", "0.5"]
+    given += ["--ref_features_usage", usage, "--ref_filter_ratio", "0.5", "--lanes", "4,4"]
     assert program.main(given) == 0
     log = (folder / "logs" / name / "out.log").read_text()
     assert ("Distill_loss" in log) == ("distill" in usage)
+    told = (
+        "batch selection draws 3 samples per rank at a time, which the 4 virtual ranks of a rank (--lanes) do not"
+    )
+    assert (told in log) == ("select" in usage)
 
 
 @pytest.mark.parametrize("precision", ["amp", "amp_bf16", "bf16", "pure_bf16"])

@@ -143,8 +143,9 @@ def test_a_continued_run_is_the_uninterrupted_one(lab, uninterrupted, ranks, obj
 
 
 def test_the_number_of_ranks_may_change_at_every_launch(lab):
-    """4 ranks, 2, 1, and 4 again: the same global batches, the same losses."""
-    common = command(lab, 4, "@", OBJECTIVES["drrho"])
+    """4 ranks, 2, 1, and 4 again: the same global batches, the same samples of them, the same losses."""
+    selection = "--ref_features_usage ref,select --ref_filter_ratio 0.5 --ref_filter_n_chunks 1"
+    common = command(lab, 4, "@", f"{OBJECTIVES['drrho']} {selection}")
     for flag in (
         "--lanes",
         "--force-patch-dropout",
@@ -169,6 +170,7 @@ def test_the_number_of_ranks_may_change_at_every_launch(lab):
     for one, other in zip(losses(a_log), losses(b_log), strict=True):
         assert one == pytest.approx(other, abs=1e-4)
     for key in (".u_im", ".u_tt"):
+        assert torch.equal(a[key] == 0, b[key] == 0) and (a[key] == 0).any()  # not selected so far
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-4)
 
 

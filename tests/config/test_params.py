@@ -339,3 +339,34 @@ def test_refusals_and_help_import_nothing_heavy():
 )
 def test_error_bounds_by_kind(given, spans):
     assert vars(config(f"{FASTCLIP} --gather_error_bound '{given}'").loss.gather_error_bound) == spans
+
+
+SELECT = f"{DATA} {REFERENCE} --ref_features_usage select --ref_filter_ratio 0.75"
+
+
+@pytest.mark.parametrize(
+    ("line", "ranks", "batch", "accum"),
+    [
+        (f"{DATA} --global_batch_size 96 --batch-size 16", 2, 48, 3),
+        (f"{SELECT} --global_batch_size 96 --batch-size 16", 1, 96, 2),  # 24 of 96 are trained on
+        (f"{SELECT} --global_batch_size 96 --batch-size 16", 4, 24, 1),
+    ],
+)
+def test_a_global_batch_is_shared_by_the_ranks(line, ranks, batch, accum):
+    run = config(line).on_ranks(ranks).run
+    assert (run.batch_size, run.accum_freq) == (batch, accum)
+
+
+@pytest.mark.parametrize(
+    ("line", "ranks", "sentence"),
+    [
+        (f"{DATA} --batch-size 10", 2, "the 48 samples of each of 2 ranks cannot be split into 5 equal"),
+        (SELECT, 16, "would keep 1.5 of the 6 samples of a rank, in --ref_filter_n_chunks 2 equal draws"),
+        (f"{SELECT} --ref_filter_n_chunks 5", 2, "would keep 12 of the 48 samples of a rank"),
+        (f"{SELECT} --batch-size 5", 1, "the 24 samples of each of 1 ranks cannot be split into 5 equal"),
+    ],
+)
+def test_a_global_batch_that_the_ranks_cannot_share_is_refused(line, ranks, sentence):
+    with pytest.raises(ValueError, match="--global_batch_size 96") as refused:
+        config(f"{line} --global_batch_size 96").on_ranks(ranks)
+    assert sentence in str(refused.value)

@@ -6,6 +6,7 @@ one ``Config`` or refuses with one sentence. Fields have the names of their flag
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,12 +73,13 @@ class Config:
             raise ValueError(
                 f"--global_batch_size {total}: {ranks} ranks cannot share it evenly; give a multiple of {ranks}"
             )
-        micro = -(-share // run.batch_size)
-        if share % micro:
+        trained = self._selected(share, f"--global_batch_size {total} on {ranks} ranks")
+        micro = -(-trained // run.batch_size)
+        if trained % micro:
             raise ValueError(
-                f"--global_batch_size {total}: the {share} samples of each of {ranks} ranks cannot be split into "
-                f"{micro} equal micro-batches of at most --batch-size {run.batch_size}; choose a --batch-size "
-                f"that divides {share}"
+                f"--global_batch_size {total}: the {trained} samples of each of {ranks} ranks cannot be split "
+                f"into {micro} equal micro-batches of at most --batch-size {run.batch_size}; choose one "
+                f"that divides {trained}"
             )
         if micro > 1 and self.distributed.ddp_static_graph:
             raise ValueError(
@@ -85,6 +87,21 @@ class Config:
                 f"--global_batch_size {total}: leave it out, or give --batch-size {share}"
             )
         return replace(self, run=replace(run, batch_size=share, accum_freq=micro))
+
+    def _selected(self, share: int, said: str) -> int:
+        """Of a rank's ``share`` samples, how many it trains on. ValueError: selection cannot draw them equally."""
+        reference = self.reference
+        if "select" not in reference.usage:
+            return share
+        exact, draws = share * (1 - reference.ref_filter_ratio), reference.ref_filter_n_chunks
+        kept = round(exact)
+        if kept < 1 or not math.isclose(kept, exact, abs_tol=1e-6) or kept % draws:
+            raise ValueError(
+                f"{said}: --ref_filter_ratio {reference.ref_filter_ratio:g} would keep {exact:g} of the {share} "
+                f"samples of a rank, in --ref_filter_n_chunks {draws} equal draws; choose values that keep a "
+                "whole number in each draw"
+            )
+        return kept
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:

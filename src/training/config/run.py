@@ -166,14 +166,9 @@ def check_batch(given: Given, usage: frozenset[str]) -> None:
             f"{given.say('accum_freq')} contradicts {given.say('global_batch_size')}, which splits a rank's share "
             "into micro-batches of at most --batch-size samples: leave one of them out"
         )
-    if given.global_batch_size is not None and "select" in usage:
-        raise Refusal(
-            f"{given.say('global_batch_size')}: with --ref_features_usage select, which samples are kept depends "
-            "on the batch size of a rank; give --batch-size instead"
-        )
     batch, ratio, draws = given.batch_size, given.ref_filter_ratio, given.ref_filter_n_chunks
     sizes = {given.say("batch_size"): batch}
-    if "select" in usage:
+    if "select" in usage and given.global_batch_size is None:  # else the number of ranks decides
         kept = round(batch * (1 - ratio))
         if kept < 1 or not math.isclose(kept, batch * (1 - ratio), abs_tol=1e-6):
             raise Refusal(
