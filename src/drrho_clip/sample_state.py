@@ -27,7 +27,7 @@ could err by a whole step, and so need a step half as large for the same bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,6 +165,11 @@ class SampleState:
     def values(self) -> dict[str, Tensor]:
         """Column -> float32 [len(rows)], the rows that this rank owns; copies of those in 16 bits."""
         return {name: value_of(column, self.codes.get(name)) for name, column in self.local().items()}
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """A column of ``values()`` in blocks, so that it need not be there as a whole."""
+        for kept in self.local()[name].split(_AT_ONCE):
+            yield value_of(kept, self.codes.get(name))
 
     def sharded(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``local()``, or copies of it on another device, as in ``state_dict``. It shares their memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -292,5 +293,6 @@ def _report_sample_state(log: RunLog, state: RunState, report_to: frozenset[str]
     """Send how u, and each sample's temperature where it has one, are spread. All ranks call it together."""
     if state.sample_state is None or not report_to:
         return
-    columns = {name: column for name, column in state.sample_state.values().items() if name in LOG_U + TAU}
+    table = state.sample_state
+    columns = {name: partial(table.blocks, name) for name in table.columns if name in LOG_U + TAU}
     log.histograms(state.epoch, {f"sample_state/{name}": d for name, d in distributions(columns).items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -79,7 +80,8 @@ def spread_on(rank_rows: list[int]) -> dict[str, Distribution]:
     rank = dist.get_rank()
     first = sum(rank_rows[:rank])
     column = _column()[first : first + rank_rows[rank]]
-    return distributions({"log_u_image": column, "never": torch.full((2,), torch.nan), "same": torch.ones(3)})
+    columns = {"log_u_image": column.split(90), "never": [torch.full((2,), torch.nan)], "same": [torch.ones(3)]}
+    return distributions({name: partial(iter, blocks) for name, blocks in columns.items()})
 
 
 def _column() -> torch.Tensor:

@@ -262,11 +262,11 @@ def whole(state: SampleState) -> dict[str, Tensor]:
     """Column -> float32 [N] on the CPU of rank 0; empty on the others. Collective."""
     columns = {}
     k, n = world_size(), state.num_samples
-    for name, column in state.values().items():
+    for name in state.columns:
+        local = torch.cat([block.cpu() for block in state.blocks(name)])
         if k == 1:
-            columns[name] = column.cpu()
+            columns[name] = local
             continue
-        local = column.cpu()
         padded = torch.full((-(-n // k),), torch.nan)
         padded[: len(local)] = local
         pieces = [torch.empty_like(padded) for _ in range(k)] if dist.get_rank() == 0 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -16,7 +16,6 @@ from training.logger import RunLog
 from training.reports import Distribution, outer_edges
 
 _BINS = 128
-_AT_ONCE = 2**22  # values that are counted at once, to need little memory
 
 
 class Meter:
@@ -150,26 +149,26 @@ def report(log: RunLog, status: TrainStatus) -> None:
     log.scalars(status.step, status.scalars())
 
 
-def distributions(columns: Mapping[str, Tensor]) -> dict[str, Distribution]:
-    """How the values of each column, [n] with n of its own on each rank, are spread over all ranks. Collective.
+def distributions(columns: Mapping[str, Callable[[], Iterable[Tensor]]]) -> dict[str, Distribution]:
+    """How the values of each column, in blocks of any size on each rank, are spread over all ranks. Collective.
 
     Values that are not finite (NaN: samples never seen) are left out, and columns without any other value.
     """
-    own = {name: _moments(column) for name, column in columns.items()}
+    own = {name: _moments(blocks()) for name, blocks in columns.items()}
     parts = gather_object(own)
     total = {name: _together([part[name] for part in parts]) for name in columns}
     spans = {name: (low, high) for name, (low, high, count, *_) in total.items() if count}
-    counted = gather_object({name: _count(columns[name], *span) for name, span in spans.items()})
+    counted = gather_object({name: _count(columns[name](), *span) for name, span in spans.items()})
     return {
         name: Distribution(*total[name], [sum(part[name][i] for part in counted) for i in range(_BINS)])
         for name in spans
     }
 
 
-def _moments(column: Tensor) -> tuple[float, float, int, float, float]:
+def _moments(blocks: Iterable[Tensor]) -> tuple[float, float, int, float, float]:
     """The least and the largest finite value, how many there are, their sum and the sum of their squares."""
     found = [(math.inf, -math.inf, 0, 0.0, 0.0)]
-    for part in column.split(_AT_ONCE):
+    for part in blocks:
         values = part[part.isfinite()].double()
         if len(values):
             low, high, *sums = torch.stack(
@@ -186,11 +185,11 @@ def _together(
     return min(lows), max(highs), sum(counts), sum(sums), sum(squares)
 
 
-def _count(column: Tensor, low: float, high: float) -> list[int]:
+def _count(blocks: Iterable[Tensor], low: float, high: float) -> list[int]:
     """How many values lie in each of the bins from ``low`` to ``high``."""
     low, high = outer_edges(low, high)
     bins = torch.zeros(_BINS, dtype=torch.int64)
-    for part in column.split(_AT_ONCE):
+    for part in blocks:
         place = (part[part.isfinite()].double() - low) * (_BINS / (high - low))
         # torch.histc has no deterministic implementation on a GPU; bincount without weights has.
         bins += torch.bincount(place.long().clamp_(0, _BINS - 1), minlength=_BINS).cpu()
