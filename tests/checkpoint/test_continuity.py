@@ -22,7 +22,7 @@ STEPS_PER_EPOCH, EPOCHS = 4, 3
 V3 = "--fastclip --multiply_tau --temperature 0.07 --gamma 0.6 --rho 6.5 --lr_tau 1e-4"
 OBJECTIVES = {
     "openclip": "",
-    "v3, accumulated": f"{V3} --accum-freq 2 --optimizer lamb",
+    "v3, accumulated": f"{V3} --accum-freq 2 --optimizer lamb --sample_state_device cpu",
     "powersgd": f"{V3} --grad_compression powersgd --powersgd_rank 1",
     "v2": "--fastclip --temperature_scheme individual_learnable --gamma 0.6 --lr_tau 1e-2 "
     "--sample_state_dtype bound",
@@ -145,7 +145,7 @@ def test_a_continued_run_is_the_uninterrupted_one(lab, uninterrupted, ranks, obj
 def test_the_number_of_ranks_may_change_at_every_launch(lab):
     """4 ranks, 2, 1, and 4 again: the same global batches, the same samples of them, the same losses."""
     selection = "--ref_features_usage ref,select --ref_filter_ratio 0.5 --ref_filter_n_chunks 1"
-    common = command(lab, 4, "@", f"{OBJECTIVES['drrho']} {selection}")
+    common = command(lab, 4, "@", f"{OBJECTIVES['drrho']} {selection} --sample_state_device cpu")
     for flag in (
         "--lanes",
         "--force-patch-dropout",

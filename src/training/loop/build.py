@@ -134,7 +134,7 @@ def build_loss(config: Config, device: torch.device) -> Loss:
     The loss's settings are fields of ``config.loss`` or of ``config.optim``.
     """
     spec, columns = config.loss.spec, config.loss.state_columns
-    kind = HostSampleState if config.loss.sample_state_device == "cpu" and device.type != "cpu" else SampleState
+    kind = HostSampleState if config.loss.sample_state_device == "cpu" else SampleState
     environment = LossEnvironment(
         device,
         kind(config.data.data_size, columns, device, config.loss.state_codes) if columns else None,
