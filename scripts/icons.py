@@ -15,6 +15,8 @@ drawn, so that an interrupted run goes on where it was. What is written is decid
                pictures (6 in the test or 2 in the validation, and 5 in each half) are the classes
                of zero-shot classification; pixel-identical pictures of a class are in it once.
 * retrieval    one picture of each of 2,000 captions, drawn at random.
+* emoji        with `--emoji`, the package's sets of emoji besides, as a third training set: other pictures in
+               other colours, to see what a reference of other data is worth.
 
 In OUT: `a/NNNNN.tar`, `b/NNNNN.tar` in an order that mixes the sets (NAME.png, NAME.txt, and NAME.json with the
 row in `key`, the set and the icon's name); `wds_icons_test/`, `wds_icons_val/` in DataComp's layout;
@@ -55,6 +57,7 @@ CATEGORIES = {
     *("UI 24px", "UI 16px / 32px", "UI Other / Mixed Grid", "UI Multicolor", "Material", "Thematic"),
     None,
 }
+EMOJI = "Emoji"  # the category
 TEST = (
     *("ant-design", "basil", "bi", "boxicons", "bx", "carbon", "ep", "heroicons", "iconoir", "ion", "lucide"),
     *("majesticons", "mingcute", "octicon", "radix-icons", "ri", "si", "tabler", "teenyicons", "uil", "uiw"),
@@ -67,7 +70,7 @@ STYLE_WORDS = {
     *("thin", "tone", "twotone", "two"),
 }
 TEMPLATES = ("{c}", "{c} outline", "{c} filled")
-PARTS = ("a", "b", "test", "val", "left out")
+PARTS = ("a", "b", "emoji", "test", "val", "left out")
 EVALUATED_LEAST = {"test": 6, "val": 2}  # pictures of a concept in the evaluated sets
 TRAINED_LEAST = 5  # and in either half
 RETRIEVAL = 2000  # captions
@@ -158,14 +161,15 @@ def read_json(tar: tarfile.TarFile, member: tarfile.TarInfo | str) -> dict:
     return json.load(file)
 
 
-def used_sets(archive: Path) -> dict[str, dict]:
+def used_sets(archive: Path, emoji: bool) -> dict[str, dict]:
     """What collections.json says of the sets that are used, by prefix."""
+    categories = {*CATEGORIES, EMOJI} if emoji else CATEGORIES
     with tarfile.open(archive, "r:gz") as tar:
         collections = read_json(tar, "package/collections.json")
     return {
         prefix: about
         for prefix, about in collections.items()
-        if about.get("category") in CATEGORIES and not about.get("hidden")
+        if about.get("category") in categories and not about.get("hidden")
     }
 
 
@@ -246,11 +250,10 @@ def read_set(folder: Path, prefix: str) -> list[Picture]:
 # Splitting
 
 
-def deal(sizes: dict[str, int]) -> dict[str, str]:
-    """Each set's part: 'test', 'val', 'left out', and 'a' and 'b' by turns from the largest of the rest down."""
-    fixed = {
-        prefix: part for part, sets in (("test", TEST), ("val", VAL), ("left out", SAME_HAND)) for prefix in sets
-    }
+def deal(sizes: dict[str, int], emoji: Iterable[str] = ()) -> dict[str, str]:
+    """Each set's part: 'test', 'val', 'left out', 'emoji', and 'a' and 'b' by turns from the largest on."""
+    named = (("test", TEST), ("val", VAL), ("left out", SAME_HAND), ("emoji", tuple(emoji)))
+    fixed = {prefix: part for part, sets in named for prefix in sets}
     rest = sorted(sizes.keys() - fixed.keys(), key=lambda prefix: (-sizes[prefix], prefix))
     dealt = {prefix: "ab"[turn % 2] for turn, prefix in enumerate(rest)}
     return {prefix: (fixed | dealt)[prefix] for prefix in sizes}
@@ -348,13 +351,13 @@ def write_classification(
 def build(args: argparse.Namespace) -> None:
     """Writes OUT, or finds it there as the arguments describe it. OUT appears when it is complete."""
     recipe = {"package": PACKAGE, "resvg": resvg_version(), "size": args.size, "shard_size": args.shard_size}
-    recipe["seed"] = args.seed
+    recipe |= {"seed": args.seed} | ({"emoji": True} if args.emoji else {})
     described = args.out / "recipe.json"
     if described.exists() and json.loads(described.read_text()) == recipe:
         print(f"{args.out}: there already")
         return
     archive = fetch(PACKAGE, args.cache)
-    sets = used_sets(archive)
+    sets = used_sets(archive, args.emoji)
     drawn = args.cache / f"{archive.stem}-resvg-{recipe['resvg']}-{args.size}px"
     draw_sets(archive, drawn, sets, args.size, args.workers)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -370,12 +373,13 @@ def build(args: argparse.Namespace) -> None:
 
 
 def write_all(out: Path, sets: dict[str, dict], drawn: dict[str, list[Picture]], args: argparse.Namespace) -> None:
-    parts = deal({prefix: len(pictures) for prefix, pictures in drawn.items()})
+    emoji = [prefix for prefix, about in sets.items() if about.get("category") == EMOJI]
+    parts = deal({prefix: len(pictures) for prefix, pictures in drawn.items()}, emoji)
     pictures: dict[str, list[Picture]] = {part: [] for part in PARTS}
     for prefix, part in parts.items():
         pictures[part] += drawn[prefix]
     evaluated = {picture.png for part in ("test", "val") for picture in pictures[part]}
-    for part in "ab":
+    for part in ("a", "b", "emoji") if emoji else ("a", "b"):
         kept = without_repeats(pictures[part], evaluated)
         print(f"{part}: {len(pictures[part]) - len(kept):,} pictures are also in the test or validation: left out")
         pictures[part] = kept
@@ -430,6 +434,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes that draw (one per core)"
     )
+    parser.add_argument("--emoji", action="store_true", help="also write emoji/, a training set of emoji")
     parser.add_argument(
         "--list", action="store_true", help="print the sets of OUT, with authors and licences, and end"
     )

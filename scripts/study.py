@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The study of docs/study.md: trains its grid of cells and says what they show.
 
-    python scripts/icons.py --out data/icons
+    python scripts/icons.py --emoji --out data/icons
     python scripts/study.py --data data/icons --out logs/study --list     # what is done, what is left, how long
     python scripts/study.py --data data/icons --out logs/study            # train it, or go on with it
     python scripts/study.py --out logs/study --report docs/study.md       # tables and pictures from the results
@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     claims = frozenset(args.claims.split(","))
     if unknown := sorted(claims - cells.CLAIMS.keys()):
         print(
-            f"error: --claims {args.claims}: there is no claim {unknown[0]}, choose from 1 to 7", file=sys.stderr
+            f"error: --claims {args.claims}: there is no claim {unknown[0]}, choose from 1 to {len(cells.CLAIMS)}",
+            file=sys.stderr,
         )
         return 2
     plan, data = (cells.SMOKE, args.out / "data") if args.smoke else (cells.ICONS, args.data)

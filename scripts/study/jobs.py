@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from study import sets, tuning
 from study.cells import Cell, Plan, Reference, Wanted
@@ -149,24 +150,30 @@ class Features:
 
     reference: Reference
     data: str
+    store: str = ""
 
     def needs(self, desk: Desk) -> tuple[Job, ...]:
         return (trains(self.reference, desk.plan),)
 
     def done(self, desk: Desk) -> bool:
-        return (desk.studio.features(self.reference, self.data) / "complete").exists()
+        return (self._folder(desk) / "complete").exists()
 
     def samples(self, desk: Desk) -> int:
         return 50_000
 
     def run(self, desk: Desk, slot: int) -> None:
-        studio, folder = desk.studio, desk.studio.features(self.reference, self.data)
+        studio, folder = desk.studio, self._folder(desk)
         studio.make_set(self.data)
         data = studio.training_set(self.data)
-        name = f"features_{self.reference.name}_{self.data}"
+        name = f"features_{folder.name}"
         flags = [
             *("--train-data", data.pattern, "--data_size", data.data_size, "--precision", studio.precision),
-            *("--ref_model_checkpoint", str(studio.checkpoint(self.reference)), *CACHE.split()),
+            *(
+                "--ref_model_checkpoint",
+                str(studio.checkpoint(self.reference)),
+                *CACHE.split(),
+                *self.store.split(),
+            ),
             *(
                 "--workers",
                 str(studio.workers),
@@ -181,8 +188,11 @@ class Features:
         studio.start("training.main", flags, name, slot)
         (folder / "complete").touch()
 
+    def _folder(self, desk: Desk) -> Path:
+        return desk.studio.features(self.reference, self.data, self.store)
+
     def __str__(self) -> str:
-        return f"features of {self.reference.name} on {self.data}"
+        return " ".join([f"features of {self.reference.name} on {self.data}", *self.store.split()])
 
 
 @dataclass(frozen=True)
@@ -196,7 +206,9 @@ class Train:
         name = METHODS[self.cell.method].tuned_as or self.cell.method
         gamma = any(axis.needs_epochs for axis in METHODS[name].axes) and desk.spans_epochs(self.cell)
         tuned = Tune(name, gamma)
-        return (tuned, Features(self.cell.reference, self.cell.data)) if self.cell.reference else (tuned,)
+        if self.cell.reference is None:
+            return (tuned,)
+        return tuned, Features(self.cell.reference, self.cell.data, METHODS[self.cell.method].store)
 
     def done(self, desk: Desk) -> bool:
         try:

@@ -33,6 +33,8 @@ class Method:
     ``tuned_as``    the method whose settings it takes instead of being tuned itself; '' for its own.
     ``super_batch`` samples that are read for each one that is trained on (batch selection).
     ``model``       entries added to the model's config: SigLIP's initial temperature and bias.
+    ``ranks``       processes of a run, which share its batch.
+    ``store``       flags with which the reference's features are stored; '' for float32.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Method:
     tuned_as: str = ""
     super_batch: int = 1
     model: tuple[tuple[str, float], ...] = ()
+    ranks: int = 1
+    store: str = ""
 
 
 def _flags(text: str) -> tuple[str, ...]:
@@ -68,6 +72,18 @@ _V3 = _flags("--fastclip --multiply_tau --temperature_scheme global_learnable --
 _FIXED_TAU = _flags("--fastclip --multiply_tau --temperature_scheme global_constant --fastclip_eps 1e-4")
 _JEST = _flags("--ref_features_usage select --ref_filter_ratio 0.8")
 
+# What is compressed (docs/compression.md), each beside the same without.
+_COMPRESSED = tuple(
+    Method(f"drrho_{name}", f"DRRho-CLIP, {title}", (*_FIXED_TAU, *_flags(more)), (), True, "drrho_fixed", **other)
+    for name, title, more, other in (
+        ("stored1e-3", "features within 1e-3", "", {"store": "--ref_features_error_bound 1e-3"}),
+        ("stored2e-3", "features within 2e-3", "", {"store": "--ref_features_error_bound 2e-3"}),
+        ("u16", "u in 16 bits", "--sample_state_dtype bound", {}),
+        ("2ranks", "two ranks", "", {"ranks": 2}),
+        ("gather1e-3", "two ranks, embeddings within 1e-3", "--gather_error_bound 1e-3", {"ranks": 2}),
+        ("powersgd", "two ranks, PowerSGD", "--grad_compression powersgd", {"ranks": 2}),
+    )
+)
 METHODS = {
     method.name: method
     for method in (
@@ -130,5 +146,6 @@ METHODS = {
             ),
             reference=True,
         ),
+        *_COMPRESSED,
     )
 }

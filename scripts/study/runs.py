@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -27,7 +28,7 @@ COMMON = (
     "--wd 0.1 --beta2 0.98 --channels_last --zeroshot-frequency 1000000 --save-frequency 0 --save_every_minutes 10"
 )
 # The order of samples follows from the lanes: it is the same with one process and with the loaders of a GPU.
-LANES, GPU_WORKERS = "1,4", 4
+LANES, GPU_WORKERS = 4, 4
 LOGGING = "--log-every-n-steps 100 --resume latest"
 WARMUP = 10  # a tenth of the steps
 
@@ -57,8 +58,10 @@ class Studio:
     def folder(self, run: str) -> Path:
         return self.out / "runs" / run
 
-    def features(self, reference: Reference, data: str) -> Path:
-        return self.out / "features" / f"{reference.name}_{data}"
+    def features(self, reference: Reference, data: str, store: str = "") -> Path:
+        """The reference's features of a training set, as the flags ``store`` keep them."""
+        form = f"_{store.split()[-1]}" if store else ""
+        return self.out / "features" / f"{reference.name}_{data}{form}"
 
     def checkpoint(self, reference: Reference) -> Path:
         return self.out / "references" / f"{reference.name}.pt"
@@ -100,8 +103,9 @@ class Studio:
         steps, epochs = cell.samples // cell.batch, math.ceil(self.epochs(cell))
         given = [
             *("--train-data", data.pattern, "--train-num-samples", str(data.samples)),
-            *("--data_size", data.data_size, "--lanes", LANES, "--workers", str(self.workers)),
-            *("--batch-size", str(cell.batch * method.super_batch), "--model", str(self.model(cell))),
+            *("--data_size", data.data_size, "--lanes", f"{method.ranks},{LANES}", "--workers", str(self.workers)),
+            *("--batch-size", str(cell.batch * method.super_batch // method.ranks)),
+            *("--model", str(self.model(cell))),
             *("--iters", str(steps), "--epochs", str(epochs), "--warmup", str(steps // WARMUP)),
             *("--seed", str(cell.seed), "--precision", self.precision),
             *COMMON.split(),
@@ -113,7 +117,7 @@ class Studio:
         if "--gamma" in settings:
             given += ["--gamma_decay_epochs", str(epochs)]
         if cell.reference is not None:
-            given += ["--cached_ref_features_dir", str(self.features(cell.reference, cell.data))]
+            given += ["--cached_ref_features_dir", str(self.features(cell.reference, cell.data, method.store))]
         given += ["--eval_data_dir", str(self.data), "--eval_tasks", sets.TASKS]
         return [*given, "--logs", str(self.out / "runs"), "--name", run]
 
@@ -126,7 +130,7 @@ class Studio:
         self.make_set(cell.data)
         flags = [*self.flags(cell, settings, run), *more]
         resumed = self._begun(run, flags)
-        used = self.start("training.main", flags, run, slot)
+        used = self.start("training.main", flags, run, slot, METHODS[cell.method].ranks)
         steps = cell.samples // cell.batch
         return {
             **self.row(run, kind, cell, text, used, flags),
@@ -186,26 +190,38 @@ class Studio:
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
 
-    def start(self, module: str, flags: list[str], name: str, slot: int) -> Used:
-        """Run a program of the trainer; its output goes to ``logs/NAME.txt``. RunFailed: it did not end well."""
+    def start(self, module: str, flags: list[str], name: str, slot: int, ranks: int = 1) -> Used:
+        """Run a program of the trainer, in ``ranks`` processes; its output goes to ``logs/NAME.txt``.
+
+        RunFailed: it did not end well.
+        """
         log = self.out / "logs" / f"{name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {}
-        if self.gpus:
-            mine = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.gpus)))
-            environment["CUDA_VISIBLE_DEVICES"] = mine.split(",")[slot % self.gpus]
         if self.stopping.is_set():
             raise RunFailed("stopped")
         began = time.monotonic()
-        child = Program(module, flags, log, environment)
-        self.running.add(child)
+        children = [Program(module, flags, log, one) for one in self._environments(slot, ranks)]
+        self.running.update(children)
         try:
-            code, cpu_seconds = child.wait()
+            ended = [child.wait() for child in children]
         finally:
-            self.running.discard(child)
+            self.running.difference_update(children)
+        code, cpu_seconds = max(code for code, _ in ended), sum(seconds for _, seconds in ended)
         if code or (module == "training.main" and not (self.folder(name) / "job.done").exists()):
             raise RunFailed(f"{name}: python -m {module} ended early, with code {code}; its output is in {log}")
         return Used(time.monotonic() - began, cpu_seconds)
+
+    def _environments(self, slot: int, ranks: int) -> list[dict[str, str]]:
+        """The variables of each rank of a run. RunFailed: there are too few GPUs for it."""
+        if self.gpus and ranks > self.gpus:
+            raise RunFailed(f"a run of {ranks} ranks needs as many GPUs, and there are {self.gpus}")
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        mine = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.gpus)))).split(",")
+        found = []
+        for rank in range(ranks):
+            one = {"CUDA_VISIBLE_DEVICES": mine[(slot * ranks + rank) % self.gpus]} if self.gpus else {}
+            found.append(one | (group | {"RANK": str(rank), "LOCAL_RANK": "0"} if ranks > 1 else {}))
+        return found
 
     def stop(self) -> None:
         """Ask the running processes to save and to end; nothing is started after."""
@@ -232,6 +248,12 @@ class Used:
 
     seconds: float
     cpu_seconds: float
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def gamma_advice(epochs: int) -> float:

@@ -2,6 +2,7 @@
 
     a, b              the halves
     a+b               both
+    emoji             other pictures (``scripts/icons.py --emoji``)
     b-half, -quarter, -eighth   nested random parts of b
     b-noise20, -noise40         b with the captions of that share of its pictures shuffled among them
 
@@ -56,7 +57,9 @@ def find(root: Path, name: str) -> TrainingSet:
     half, _, change = name.partition("-")
     described = root / half / "set.json"
     if not described.exists():
-        raise ValueError(f"--data {root}: there is no {described}; make the sets with scripts/icons.py first")
+        raise ValueError(
+            f"--data {root}: there is no {described}; make the sets with scripts/icons.py --emoji first"
+        )
     about, folder = json.loads(described.read_text()), root / half
     if change:
         samples = about["samples"] // SHARES.get(change, 1)

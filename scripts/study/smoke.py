@@ -19,7 +19,7 @@ TEMPLATES = ("{c}", "a {c}")
 
 def make(root: Path, train: int = 192, test: int = 60) -> None:
     """Write halves, zero-shot and retrieval sets below ``root``."""
-    for seed, half in enumerate(("a", "b")):
+    for seed, half in enumerate(("a", "b", "emoji")):
         write(root / half, [_pair(seed, i) for i in range(train)], per_shard=train // 2)
     for seed, part in enumerate(("test", "val"), start=2):
         write(root / f"retrieval_{part}", [_pair(seed, i) for i in range(len(NAMES))], per_shard=16)

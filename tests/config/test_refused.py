@@ -14,7 +14,6 @@ REFUSALS = {
     f"{DATA} --precision pure_fp16 --grad_compression bf16": "--grad_compression bf16: the gradients of",
     f"{DATA} --precision amp --grad_compression powersgd": "does not go with --precision amp, whose scale of the",
     f"{DATA} --precision bf16 --grad_compression powersgd": "and it needs float32 gradients: use fp32 or amp_bf16",
-    f"{DATA} --precision fp32 --grad_compression powersgd --channels_last": "leave one of them out",
     f"{DATA} --grad_compression powersgd --powersgd_rank 0": "--powersgd_rank 0: the value must lie in [1, inf)",
     f"{FASTCLIP} --gather_error_bound tight": "'tight' is not a bound: give a number such as 1e-3",
     f"{FASTCLIP} --gather_error_bound 1e-6": "a bound must be in [2e-05, 0.1]",

@@ -180,6 +180,7 @@ def test_a_state_of_another_model_is_refused():
     state = [
         {
             "parameters": ["0.weight"],
+            "channels_last": False,
             "rank": RANK,
             "error": torch.zeros(3),
             "p": torch.zeros(1),
@@ -215,3 +216,36 @@ def test_what_travels_is_small():
     whole = 20 + 16 + 16 + 1 + 1  # the vectors, the small matrix, the scalar
     thin = RANK * (30 + 20) + RANK * (20 + 16)
     assert ranks(2).run(sent_bytes, 3)[0] == [whole + thin] * 3
+
+
+def convolved(channels_last: bool) -> tuple[list[Tensor], Tensor, list]:
+    """What arrived of the gradient of a convolution over steps that are all alike, that gradient, the state."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(12, 16, 3, bias=False)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    compression = PowerSGD(model, rank=RANK, start=0)
+    wrapped = ddp.wrap(model, cpu_world(), static_graph=False, sync_bn=False, compression=compression)
+    x = torch.randn(4, 12, 6, 6, generator=torch.Generator().manual_seed(1))
+    backward(wrapped, x)
+    whole, sent = model.weight.grad.clone(), []
+    for _ in range(24):
+        compression.begin(0)
+        backward(wrapped, x)
+        compression.end(TAKEN)
+        sent.append(model.weight.grad.clone())
+    return sent, whole, copy.deepcopy(compression.state_dict())
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_convolutions_in_either_order_of_memory(channels_last, caplog):
+    sent, whole, state = ranks(2).run(convolved, channels_last)[0]
+    for got in sent:
+        rows = got.permute(0, 2, 3, 1) if channels_last else got
+        assert torch.linalg.matrix_rank(rows.reshape(16, -1), rtol=1e-4) <= RANK
+    assert (torch.stack(sent).mean(0) - whole).norm() < (sent[0] - whole).norm() / 2
+    other = nn.Conv2d(12, 16, 3, bias=False)
+    compression = PowerSGD(other, rank=RANK, start=0)
+    compression.load_state_dict([one | {"parameters": ["weight"]} for one in state])
+    assert bool(compression.state_dict()) is not channels_last
+    assert ("still owed is dropped" in caplog.text) is channels_last

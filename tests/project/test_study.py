@@ -212,7 +212,8 @@ def test_flags_of_every_cell_are_accepted(study, tmp_path, monkeypatch):
         for choose in (min, max):
             settings = {axis.flag: choose(axis.values) for axis in method.axes}
             if cell.reference is not None:
-                studio.features(cell.reference, cell.data).mkdir(parents=True, exist_ok=True)
+                store = study.methods.METHODS[cell.method].store
+                studio.features(cell.reference, cell.data, store).mkdir(parents=True, exist_ok=True)
             config = parse(studio.flags(cell, settings, "run"))
             assert config.run.seed == cell.seed
             assert not [remark for remark in config.remarks if "no effect" in remark], (cell, config.remarks)

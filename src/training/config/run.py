@@ -120,15 +120,13 @@ def resolve_run(given: Given) -> RunConfig:
 
 
 def _check_powersgd(given: Given, precision: str) -> None:
-    """Refusal: torch's hook would fail, or what it keeps between steps would be wrong."""
+    """Refusal: what the hook keeps between steps would be wrong or too coarse."""
     if given.grad_compression != "powersgd":
         return
     said = given.say("grad_compression")
     if precision not in ("fp32", "amp_bf16"):
         why = "whose scale of the gradients changes" if precision == "amp" else "and it needs float32 gradients"
         raise Refusal(f"{said} does not go with {given.say('precision')}, {why}: use fp32 or amp_bf16")
-    if given.channels_last:
-        raise Refusal(f"{said} takes gradients as matrices, which --channels_last prevents: leave one of them out")
 
 
 def _check_name(given: Given) -> None:

@@ -21,11 +21,17 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 
 from drrho_clip import collectives
 
+_log = logging.getLogger(__name__)
+
 
 class BucketState(TypedDict):
-    """What is saved of one of DDP's buckets: its parameters' names in order, their errors, P and Q."""
+    """What is saved of one of DDP's buckets: its parameters' names in order, their errors, P and Q.
+
+    ``error`` is in the memory order of the gradients, which ``channels_last`` tells.
+    """
 
     parameters: list[str]
+    channels_last: bool
     rank: int
     error: Tensor
     p: Tensor
@@ -49,6 +55,9 @@ class PowerSGD:
         self._state.iter = self._state.start_powerSGD_iter
         self._applies = False
         self._parameters: dict[int, list[str]] = {}  # of each bucket that was compressed
+        self._channels_last = any(
+            p.ndim == 4 and p.stride() != torch.empty(p.shape, device="meta").stride() for p in model.parameters()
+        )
         self._before: dict[int, Tensor] = {}  # each bucket's Q before the step
         self._saved: list[BucketState] = []  # of a checkpoint, for buckets that were not compressed yet
 
@@ -75,7 +84,7 @@ class PowerSGD:
             self._recall(at, bucket.buffer())
         if at in memory:
             self._before[at] = memory[at].clone()
-        future = powerSGD_hook.powerSGD_hook(self._state, _WithoutScalars(bucket))  # type: ignore[arg-type]
+        future = powerSGD_hook.powerSGD_hook(self._state, _AsMatrices(bucket))  # type: ignore[arg-type]
         if bucket.buffer().device.type == "cpu":
             # gloo's threads start what follows whenever they can, and ranks must not mix up their buckets. NCCL's
             # collectives are queued here and now, in order.
@@ -96,6 +105,7 @@ class PowerSGD:
         live = [
             BucketState(
                 parameters=names,
+                channels_last=self._channels_last,
                 rank=self.rank,
                 error=state.error_dict[at],
                 p=state.p_memory_dict[at],
@@ -111,7 +121,9 @@ class PowerSGD:
             names = one["parameters"]
             if sum(self._sizes.get(name, 0) for name in names) != one["error"].numel():
                 raise ValueError(f"the errors of --grad_compression powersgd are of another model than {names[0]}")
-        self._saved = list(state)
+        self._saved = [one for one in state if one["channels_last"] == self._channels_last]
+        if len(self._saved) < len(state):
+            _log.warning("--channels_last has changed: what --grad_compression powersgd still owed is dropped")
 
     def _recall(self, at: int, buffer: Tensor) -> None:
         """Fill the state of bucket ``at`` from the checkpoint. P and Q of other matrices are not used."""
@@ -129,14 +141,26 @@ class PowerSGD:
             state.error_dict[at] = torch.cat([(errors | none)[name].to(buffer) for name in names])
 
 
-class _WithoutScalars:
-    """``bucket`` as torch's hook reads it, which fails for parameters without a dimension, such as logit_scale."""
+class _AsMatrices:
+    """``bucket`` as torch's hook can read it.
+
+    It fails for parameters without a dimension, such as logit_scale, and for those whose channels are last.
+    """
 
     def __init__(self, bucket: dist.GradBucket) -> None:
         self.index, self.buffer, self.is_last, self._of = bucket.index, bucket.buffer, bucket.is_last, bucket
 
     def gradients(self) -> list[Tensor]:
-        return [gradient if gradient.ndim else gradient.view(1) for gradient in self._of.gradients()]
+        return [_rows(gradient) for gradient in self._of.gradients()]
+
+
+def _rows(gradient: Tensor) -> Tensor:
+    """The same memory with at least one dimension, and with the dimensions in its order."""
+    if not gradient.ndim:
+        return gradient.view(1)
+    if gradient.ndim == 4 and not gradient.is_contiguous():
+        return gradient.permute(0, 2, 3, 1)
+    return gradient
 
 
 def _drawn(q: Tensor, seed: int) -> Tensor:
