@@ -15,7 +15,7 @@ from typing import Any
 
 from study import power_law, tuning
 from study.analysis import FAILS, HOLDS, MISSING, OPEN, Estimate, Results
-from study.cells import CLAIMS, COMPRESSED, MAIN, Cell, Plan, Reference, with_reference
+from study.cells import CLAIMS, COMPRESSED, KEEPS_U, MAIN, Cell, Plan, Reference, with_reference
 from study.methods import METHODS
 from study.power_law import FEWEST, bootstrap
 
@@ -188,8 +188,8 @@ def _references_decide(plan: Plan) -> Iterator[Comparison]:
 
 
 def _compressed(plan: Plan) -> Iterator[Comparison]:
-    for samples in plan.budgets[:1]:
-        for method, whole in COMPRESSED.items():
+    for method, whole in COMPRESSED.items():
+        for samples in plan.middle if method == KEEPS_U else plan.budgets[:1]:
             yield from _against(thousands(samples), _cell(plan, method, samples), _cell(plan, whole, samples))
 
 
