@@ -166,6 +166,29 @@ def test_averaging_changes_nothing_but_the_rounding():
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
 
 
+def test_saving_twice_at_a_step_averages_once(monkeypatch):
+    """In a ring of 8 ranks (e + ... + e) / 8 is not always e."""
+
+    def in_a_ring(mine: Tensor) -> Tensor:
+        own = mine.clone()
+        for _ in range(7):
+            mine.add_(own)
+        return mine
+
+    monkeypatch.setattr(collectives, "world_size", lambda: 8)
+    monkeypatch.setattr(collectives, "all_reduce_sum", in_a_ring)
+    compression = PowerSGD(Model(), rank=RANK, start=START)
+    errors = compression._state.error_dict
+    errors[0] = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    compression.average()
+    once = errors[0].clone()
+    compression.average()
+    assert torch.equal(errors[0], once)
+    compression.begin(START)
+    compression.average()
+    assert not torch.equal(errors[0], once), "after a step they are averaged again"
+
+
 @pytest.mark.parametrize("spoiled", [START, 4])
 def test_a_step_that_is_not_taken_leaves_no_trace(spoiled):
     """Its NaN would otherwise stay in the errors for ever."""

@@ -54,6 +54,7 @@ class PowerSGD:
         self._state = powerSGD_hook.PowerSGDState(None, rank, start_powerSGD_iter=2)
         self._state.iter = self._state.start_powerSGD_iter
         self._applies = False
+        self._averaged = False  # whether all ranks have the same errors since ``average``
         self._parameters: dict[int, list[str]] = {}  # of each bucket that was compressed
         self._channels_last = any(
             p.ndim == 4 and p.stride() != torch.empty(p.shape, device="meta").stride() for p in model.parameters()
@@ -64,6 +65,7 @@ class PowerSGD:
     def begin(self, step: int) -> None:
         """The next backward pass is that of optimizer step ``step``."""
         self._applies = step >= self.start
+        self._averaged = False
 
     def end(self, taken: Tensor) -> None:
         """The backward pass is over. ``taken``: whether its step was taken, a 0-d bool on the device."""
@@ -94,7 +96,15 @@ class PowerSGD:
         return future
 
     def average(self) -> None:
-        """Give all ranks the mean of their errors. Collective."""
+        """Give all ranks the mean of their errors. Collective.
+
+        A second call without a step between changes nothing. With 6 ranks or more the mean of equal numbers is not
+        always that number in float32, and a run that saves twice at a step, as at the end of an epoch, would go on
+        otherwise than one that resumes there.
+        """
+        if self._averaged:
+            return
+        self._averaged = True
         for bucket in sorted(self._state.error_dict):
             error = self._state.error_dict[bucket]
             collectives.all_reduce_sum(error).div_(collectives.world_size())
