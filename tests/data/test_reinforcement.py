@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import pickle
 import random
 from collections import Counter
@@ -41,11 +42,16 @@ def npz(**arrays: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def torch_file(held: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(held, file)
+    return file.getvalue()
+
+
 def pth_gz(**arrays: np.ndarray) -> bytes:
     """As the writer of the -bf16 data set makes it."""
-    file = io.BytesIO()
-    torch.save({name: torch.tensor(array, dtype=torch.bfloat16) for name, array in arrays.items()}, file)
-    return gzip.compress(file.getvalue())
+    held = {name: torch.tensor(array, dtype=torch.bfloat16) for name, array in arrays.items()}
+    return gzip.compress(torch_file(held))
 
 
 def vectors(i: int, width: int = 6) -> dict[str, np.ndarray]:
@@ -174,6 +180,7 @@ def test_the_share_of_synthetic_captions():
         ({"npz": npz(image_emb=np.array([object()]))}, "embeddings cannot be read"),
         ({"npz": None, "pth.gz": b"\x1f\x8b"}, "embeddings cannot be read"),
         ({"npz": None, "pth.gz": gzip.compress(pickle.dumps(Reinforcement))}, "embeddings cannot be read"),
+        ({"npz": None, "pth.gz": gzip.compress(torch_file({0: torch.ones(3, 6)}))}, "embeddings cannot be read"),
         ({"npz": npz(image_emb=np.ones((3, 6), np.float32))}, "embeddings are incomplete"),
         ({"npz": npz(image_emb=np.ones((3, 6)), text_emb=np.ones((4, 6)))}, "do not fit the captions"),
         ({"npz": npz(image_emb=np.ones((3, 6)), text_emb=np.ones((3, 5)))}, "do not fit the captions"),
@@ -190,6 +197,9 @@ def test_the_share_of_synthetic_captions():
         ({"paug.json": {"param_aug": [[[0, 0, 3], None]] * 3}}, "views are not of the known form"),
         ({"paug.json": {"param_aug": [[[0, 0, 3, 3], [[14, 1.0]]]] * 3}}, "views are not of the known form"),
         ({"paug.json": {"param_aug": [[[0, 0, 3, 3], [[-1, 1.0]]]] * 3}}, "views are not of the known form"),
+        ({"paug.json": {"param_aug": [[[0, 0, 3, 3], [[10, 9.0]]]] * 3}}, "views are not of the known form"),
+        ({"paug.json": {"param_aug": [[[0, 0, 3, math.inf], None]] * 3}}, "views are not of the known form"),
+        ({"paug.json": {"param_aug": [[[0, 0, 3, 3], [[1, 10**400]]]] * 3}}, "views are not of the known form"),
     ],
 )
 def test_what_is_not_of_the_layout_is_left_out(changes, reason):

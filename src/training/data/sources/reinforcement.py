@@ -139,7 +139,7 @@ def _views(extras: Mapping[str, bytes]) -> list[Replay]:
     try:
         listed = json.loads(held) if isinstance(held, str) else held
         return [_view(*view) for view in listed]
-    except (ValueError, TypeError, IndexError, RecursionError):
+    except (ValueError, TypeError, IndexError, OverflowError, RecursionError):
         raise Unusable("views are not of the known form", f"param_aug is {held!r:.60}") from None
 
 
@@ -148,6 +148,8 @@ def _view(crop: Sequence[int], operations: Sequence[Sequence[float]] | None = No
     steps = [(OPERATIONS[_number(index)], float(magnitude)) for index, magnitude in operations or ()]
     if min(box) < 0 or not box.height or not box.width or not all(math.isfinite(size) for _, size in steps):
         raise ValueError("no crop")
+    if any(name == "Posterize" and not 0 <= int(bits) <= 8 for name, bits in steps):
+        raise ValueError("no number of bits")  # the only magnitude that torchvision refuses
     return Replay(box, tuple(steps))
 
 
@@ -171,12 +173,13 @@ def _embeddings(extras: Mapping[str, bytes]) -> dict[str, np.ndarray]:
             held = torch.load(io.BytesIO(plain), map_location="cpu", weights_only=True)
         else:
             raise Unusable("missing embeddings", "it has neither .npz nor .pth.gz")
-        found = {name: torch.as_tensor(array).float().numpy() for name, array in held.items()}
+        vectors = {name: array for name, array in held.items() if name.endswith("emb")}
+        found = {name: torch.as_tensor(array).float().numpy() for name, array in vectors.items()}
     except Unusable:
         raise
     except Exception as error:  # numpy's and torch's readers raise any exception on a broken file
         raise Unusable("embeddings cannot be read", str(error).split("\n")[0]) from None
-    return {name: array for name, array in found.items() if name.endswith("emb") and array.ndim == 2}
+    return {name: array for name, array in found.items() if array.ndim == 2}
 
 
 def _json(extras: Mapping[str, bytes], extension: str) -> dict[str, Any]:
