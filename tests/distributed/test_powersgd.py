@@ -166,6 +166,24 @@ def test_averaging_changes_nothing_but_the_rounding():
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
 
 
+def of_nothing(step: int) -> list[Tensor]:
+    """Gradients where that of the first matrix is zero on all ranks, as behind a layer that begins with zeros."""
+    model, wrapped, compression = made()
+    backward(wrapped, data(0))
+    for _ in range(2):
+        compression.begin(step)
+        backward(wrapped, torch.zeros(12, 30))
+        compression.end(TAKEN)
+    return gradients(model)
+
+
+def test_a_gradient_of_zeros_stays_one():
+    """Its thin matrix has no direction; a division by its length would make it NaN, in every step that follows."""
+    found = ranks(2).run(of_nothing, START)[0]
+    assert all(gradient.isfinite().all() for gradient in found)
+    assert any(gradient.ndim == 2 and not gradient.any() for gradient in found)
+
+
 def test_saving_twice_at_a_step_averages_once(monkeypatch):
     """In a ring of 8 ranks (e + ... + e) / 8 is not always e."""
 

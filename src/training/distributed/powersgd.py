@@ -24,6 +24,11 @@ from drrho_clip import collectives
 _log = logging.getLogger(__name__)
 
 
+# Is added to a column's length, by which torch divides; a gradient of zeros would be NaN otherwise. So small that it
+# changes no bit of another one.
+_SHORTEST = 1e-20
+
+
 class BucketState(TypedDict):
     """What is saved of one of DDP's buckets: its parameters' names in order, their errors, P and Q.
 
@@ -51,7 +56,9 @@ class PowerSGD:
         self._sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         self.rank, self.start = rank, start
         # torch's state counts backward passes, and so those before the run's first step too. Here steps count.
-        self._state = powerSGD_hook.PowerSGDState(None, rank, start_powerSGD_iter=2)
+        self._state = powerSGD_hook.PowerSGDState(
+            None, rank, start_powerSGD_iter=2, orthogonalization_epsilon=_SHORTEST
+        )
         self._state.iter = self._state.start_powerSGD_iter
         self._applies = False
         self._averaged = False  # whether all ranks have the same errors since ``average``
