@@ -460,7 +460,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "--loss_weight",
             "float",
             1.0,
-            "factor on the contrastive loss; 2 gives the scale of the published DRRho code, 0 leaves distillation",
+            "factor on the contrastive loss; 2 gives the scale of the published DRRho code, 0 distills only",
             within=AT_LEAST_0,
         ),
         Flag("--logit_scale_bound", "float", 100.0, "upper bound of the inverse temperature", within=AT_LEAST_1),

@@ -23,9 +23,8 @@ from drrho_clip import collectives
 
 _log = logging.getLogger(__name__)
 
-
-# Is added to a column's length, by which torch divides; a gradient of zeros would be NaN otherwise. So small that it
-# changes no bit of another one.
+# Is added to a column's length, by which torch divides: a gradient of zeros would be NaN otherwise. It is so small
+# that it changes no bit of another one.
 _SHORTEST = 1e-20
 
 
