@@ -285,6 +285,26 @@ def test_the_views_that_are_looked_up_were_announced(lab):
     assert len(set(shown)) == 32  # another view of each row in each epoch
 
 
+@pytest.mark.parametrize(("name", "checked"), [("features", False), ("captioned", True)])
+def test_all_that_a_lookup_reads_is_announced(lab, name, checked):
+    """Where synthetic captions were embedded, the checksums with which they are compared too."""
+    found = open_features(parse(lab.words(f"{TRAIN} {AUGMENT} --cached_ref_features_dir {lab.path(name)}")))
+    asked, pieces = [], RowStore.pieces
+
+    def noted(self, key, *where):
+        asked.append(key)
+        return pieces(self, key, *where)
+
+    texts = [shards.caption(row) for row in range(16)]
+    with mock.patch.object(RowStore, "pieces", noted):
+        for row in [*range(16)] * 8:  # two calls of 64: the second asks for the values of the first
+            found.coming(row)
+        announced = sorted(asked)
+        asked.clear()
+        found(range(16), texts, texts, [Shown(text) for text in texts])
+    assert announced == sorted(asked) and ("caption_checksums" in asked) == checked
+
+
 def test_rows_that_an_offset_shifts_have_the_views_of_the_stores_rows():
     number, seed = StoredViews(3, 5, offset=10).draw(1, 4, 0, 12)
     assert number == (seed_of(1, -1, 12) + 4) % 3

@@ -63,6 +63,7 @@ class StoredFeatures:
         self._read, self.width, self.form = reader(store)
         self._several = several(store)
         self.captions = self._several[1] - 1 if self._several else 0
+        self._keys = (*self._read.keys, *(("caption_checksums",) if self.captions else ()))  # what a lookup reads
         count = store.identity.get(VIEWS, 0)
         self.views = StoredViews(count, store.identity[SEED], offset) if count else None
         self._coming: list[tuple[int, int]] = []
@@ -72,7 +73,7 @@ class StoredFeatures:
         self._coming.append((row - self.offset, view))
         if len(self._coming) == _ANNOUNCED:
             rows, views = np.array(self._coming).T
-            self.store.expect(rows, self._read.keys, {"images": views})
+            self.store.expect(rows, self._keys, {"images": views})
             self._coming = []
 
     def __call__(
