@@ -137,7 +137,8 @@ class PowerSGD:
             names = one["parameters"]
             if sum(self._sizes.get(name, 0) for name in names) != one["error"].numel():
                 raise ValueError(f"the errors of --grad_compression powersgd are of another model than {names[0]}")
-        self._saved = [one for one in state if one["channels_last"] == self._channels_last]
+        # Checkpoints from before both went together do not say it.
+        self._saved = [one for one in state if one.get("channels_last", False) == self._channels_last]
         if len(self._saved) < len(state):
             _log.warning("--channels_last has changed: what --grad_compression powersgd still owed is dropped")
 
