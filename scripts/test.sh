@@ -13,4 +13,5 @@ mypy
 # One file of tests more than there are cores at a time, at most four: many tests wait more than they compute.
 cores=$(nproc)
 processes=$((cores < 3 ? cores + 1 : 4))
-python -m pytest -q --numprocesses "$processes" --dist loadfile "$@"
+# In the order of tests/conftest.py, which has the longest files first.
+python -m pytest -q --numprocesses "$processes" --dist loadfile --no-loadscope-reorder "$@"

@@ -21,6 +21,10 @@ LONGEST = (
     "tests/project/test_study.py",
     "tests/test_main.py",
     "tests/project/test_examples.py",
+    "tests/checkpoint/test_continuity.py",
+    "tests/cache/test_views.py",
+    "tests/config/test_flag_effects.py",
+    "tests/distributed/test_powersgd.py",
 )
 
 

@@ -25,6 +25,6 @@ use_venv() {
 }
 
 use_test_venv() { # the extra [test] of pyproject.toml
-  use_venv requirements-training.txt 'pytest>=8.0' 'pytest-xdist>=3.6' 'ruff>=0.6' 'hypothesis>=6.100' 'mypy>=1.11' \
+  use_venv requirements-training.txt 'pytest>=8.0' 'pytest-xdist>=3.7' 'ruff>=0.6' 'hypothesis>=6.100' 'mypy>=1.11' \
     'pandas>=2.0' 'pyarrow>=15.0' 'scikit-learn>=1.2' 'resvg-py>=0.5'
 }

@@ -35,7 +35,6 @@ class RunState:
 
     ``model``         the bare model, without DDP around it.
     ``optimizer``     None where nothing is trained (``--epochs 0``).
-    ``compression``   of gradients, where it keeps a state, else None.
     ``scaler``        of fp16, else None. ``sample_state``: None where the loss keeps none.
     ``epoch``         completed epochs.
     ``epoch_step``    steps taken of the epoch after those; 0 at an epoch's boundary.
@@ -47,12 +46,12 @@ class RunState:
     ``best``          metric -> [best value, after which epoch].
     ``flags``         the value of every flag, as text. ``data_sizes``: rows per source.
     ``description``   how ``model`` was built; None where that is not known.
+    ``compression``   of gradients, where it keeps a state.
     """
 
     name: str
     model: nn.Module
     optimizer: Optimizer | None = None
-    compression: PowerSGD | None = None
     scaler: GradScaler | None = None
     sample_state: SampleState | None = None
     epoch: int = 0
@@ -66,6 +65,7 @@ class RunState:
     flags: Mapping[str, str] = field(default_factory=dict)
     data_sizes: tuple[int, ...] = ()
     description: ModelDescription | None = None
+    compression: PowerSGD | None = None
 
     @property
     def stem(self) -> str:
