@@ -23,8 +23,8 @@ from drrho_clip import collectives
 
 _log = logging.getLogger(__name__)
 
-# Is added to a column's length, by which torch divides: a gradient of zeros would be NaN otherwise. It is so small
-# that it changes no bit of another one.
+# Is added to a column's length, by which torch divides: a gradient of zeros would be NaN otherwise. It changes no
+# bit of a column that is longer than 1e-12.
 _SHORTEST = 1e-20
 
 
@@ -81,6 +81,8 @@ class PowerSGD:
             self._state.error_dict[bucket] = torch.where(taken, error, 0.0)
             q.copy_(torch.where(taken, q, before))
         self._before = {}
+        if self._parameters:  # every bucket has taken its part; the file need not stay open
+            self._saved = []
 
     def hook(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """For ``DistributedDataParallel.register_comm_hook``; ``state`` is not used."""
