@@ -283,7 +283,7 @@ def _no_loss(counts: Counter[str]) -> str:
     run = sum(counts.values()) - counts[MISSING]
     if not run:
         return "not run yet"
-    return f"**{FAILS if counts[FAILS] else HOLDS}**: {counts[FAILS]} of {run} below 0"
+    return f"**{FAILS if counts[FAILS] else 'no loss seen'}**: {counts[FAILS]} of {run} below 0"
 
 
 def passing(results: Results, plan: Plan) -> dict[int, list[tuple[float, Estimate]]]:

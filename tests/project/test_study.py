@@ -416,6 +416,23 @@ def test_times_are_of_runs_that_were_not_interrupted(study):
     assert set(found.seeds(cell, "test_top1")) == {0, 1, 2}
 
 
+@pytest.mark.parametrize(
+    ("lost", "verdict"), [(2.0, "**does not hold**: 1 of 2 below 0"), (-0.1, "**no loss seen**: 0 of 2 below 0")]
+)
+def test_what_compression_costs(study, lost, verdict):
+    """Five seeds: one kind of compression loses so many points in each, another as much as it gains."""
+    rows = {}
+    for seed in range(5):
+        base = 10 + seed
+        tops = {"drrho_fixed": base, "drrho_stored1e-3": base + (-1) ** seed, "drrho_stored2e-3": base - lost}
+        for method, top1 in tops.items():
+            more = {"samples": 43008, "batch": 128, "seed": seed, "reference": "a-1376256@1376256"}
+            one = row(study, method=method, test_top1=top1 + 0.01 * seed * (method != "drrho_fixed"), **more)
+            rows[one["id"]] = one
+    made = study.report.blocks(rows, {}, study.cells.ICONS)
+    assert f"| 8 | compression costs nothing | {verdict} |" in made["verdicts"]
+
+
 @pytest.mark.parametrize("ours, verdict", [(-0.6, "holds"), (-0.2, "does not hold"), (-0.3, "undecided")])
 def test_scaling_of_a_steeper_law_holds(study, ours, verdict):
     rows = {}

@@ -2,8 +2,7 @@
 
 With ``--cached_syn_texts_dir`` training uses for each sample one of its own captions or of the synthetic ones, all
 with the same probability unless ``--syn_texts_ratio`` says otherwise, by a seed that follows from (seed, epoch,
-sample). The store (see ``row_store``) keeps
-them as utf-8: for each row [captions per sample] strings of bytes.
+sample). The store (see ``row_store``) keeps them as utf-8: for each row [captions per sample] strings of bytes.
 """
 
 from __future__ import annotations
