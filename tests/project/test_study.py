@@ -180,7 +180,8 @@ def test_grid_has_five_seeds_of_the_main_methods_and_all_claims(study):
             if (one.cell.method, one.cell.samples, one.cell.data, one.cell.model)
             == (method, samples, "b", "small")
         }
-        assert len(seeds) >= (5 if samples < budgets[-1] else 3), (method, samples)
+        longest = 3 if method in ("openclip", "drrho_fixed") else 1
+        assert len(seeds) >= (5 if samples < budgets[-1] else longest), (method, samples)
     assert {one.cell.method for one in wanted} == set(study.methods.METHODS)
     for one in wanted:
         assert one.cell.samples % one.cell.batch == 0, one
