@@ -13,15 +13,20 @@ warm        files in the page cache
 cold        after the kernel was asked to forget the files: every row is a read from the disk
 ahead       cold, but the rows of the next batch are announced while the present one is trained on for
             ``--step-ms``, as the loader does with those of the next window of samples
+half kept   cold, but for the half of the store's bytes that ``--ref_features_cache_mb`` keeps in memory
 one by one  cold, without asking for all pages of a batch first: reads wait for each other
 
 Lookups per second and core are those of the processor time, warm. ``dfn_gb`` is what 192 million such rows take.
+Training steps with stored features, with a live reference and without any are timed by ``train_step.py``, in a
+process of its own (``--no-steps``: they are not).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,14 +43,25 @@ import torch
 import report
 from training.cache import row_store
 from training.cache.features import KIND, SEED, VIEWS, StoredFeatures
+from training.cache.resident import Resident
 from training.cache.row_store import PartValues, StoreWriter, caption_checksum, open_store
 from training.cache.storage import Storage
 from training.data.samples import Shown
+from training.machine.limits import lockable
 
 PART_BYTES = 2**28
 MADE = {"model": "noise", "weights": "none"}
 DFN_ROWS = 192_000_000
 POOL = 16_384  # different vectors
+STEPS = {"none": "none", "cached": "store", "ours": "live"}  # variant of train_step.py -> name
+SHOWN = {
+    "warm": "warm",
+    "cold": "cold",
+    "cold, announced": "ahead",
+    "cold, half of it kept": "half_kept",
+    "cold, one by one": "one_by_one",
+}
+STEP_TITLES = {"without a reference": "none", "stored features": "store", "live reference": "live"}
 ERRORS = {"float32": 0.0, "float16": 2.0**-11, "int8": 0.5 / 127 * 1.001}  # of components up to 1
 
 
@@ -175,6 +191,12 @@ def run(options: Options, folder: Path) -> dict[str, float]:
     result = {"write_seconds": time.perf_counter() - started}
     result["cold_ms"], _ = measure(options, folder, cold=True)
     result["ahead_ms"], _ = measure(options, folder, cold=True, ahead=True)
+    paths = StoredFeatures(open_store(folder, KIND, "--folder")).paths
+    half = sum(path.stat().st_size for path in paths) // 2
+    if half <= lockable():
+        with Resident(paths, half) as kept:
+            kept.wait()
+            result["half_kept_ms"], _ = measure(options, folder, cold=True)
     with mock.patch.object(row_store._Mapped, "expect", lambda *_: None):
         result["one_by_one_ms"], _ = measure(options, folder, cold=True)
     for file in folder.rglob("*.npy"):
@@ -191,7 +213,20 @@ def run(options: Options, folder: Path) -> dict[str, float]:
     } | result
 
 
-def parse() -> tuple[Options, bool]:
+def step_times(*flags: str) -> dict[str, float]:
+    """Milliseconds of a training step: with stored features, with a live reference, and without any.
+
+    ``flags``: more of those of ``train_step.py``.
+    """
+    report.say("timing training steps")
+    program = str(Path(__file__).with_name("train_step.py"))
+    command = [sys.executable, program, "--variants", ",".join(STEPS), "--json", *flags]
+    made = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    result = json.loads(made.stdout)
+    return {f"step_{name}_ms": 1e3 * result[variant]["seconds_per_step"] for variant, name in STEPS.items()}
+
+
+def parse() -> tuple[Options, bool, bool]:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rows", type=int, default=200_000)
@@ -203,20 +238,22 @@ def parse() -> tuple[Options, bool]:
     parser.add_argument("--error-bound", type=float)
     parser.add_argument("--views", type=int, default=0)
     parser.add_argument("--step-ms", type=float, default=200.0)
+    parser.add_argument("--no-steps", action="store_true")
     parser.add_argument("--json", action="store_true")
     given = vars(parser.parse_args())
-    as_json = given.pop("json")
-    return Options(**given), as_json
+    as_json, without_steps = given.pop("json"), given.pop("no_steps")
+    return Options(**given), not without_steps, as_json
 
 
 def main() -> None:
     """Measure and print."""
     torch.set_num_threads(1)
-    options, as_json = parse()
+    options, with_steps, as_json = parse()
     with tempfile.TemporaryDirectory() as temporary:
         result = run(options, Path(options.folder or temporary))
-    shown = {"warm": "warm", "cold": "cold", "cold, announced": "ahead", "cold, one by one": "one_by_one"}
-    rows = [(name, f"{result[f'{key}_ms']:.1f} ms") for name, key in shown.items()]
+    if with_steps:
+        result |= step_times()
+    rows = [(name, f"{result[f'{key}_ms']:.1f} ms") for name, key in SHOWN.items() if f"{key}_ms" in result]
     rows.append(("per second and core, warm", f"{result['lookups_per_second_per_core']:,.0f}"))
     form = options.dtype if options.error_bound is None else f"error of at most {options.error_bound:g}"
     each = f"{options.views} + 1 (views and captions)" if options.views else "2"
@@ -224,7 +261,13 @@ def main() -> None:
         f"Lookup of {options.batch:,} random rows of {result['rows']:,}, {each} x {options.dim}, {form} "
         f"({result['bytes'] / 1e9:.3g} GB, {result['bytes_per_pair']:.0f} bytes per row)"
     )
-    report.emit(vars(options) | result, report.table(title, ("", "per batch"), rows), as_json)
+    text = report.table(title, ("", "per batch"), rows)
+    if with_steps:
+        none = result["step_none_ms"]
+        steps = [(title, result[f"step_{name}_ms"]) for title, name in STEP_TITLES.items()]
+        timed = [(title, f"{time:.1f} ms", f"{time / none:.2f}") for title, time in steps]
+        text += "\n\n" + report.table("Training step", ("", "time", "of none"), timed)
+    report.emit(vars(options) | result, text, as_json)
 
 
 if __name__ == "__main__":

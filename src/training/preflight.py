@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from training.cache import resident
 from training.cache.captions import Captions, open_captions
 from training.cache.features import check_captions, open_features
 from training.config.params import Config
@@ -41,7 +42,8 @@ class Opened:
 
     ``features``: the reference's embeddings, ``captions``: synthetic ones; None where the run reads none.
     ``sets``: prefix of a result's name -> data set for zero-shot accuracy. ``table``, ``val_table``: the csv files
-    of ``--train-data`` and ``--val-data``. ``benchmark``: the sets of ``--eval_data_dir``.
+    of ``--train-data`` and ``--val-data``. ``benchmark``: the sets of ``--eval_data_dir``. ``kept``: bytes of
+    ``features`` that each node keeps in memory.
     """
 
     features: FeatureSource | None
@@ -51,6 +53,7 @@ class Opened:
     val_table: CsvSource | None = None
     remarks: tuple[str, ...] = ()
     benchmark: Sequence[FoundSet] = ()
+    kept: int = 0
 
 
 def check(config: Config, world: World) -> Opened:
@@ -60,6 +63,7 @@ def check(config: Config, world: World) -> Opened:
     features = open_features(config)
     captions = open_captions(config)
     check_captions(features, captions)
+    kept = 0
     if config.trains:
         check_batch(config, world.world_size)
         check_shared_memory(config, world)
@@ -74,6 +78,9 @@ def check(config: Config, world: World) -> Opened:
             remarks.append(
                 f"the reference's features are read from disk: {features.describe()}. They are of {seen}"
             )
+            if config.cache.ref_features_cache_mb:
+                kept, remark = resident.plan(config.cache.ref_features_cache_mb, features.paths)
+                remarks.append(remark)
         if config.data.dataset_reinforcement:
             remarks.append(
                 "the reference's features, synthetic captions and crops are those beside each sample of the shards"
@@ -105,7 +112,7 @@ def check(config: Config, world: World) -> Opened:
     sets = {} if config.cache.writes else on_main(lambda: open_sets(config))
     remarks += [remark for found in sets.values() for remark in found.remarks]
     benchmark = () if config.cache.writes else on_main(lambda: find_benchmark(config))
-    return Opened(features, captions, sets, table, val_table, tuple(remarks), benchmark)
+    return Opened(features, captions, sets, table, val_table, tuple(remarks), benchmark, kept)
 
 
 def _shards(shards: str, flag: str, allowed: float = 1.0) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from drrho_clip.losses.registry import LOG_U, TAU
 from training import preflight
 from training.cache import precompute
+from training.cache.resident import Resident
 from training.checkpoint import resume
 from training.checkpoint.remote_sync import HURRY, remote_sync
 from training.checkpoint.resume import checkpoint_to_resume
@@ -89,7 +91,7 @@ def launch(config: Config) -> None:
 
 def _run(start: Start, log: RunLog) -> None:
     config, world = start.config, start.world
-    with remote_sync(config.run, start.folder.path) as copying:
+    with remote_sync(config.run, start.folder.path) as copying, _features_in_memory(start):
         if start.folder.restarted and start.checkpoint is None:
             log.info("restarted before the first checkpoint: starts at the beginning")
         _begin(start, log)
@@ -101,6 +103,13 @@ def _run(start: Start, log: RunLog) -> None:
             copying.patience = HURRY
     if ended.requeue:
         requeue()
+
+
+def _features_in_memory(start: Start) -> AbstractContextManager[object]:
+    features, kept = start.opened.features, start.opened.kept
+    if features is None or not kept or not start.world.is_local_main:
+        return nullcontext()
+    return Resident(features.paths, kept)
 
 
 def _begin(start: Start, log: RunLog) -> None:

@@ -1,15 +1,14 @@
 """Values per sample on disk: what is written is found by row, and nothing else is."""
 
-import ctypes
 import json
 import mmap
-import os
 import resource
 import time
 
 import numpy as np
 import pytest
 
+from tests.support.page_cache import forget, in_memory
 from training.cache.row_store import StoreWriter, caption_checksum, damaged, open_store
 from training.check_cache import main as check_cache
 from training.data.bad_samples import WrongRow
@@ -177,24 +176,6 @@ def test_files_are_plain_npy_whose_rows_do_not_straddle_pages(tmp_path):
     file = tmp_path / "parts/00000000.things.npy"
     assert np.load(file).shape == (4, 2, 512)
     assert file.stat().st_size == 4096 + 4 * 2048
-
-
-def in_memory(path) -> np.ndarray:
-    """Whether each page of a file is in the kernel's page cache."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as held:
-        pages = -(-len(held) // mmap.PAGESIZE)
-        state = (ctypes.c_ubyte * pages)()
-        first = ctypes.c_ubyte.from_buffer(held)
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(held)), state) == 0
-        del first
-        return np.array(state) & 1 == 1
-
-
-def forget(path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @pytest.mark.parametrize("which", [None, np.array([1, 3, 0])])

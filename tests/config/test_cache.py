@@ -70,6 +70,7 @@ WRITE = f"{DATA} --data_size 2000 {REFERENCE} --cache_ref_model_features"
         (f"{DATA} --dataset_reinforcement", "--dataset_reinforcement: the loss 'clip' does not use"),
         (f"{FASTCLIP} --syn_texts_ratio 1.5", "--syn_texts_ratio 1.5: the value must lie in [0, 1]"),
         (f"{WRITE} --cached_syn_texts_dir nowhere", "--cached_syn_texts_dir nowhere: there is no such folder"),
+        (f"{FASTCLIP} --ref_features_cache_mb -1", "--ref_features_cache_mb -1: the value must lie in"),
         (f"{WRITE} --ref_features_views -1", "--ref_features_views -1: the value must lie in"),
         (f"{CAPTION} --ref_features_views 2", "--ref_features_views 2: --cache_syn_texts writes captions"),
     ],
@@ -109,6 +110,10 @@ def test_flags_without_effect_are_named(tmp_path):
     remarks = config(f"{FASTCLIP} --ref_features_offset 5 --cache_rank 0 --num_samples_per_shard 9").remarks
     assert "--ref_features_offset, --num_samples_per_shard: no effect without --cached_ref_features_dir" in remarks
     assert "--cache_rank: no effect in a run that writes no cache" in remarks
+    (remark,) = config(f"{FASTCLIP} --ref_features_cache_mb 9").remarks
+    assert remark == "--ref_features_cache_mb: no effect without --cached_ref_features_dir"
+    (remark,) = config(f"{WRITE} --ref_features_cache_mb 9").remarks
+    assert remark == "--ref_features_cache_mb: no effect when a cache is written"
     (remark,) = config(f"{FASTCLIP} --ref_features_error_bound 0.01").remarks
     assert remark == "--ref_features_error_bound: no effect when features are read: they are as they were written"
     assert config(f"{WRITE} --ref_features_offset 5").remarks == (

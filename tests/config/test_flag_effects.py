@@ -130,6 +130,9 @@ EFFECTS: dict[str, Effect] = {
     "ref_features_dtype": Effect((None, "int8"), runs.cached_bytes, CACHE),
     "ref_features_error_bound": Effect(("0.001", "0.01"), runs.cached_bytes, CACHE),
     "ref_features_views": Effect(("0", "2"), runs.cached_bytes, CACHE),
+    "ref_features_cache_mb": Effect(
+        ("0", "1"), observe_run(runs.kept_features), f"{FASTCLIP} --cached_ref_features_dir @features"
+    ),
     "dataset_reinforcement": Effect(SWITCH, observe_run(runs.losses), "--fastclip --train-data @reinforced"),
     "ref_features_offset": Effect(("0", "-2"), refusal_or(parts.reference_features), PUBLISHED),
     "num_samples_per_shard": Effect(("4", "3"), refusal_or(parts.reference_features), PUBLISHED),

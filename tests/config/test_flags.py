@@ -37,6 +37,7 @@ NEW = {
     "--max_bad_fraction",
     "--max_skipped_steps",
     "--powersgd_rank",
+    "--ref_features_cache_mb",
     "--ref_features_dtype",
     "--ref_features_error_bound",
     "--ref_features_views",

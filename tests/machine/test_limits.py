@@ -1,14 +1,15 @@
-"""Cores and open files that a process may use, and sockets between processes."""
+"""Cores, memory and open files that a process may use, and sockets between processes."""
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import tempfile
 
 import pytest
 
-from training.machine.limits import check_open_files, check_sockets, cores
+from training.machine.limits import check_open_files, check_sockets, cores, lockable, memory
 from training.machine.prepare import Unfit
 
 
@@ -49,6 +50,38 @@ def test_without_control_groups_the_cores_are_those_that_it_may_run_on(tmp_path,
 def test_a_tiny_share_is_one_core(tmp_path, allowed):
     write(tmp_path, cpu__max="5000 100000", own="0::/\n")
     assert cores(tmp_path, tmp_path / "own") == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "around", "expected"), [("3000", "max", 3000), ("3000", "2000", 2000), ("max", "max", None)]
+)
+def test_a_container_with_less_memory(tmp_path, limit, around, expected):
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    write(tmp_path / "kubepods/pod", memory__max=limit)
+    write(tmp_path / "kubepods", memory__max=around)
+    write(tmp_path, own="0::/kubepods/pod\n")
+    assert memory(tmp_path, tmp_path / "own") == (expected or machine)
+    assert memory(tmp_path, tmp_path / "missing") == machine
+
+
+def test_memory_of_a_control_group_of_the_first_version(tmp_path):
+    write(tmp_path / "memory/docker/x", memory__limit_in_bytes="4096\n")
+    write(tmp_path, own="9:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n")
+    assert memory(tmp_path, tmp_path / "own") == 4096
+
+
+def test_memory_that_may_be_locked(tmp_path):
+    """Without limit for those who may pass it; else what ``ulimit -l`` could be raised to."""
+    write(tmp_path, root="Name:\tx\nCapEff:\t0000000000004000\n", other="CapEff:\t0000003fffffbfff\n")
+    assert lockable(tmp_path / "root") == math.inf
+    limits = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, limits[1]))
+        hard = math.inf if limits[1] == resource.RLIM_INFINITY else limits[1]
+        assert lockable(tmp_path / "other") == hard
+        assert resource.getrlimit(resource.RLIMIT_MEMLOCK) == (limits[1], limits[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, limits)
 
 
 def test_too_few_open_files_for_the_workers():

@@ -88,6 +88,11 @@ def written(lab: Lab, words: list[str]) -> Path:
     return folder
 
 
+def kept_features(run: Run) -> list[str]:
+    """What the log says of features that stay in memory."""
+    return re.findall(r"\d of the reference's features are in memory|stay in the memory of each node", run.log)
+
+
 def cached_rows(lab: Lab, words: list[str]) -> list[int]:
     """The rows that a run writes."""
     files = sorted(written(lab, words).glob("parts/*.rows.npy"))

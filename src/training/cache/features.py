@@ -16,8 +16,8 @@ minus A's ``--data_size`` as offset.) A row that is missing, zero or not finite 
 Loader processes look up the features and send them with the batch: the disk is read during the training step,
 and on the way to a GPU the features travel with the images, from page-locked memory and in the type they are
 stored in. The disk is told the rows of a window of samples before they are looked up (``coming``), and the
-kernel's page cache, which all processes of a node share, holds them until then. There is no cache beside that:
-a row is read once in an epoch, so one that is smaller than the store would hardly ever have it.
+kernel's page cache, which all processes of a node share, holds them until then. A row is read once in an epoch, so
+from one to the next only a part that is never dropped is of use: see ``resident``.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ class StoredFeatures:
         count = store.identity.get(VIEWS, 0)
         self.views = StoredViews(count, store.identity[SEED], offset) if count else None
         self._coming: list[tuple[int, int]] = []
+
+    @property
+    def paths(self) -> list[Path]:
+        """See ``FeatureSource``."""
+        return self.store.paths(self._keys)
 
     def coming(self, row: int, view: int = 0) -> None:
         """See ``FeatureSource``."""
@@ -149,6 +154,11 @@ class PublishedFeatures:
             found[wanted] = held[entries[wanted]]
         _check_values(found, name_of, lambda i: self.files[int(shards[i])])
         return torch.from_numpy(found)
+
+    @property
+    def paths(self) -> list[Path]:
+        """See ``FeatureSource``."""
+        return [Path(self.files[shard]) for shard in sorted(self.files)]
 
     def describe(self) -> str:
         """See ``FeatureSource``."""

@@ -281,6 +281,11 @@ class RowStore:
         """The number of rows in the store."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def paths(self, keys: Sequence[str]) -> list[Path]:
+        """The files that lookups of ``keys`` read: the table, in which each row is looked up, and the values."""
+        names = [self._table, *(f"parts/{part}.{key}.npy" for part in self.parts for key in keys)]
+        return [self.folder / name for name in names]
+
     def expect(self, rows: np.ndarray, keys: Sequence[str], which: Mapping[str, np.ndarray] = {}) -> None:
         """Values ``keys`` of ``rows``, int64 [n], will be gathered later: let the disk fetch them meanwhile.
 

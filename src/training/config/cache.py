@@ -17,6 +17,7 @@ from training.config.remarks import Idle, Pitfall, Setting
 FEATURES, CAPTIONS = "features", "captions"
 _WRITES = {"cache_ref_model_features": FEATURES, "cache_syn_texts": CAPTIONS}
 _FOLDERS = {FEATURES: ("cached_ref_features_dir", "ref_features"), CAPTIONS: ("cached_syn_texts_dir", "syn_texts")}
+_SAME_ROWS = "; rows keep their numbers"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class CacheConfig:
     ``writes``: 'features' or 'captions' where the run writes a cache and ends, else ''. Folders are resolved: the
     one to write, or those that are read, '' where none is. ``num_syn_texts`` None: all that are there.
     ``ref_features_dtype`` None: as the reference's precision or ``ref_features_error_bound`` says.
-    ``ref_features_views`` 0: one fixed view.
+    ``ref_features_views`` 0: one fixed view. ``ref_features_cache_mb`` 0: the kernel decides what stays in memory.
     """
 
     writes: str
@@ -34,6 +35,7 @@ class CacheConfig:
     ref_features_dtype: str | None
     ref_features_error_bound: float | None
     ref_features_views: int
+    ref_features_cache_mb: int
     ref_features_offset: int
     num_samples_per_shard: int
     cached_syn_texts_dir: str
@@ -53,7 +55,7 @@ def _writes_with(key: str, unless: str | None) -> Callable[[Setting], bool]:
 
 IDLE = (
     Idle(
-        ("ref_features_offset", "num_samples_per_shard"),
+        ("ref_features_offset", "num_samples_per_shard", "ref_features_cache_mb"),
         lambda s: not s.given.cached_ref_features_dir,
         "without --cached_ref_features_dir",
     ),
@@ -83,11 +85,12 @@ PITFALLS = (
     *(
         Pitfall(
             _writes_with(key, unless),
-            f"{ALL[key].name}: no effect when a cache is written; rows keep their numbers",
+            f"{ALL[key].name}: no effect when a cache is written{more}",
         )
-        for key, unless in (
-            ("ref_features_offset", None),
-            ("syn_texts_offset", "cache_ref_model_features"),  # read there, see ``--cached_syn_texts_dir``
+        for key, unless, more in (
+            ("ref_features_offset", None, _SAME_ROWS),
+            ("ref_features_cache_mb", None, ""),
+            ("syn_texts_offset", "cache_ref_model_features", _SAME_ROWS),  # read: see ``--cached_syn_texts_dir``
         )
     ),
 )

@@ -353,6 +353,14 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "train with what the shards hold beside each sample, as DataCompDR's do: a reference's features (.npz "
             "or .pth.gz), synthetic captions (.syn.json) and the crops of these features (.paug.json)",
         ),
+        Flag(
+            "--ref_features_cache_mb",
+            "int",
+            0,
+            "keep so much of the features in the memory of each node, in MB of 2^20 bytes; the others are read "
+            "from the disk. 0: the kernel decides what stays",
+            within=AT_LEAST_0,
+        ),
         Flag("--ref_features_offset", "int", 0, "row of this run that belongs to row 0 of the cached features"),
         Flag(
             "--num_samples_per_shard",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
@@ -99,6 +100,10 @@ class FeatureSource(Protocol):
     """
 
     width: int
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The files that are read when embeddings are asked for, those that matter most first."""
 
     @property
     def views(self) -> StoredViews | None:

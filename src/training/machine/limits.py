@@ -1,4 +1,4 @@
-"""How many processes a run can start here, and whether they can talk to each other."""
+"""How many processes a run can start here and how much memory it can have, and whether its processes can talk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 
 from training.machine.prepare import Unfit, temporary_folder
+
+_CAP_IPC_LOCK = 14  # its bit among a process's capabilities
 
 
 def check_sockets() -> None:
@@ -46,25 +48,61 @@ def cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cg
     return max(1, min([allowed, *(math.ceil(quota) for quota in _quotas(groups, own))]))
 
 
+def memory(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes of memory that this process and the others of its control group can have: the machine's, or fewer.
+
+    ``groups``, ``own``: as for ``cores``.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = []
+    for folder, first in _control_groups("memory", groups, own):
+        with suppress(OSError, ValueError):  # ValueError: "max", no limit
+            limits.append(int((folder / ("memory.limit_in_bytes" if first else "memory.max")).read_text()))
+    return min([machine, *limits])
+
+
+def lockable(status: Path = Path("/proc/self/status")) -> float:
+    """Bytes of memory that this process may lock: the hard limit of ``ulimit -l``; the soft one is raised to it.
+
+    Infinity where there is no limit, or the process may pass it (CAP_IPC_LOCK, as root has).
+    """
+    with suppress(OSError, ValueError, IndexError):
+        capable = int(status.read_text().split("CapEff:")[1].split()[0], 16)
+        if capable >> _CAP_IPC_LOCK & 1:
+            return math.inf
+    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+    return math.inf if hard == resource.RLIM_INFINITY else hard
+
+
 def _quotas(groups: Path, own: Path) -> Iterator[float]:
-    """The limits on CPU time, in cores, of this process's control group and of those around it (versions 1, 2)."""
+    """The limits on CPU time, in cores, of this process's control group and of those around it."""
+    for folder, first in _control_groups("cpu", groups, own):
+        with suppress(OSError, ValueError):  # ValueError: "max", no limit
+            if first:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            else:
+                quota, period = (folder / "cpu.max").read_text().split()
+            if int(quota) > 0:
+                yield int(quota) / int(period)
+
+
+def _control_groups(controller: str, groups: Path, own: Path) -> Iterator[tuple[Path, bool]]:
+    """The folders of this process's control group for ``controller`` and of those around it, from the inside.
+
+    And whether each is of version 1 of control groups; else of version 2.
+    """
     try:
         lines = own.read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        top = groups / "cpu" if controllers else groups
+        top = groups / controller if controllers else groups
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
             if not folder.is_relative_to(top):
                 break
-            with suppress(OSError, ValueError):  # ValueError: "max", no limit
-                if controllers:
-                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-                else:
-                    quota, period = (folder / "cpu.max").read_text().split()
-                if int(quota) > 0:
-                    yield int(quota) / int(period)
+            yield folder, bool(controllers)
