@@ -38,6 +38,11 @@ def fit(compute: Sequence[float], error: Sequence[float]) -> Law:
     return Law(alpha, beta, floor, float(x.min()))
 
 
+def largest_deviation(law: Law, runs: Runs) -> float:
+    """By how much the mean error of a budget differs from the law, where it does most."""
+    return max(abs(float(law(np.asarray(budget))) - float(np.mean(errors))) for budget, errors in runs.items())
+
+
 def _fits(compute: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """alpha, beta, floor of each row of ``errors``: [D, n] at ``compute`` [n] -> [D, 3].
 

@@ -317,12 +317,14 @@ def laws(results: Results, plan: Plan) -> dict[str, dict[float, list[float]]]:
 
 
 def _scaling(results: Results, plan: Plan) -> str:
-    rows = []
-    for name, one in bootstrap(laws(results, plan)).items():
+    rows, groups = [], laws(results, plan)
+    for name, one in bootstrap(groups).items():
         beta = power_law.shown(one.law.beta, one.interval())
         floor = power_law.shown(one.law.floor, one.interval(2), ".3f")
-        rows.append([name, beta, f"{one.law.alpha:.3f}", floor])
-    return table(("", "β (95 %)", f"α at {thousands(plan.budgets[0])}", "floor (95 %)"), rows)
+        off = f"{100 * power_law.largest_deviation(one.law, groups[name]):.1f}"
+        rows.append([name, beta, f"{one.law.alpha:.3f}", floor, off])
+    head = ("", "β (95 %)", f"α at {thousands(plan.budgets[0])}", "floor (95 %)", "off by up to, points")
+    return table(head, rows)
 
 
 def _costs(results: Results, plan: Plan) -> str:

@@ -40,6 +40,15 @@ def test_exact_data(power_law, alpha, beta, floor):
     assert law(np.array(BUDGETS)) == pytest.approx(errors(alpha, beta, floor), rel=1e-5)
 
 
+def test_how_far_runs_are_off_their_law(power_law):
+    exact = errors(1.0, -0.5, 0.1)
+    law = power_law.fit(BUDGETS, exact)
+    runs = {budget: [error, error] for budget, error in zip(BUDGETS, exact)}
+    assert power_law.largest_deviation(law, runs) < 1e-3
+    runs[BUDGETS[1]] = [exact[1] - 0.08, exact[1]]
+    assert power_law.largest_deviation(law, runs) == pytest.approx(0.04, abs=1e-3)
+
+
 def test_floor_is_not_negative(power_law):
     line = [1.0 - 0.15 * k for k in range(6)]  # falls ever faster in log(budget), as no law with a floor does
     law = power_law.fit(BUDGETS, line)
