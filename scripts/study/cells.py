@@ -128,6 +128,7 @@ COMPRESSED = {
     "drrho_stored2e-3": "drrho_fixed",
     "drrho_u16": "drrho_fixed",
     "drrho_gather1e-3": "drrho_2ranks",
+    "drrho_bf16": "drrho_2ranks",
     "drrho_powersgd": "drrho_2ranks",
 }
 KEEPS_U = "drrho_u16"
@@ -180,7 +181,9 @@ def _grid(plan: Plan) -> Iterator[tuple[str, Cell]]:
     # 2: where a target passes it.
     yield from all_of("1 4", cells(MAIN, low, few))
     yield from all_of("1 4", cells(MAIN, high[:1], few))
-    # Claim 8: u, where there are many epochs and so it is read.
+    # Claim 8: what is compressed; u where there are many epochs, and so it is read.
+    compressed = tuple(name for name in dict.fromkeys([*COMPRESSED.values(), *COMPRESSED]) if name != KEEPS_U)
+    yield from all_of("8", cells(compressed, plan.budgets[:1], every))
     yield from all_of("8", cells((KEEPS_U, COMPRESSED[KEEPS_U]), plan.middle, every, data="b-eighth"))
     for at in plan.strengths[:-1]:
         yield from all_of("2 7", cells(("drrho_fixed",), plan.middle, few, reference=under(at)))
@@ -216,10 +219,6 @@ def _grid(plan: Plan) -> Iterator[tuple[str, Cell]]:
         yield from all_of("7", cells(("openclip", "drrho_fixed"), plan.middle, few, data=f"b-{noise}"))
     for other in plan.other_references:
         yield from all_of("7", cells(("drrho_fixed",), plan.middle, few, reference=other))
-
-    # Claim 8: what else is compressed.
-    compressed = dict.fromkeys([*COMPRESSED.values(), *COMPRESSED])
-    yield from all_of("8", cells(tuple(name for name in compressed if name != KEEPS_U), plan.budgets[:1], every))
 
     # Claims 6 and 1: the family.
     family = ("siglip", "fastclip_v0", "fastclip_v1", "fastclip_v2", "sogclr", "isogclr")

@@ -81,6 +81,7 @@ _COMPRESSED = tuple(
         ("u16", "u in 16 bits", "--sample_state_dtype bound", {}),
         ("2ranks", "two ranks", "", {"ranks": 2}),
         ("gather1e-3", "two ranks, embeddings within 1e-3", "--gather_error_bound 1e-3", {"ranks": 2}),
+        ("bf16", "two ranks, gradients in bfloat16", "--grad_compression bf16", {"ranks": 2}),
         ("powersgd", "two ranks, PowerSGD", "--grad_compression powersgd", {"ranks": 2}),
     )
 )
