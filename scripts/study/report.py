@@ -50,6 +50,7 @@ def blocks(results: Rows, tuned: Rows, plan: Plan) -> dict[str, str]:
         "references": _references(found),
         "verdicts": _verdicts(found, compared, plan),
         "means": _means(found, plan),
+        "choosing": _choosing(found, plan),
         "scaling": _scaling(found, plan),
     }
     made |= {f"claim_{claim}": _differences(found, items) for claim, items in compared.items()}
@@ -378,6 +379,27 @@ def _references(results: Results) -> str:
         "spread of losses",
     )
     return table(head, rows)
+
+
+def _choosing(results: Results, plan: Plan) -> str:
+    """What references gave, from the one that is weakest beside what the target reaches without it."""
+    rows = []
+    for samples, at in _strengths(plan):
+        reference = replace(plan.reference, at=at)
+        ours, alone = _cell(plan, "drrho_fixed", samples, reference), _cell(plan, "openclip", samples)
+        gain, row = results.difference(ours, alone), results.references.get(reference.name)
+        if gain.n == 0 or row is None:
+            continue
+        strength, without = float(row["test_top1"]), results.mean(alone)
+        shares = (
+            f"{strength:.1f}",
+            shown(without),
+            f"{strength / without.mean:.1f}",
+            f"{float(row['b_first']):.1f}",
+        )
+        rows.append((strength / without.mean, [*shares, thousands(samples), shown(gain, sign=True), str(gain.n)]))
+    head = ("reference", "target without it", "ratio", "first among 256, %", "samples", "gain", "seeds")
+    return table(head, (cells for _, cells in sorted(rows)))
 
 
 def _methods() -> str:

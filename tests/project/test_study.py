@@ -19,6 +19,8 @@ from types import SimpleNamespace
 import pytest
 import scipy.stats
 
+from training.evaluation import reference_check
+
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
     "analysis",
@@ -186,6 +188,20 @@ def test_grid_has_five_seeds_of_the_main_methods_and_all_claims(study):
     for one in wanted:
         assert one.cell.samples % one.cell.batch == 0, one
         assert (one.cell.reference is not None) == study.methods.METHODS[one.cell.method].reference, one
+
+
+def test_what_check_reference_says_of_the_study_is_what_the_study_found(study):
+    plan, rows = study.cells.ICONS, study.table.Table(ROOT / "assets/study/results.csv").rows()
+    results = study.analysis.Results.of(rows.values())
+    (samples,) = plan.middle
+    alone = study.cells.Cell("openclip", samples)
+    assert results.mean(alone).mean == pytest.approx(8, abs=1)
+    assert len(reference_check.STUDIED) == len(plan.strengths)
+    for (share, gain), at in zip(reference_check.STUDIED, plan.strengths):
+        reference = replace(plan.reference, at=at)
+        found = results.difference(study.cells.Cell("drrho_fixed", samples, reference=reference), alone)
+        assert float(results.references[reference.name]["b_first"]) == pytest.approx(share, abs=0.05)
+        assert found.mean == pytest.approx(gain, abs=0.5), at
 
 
 def test_every_cell_is_compared_and_every_comparison_is_trained(study):
