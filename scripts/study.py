@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.report:
             return report_on(desk, args.report, args.report, args.pictures)
-        agenda = jobs.agenda(desk, cells.grid(plan, claims))
+        agenda = jobs.agenda(desk, report.wanted(plan, claims))
         if args.list:
             return listing(desk, agenda)
     except (OSError, ValueError) as error:
@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("logs/study"), help="folder for runs, features and logs")
     parser.add_argument("--results", type=Path, help="folder of results.csv and tuning.csv (default: --out)")
     parser.add_argument(
-        "--claims", default=",".join(cells.CLAIMS), help="claims to train cells for (default: all)"
+        "--claims",
+        default=",".join(cells.CLAIMS),
+        help="claims to train cells for, with what they are compared with (default: all)",
     )
     parser.add_argument("--list", action="store_true", help="print what is done and what is left, then end")
     parser.add_argument("--report", type=Path, metavar="PAGE", help="bring PAGE's tables in line with the results")

@@ -142,12 +142,12 @@ class Wanted:
     cell: Cell
 
 
-def grid(plan: Plan, claims: frozenset[str] = frozenset(CLAIMS)) -> list[Wanted]:
-    """The cells for ``claims``, most needed first, each once."""
+def grid(plan: Plan) -> list[Wanted]:
+    """All cells, most needed first, each once."""
     found: dict[Cell, frozenset[str]] = {}
     for of, cell in _smoke(plan) if plan is SMOKE else _grid(plan):
         found[cell] = found.get(cell, frozenset()) | frozenset(of.split())
-    return [Wanted(of, cell) for cell, of in found.items() if of & claims]
+    return [Wanted(of, cell) for cell, of in found.items()]
 
 
 def _smoke(plan: Plan) -> Iterator[tuple[str, Cell]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from study import power_law, tuning
 from study.analysis import FAILS, HOLDS, MISSING, OPEN, Estimate, Results
-from study.cells import CLAIMS, COMPRESSED, KEEPS_U, MAIN, Cell, Plan, Reference, with_reference
+from study.cells import CLAIMS, COMPRESSED, KEEPS_U, MAIN, Cell, Plan, Reference, Wanted, grid, with_reference
 from study.methods import METHODS
 from study.power_law import FEWEST, bootstrap
 
@@ -23,6 +23,7 @@ BLOCK = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOTHING = "Not run yet."
 SELECTING = ("jest", "jest_topk", "drrho_select")
 TOLD = {HOLDS: "above 0", FAILS: "below 0", OPEN: "undecided", MISSING: "not run yet"}
+PARTS = {"half": "a half", "quarter": "a quarter", "eighth": "an eighth"}
 Rows = Mapping[str, Mapping[str, str]]
 
 
@@ -128,13 +129,13 @@ def _strengths(plan: Plan) -> Iterator[tuple[int, int]]:
 def _parts(plan: Plan) -> Iterator[Comparison]:
     for samples in plan.middle:
         whole = [_cell(plan, method, samples) for method in ("openclip", "fastclip_v3")]
-        for part in ("half", "quarter", "eighth"):
+        for part in PARTS:
             ours = _cell(plan, "drrho_fixed", samples, data=f"b-{part}")
             for other in whole:
-                label = f"{thousands(samples)}: DRRho-CLIP on a {part} − {_name(other)} on all"
+                label = f"{thousands(samples)}: DRRho-CLIP on {PARTS[part]} − {_name(other)} on all"
                 yield Comparison(label, ours, other)
             same = _cell(plan, "openclip", samples, data=f"b-{part}")
-            label = f"{thousands(samples)}: DRRho-CLIP on a {part} − OpenCLIP on the same {part}"
+            label = f"{thousands(samples)}: DRRho-CLIP on {PARTS[part]} − OpenCLIP on the same"
             yield Comparison(label, ours, same)
 
 
@@ -208,6 +209,13 @@ COMPARISONS: dict[str, Callable[[Plan], Iterable[Comparison]]] = {
 }
 
 
+def wanted(plan: Plan, claims: frozenset[str]) -> list[Wanted]:
+    """The cells for ``claims`` and those that they are compared with, most needed first."""
+    items = [item for claim in sorted(claims & COMPARISONS.keys()) for item in COMPARISONS[claim](plan)]
+    compared = {replace(cell, seed=0) for item in items for cell in (item.ours, item.theirs) if cell is not None}
+    return [one for one in grid(plan) if one.claims & claims or replace(one.cell, seed=0) in compared]
+
+
 # Tables
 
 
@@ -246,7 +254,8 @@ def _differences(results: Results, items: Iterable[Comparison]) -> str:
     made = table(("comparison", "top-1", "difference", "of recall@1", "seeds", "above 0"), rows)
     if not rows:
         return NOTHING
-    return f"{made}\n\nNot run yet: {missing} comparisons." if missing else made
+    left = f"{missing} comparison{'s' * (missing > 1)}"
+    return f"{made}\n\nNot run yet: {left}." if missing else made
 
 
 def _means(results: Results, plan: Plan) -> str:

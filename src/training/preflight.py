@@ -79,7 +79,8 @@ def check(config: Config, world: World) -> Opened:
                 f"the reference's features are read from disk: {features.describe()}. They are of {seen}"
             )
             if config.cache.ref_features_cache_mb:
-                kept, remark = resident.plan(config.cache.ref_features_cache_mb, features.paths)
+                size = on_main(lambda: sum(path.stat().st_size for path in features.paths))
+                kept, remark = resident.plan(config.cache.ref_features_cache_mb, size)
                 remarks.append(remark)
         if config.data.dataset_reinforcement:
             remarks.append(

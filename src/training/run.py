@@ -86,12 +86,14 @@ def launch(config: Config) -> None:
                 if config.cache.writes:
                     write_cache(start, log)
                 else:
-                    _run(start, log)
+                    # Outside of the run, as letting go of features takes time: requeuing comes first.
+                    with _features_in_memory(start):
+                        _run(start, log)
 
 
 def _run(start: Start, log: RunLog) -> None:
     config, world = start.config, start.world
-    with remote_sync(config.run, start.folder.path) as copying, _features_in_memory(start):
+    with remote_sync(config.run, start.folder.path) as copying:
         if start.folder.restarted and start.checkpoint is None:
             log.info("restarted before the first checkpoint: starts at the beginning")
         _begin(start, log)

@@ -9,7 +9,7 @@ import tempfile
 
 import pytest
 
-from training.machine.limits import check_open_files, check_sockets, cores, lockable, memory
+from training.machine.limits import available_memory, check_open_files, check_sockets, cores, memory
 from training.machine.prepare import Unfit
 
 
@@ -53,11 +53,17 @@ def test_a_tiny_share_is_one_core(tmp_path, allowed):
 
 
 @pytest.mark.parametrize(
-    ("limit", "around", "expected"), [("3000", "max", 3000), ("3000", "2000", 2000), ("max", "max", None)]
+    ("limit", "high", "around", "expected"),
+    [
+        ("3000", "max", "max", 3000),
+        ("3000", "2500", "max", 2500),
+        ("3000", "max", "2000", 2000),
+        ("max", "max", "max", None),
+    ],
 )
-def test_a_container_with_less_memory(tmp_path, limit, around, expected):
+def test_a_container_with_less_memory(tmp_path, limit, high, around, expected):
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    write(tmp_path / "kubepods/pod", memory__max=limit)
+    write(tmp_path / "kubepods/pod", memory__max=limit, memory__high=high)
     write(tmp_path / "kubepods", memory__max=around)
     write(tmp_path, own="0::/kubepods/pod\n")
     assert memory(tmp_path, tmp_path / "own") == (expected or machine)
@@ -70,18 +76,11 @@ def test_memory_of_a_control_group_of_the_first_version(tmp_path):
     assert memory(tmp_path, tmp_path / "own") == 4096
 
 
-def test_memory_that_may_be_locked(tmp_path):
-    """Without limit for those who may pass it; else what ``ulimit -l`` could be raised to."""
-    write(tmp_path, root="Name:\tx\nCapEff:\t0000000000004000\n", other="CapEff:\t0000003fffffbfff\n")
-    assert lockable(tmp_path / "root") == math.inf
-    limits = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    try:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, limits[1]))
-        hard = math.inf if limits[1] == resource.RLIM_INFINITY else limits[1]
-        assert lockable(tmp_path / "other") == hard
-        assert resource.getrlimit(resource.RLIMIT_MEMLOCK) == (limits[1], limits[1])
-    finally:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, limits)
+def test_memory_that_is_left(tmp_path):
+    write(tmp_path, meminfo="MemTotal:    24690000 kB\nMemFree: 1 kB\nMemAvailable:    2048 kB\nBuffers: 7 kB\n")
+    assert available_memory(tmp_path / "meminfo") == 2 * 2**20
+    assert available_memory(tmp_path / "missing") == math.inf
+    assert available_memory() > 0
 
 
 def test_too_few_open_files_for_the_workers():

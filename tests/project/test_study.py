@@ -211,9 +211,16 @@ def test_every_cell_is_compared_and_every_comparison_is_trained(study):
     assert compared == {replace(one.cell, seed=0) for one in study.cells.grid(plan)}
 
 
-def test_grid_of_one_claim(study):
-    assert {c for one in study.cells.grid(study.cells.ICONS, frozenset("3")) for c in one.claims} >= {"3"}
-    assert len(study.cells.grid(study.cells.ICONS, frozenset("3"))) < len(study.cells.grid(study.cells.ICONS))
+def test_grid_of_some_claims_has_what_they_are_compared_with(study):
+    plan = study.cells.ICONS
+    whole = study.cells.grid(plan)
+    assert study.report.wanted(plan, frozenset(study.cells.CLAIMS)) == whole
+    for claim, make in study.report.COMPARISONS.items():
+        wanted = study.report.wanted(plan, frozenset(claim))
+        assert {one.cell for one in wanted} >= {one.cell for one in whole if claim in one.claims}
+        needed = {cell for item in make(plan) for cell in (item.ours, item.theirs) if cell is not None}
+        assert {replace(one.cell, seed=0) for one in wanted} == {replace(cell, seed=0) for cell in needed}
+        assert len(wanted) < len(whole)
 
 
 def test_flags_of_every_cell_are_accepted(study, tmp_path, monkeypatch):

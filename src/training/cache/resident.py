@@ -2,54 +2,59 @@
 
 A run reads each row once in an epoch. The kernel's page cache drops what was read longest ago, so that of features
 that are larger than it, a row is dropped before its turn comes again; and the shards stream through the same
-cache. A fixed part that is never dropped is found as often as it is large: half of the reads with half of the
+cache. A fixed part that is not dropped is found as often as it is large: half of the reads with half of the
 features.
 
 The part is the first files' pages in that very page cache, locked into it (``mlock``): one process of the node
 reads them, in a thread of its own, and all find them, without a copy or another lookup. The kernel lets go of them
-when the process ends, however it ends.
+when the process ends, however it ends. (A network file system that takes a file for changed reads it again.)
 """
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import logging
 import mmap
-import os
+import resource
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
 from training.machine import limits
+from training.machine.mapped import MappedFile, may_lock
 
 FLAG = "--ref_features_cache_mb"
 MB = 2**20  # bytes
 _CHUNK = 16 * MB  # read and locked at a time
 _LEFT = 0.1  # of the memory, for everything else
+_PATIENCE = 5.0  # seconds for a read that hangs, when the run ends
+_CURE = (
+    "raise the hard limit of `ulimit -l`, as administrators do (limits.conf; LimitMEMLOCK of slurmd; with Docker "
+    "--ulimit memlock=-1; in Kubernetes the capability IPC_LOCK), or leave the flag out: the kernel then decides "
+    "what it keeps"
+)
 
 
-def plan(megabytes: int, files: Sequence[Path]) -> tuple[int, str]:
-    """The bytes of ``files`` that ``megabytes`` keep in memory, and a remark on it for the log.
+def plan(megabytes: int, size: int) -> tuple[int, str]:
+    """The bytes, of features of ``size``, that ``megabytes`` keep in memory, and a remark on it for the log.
 
     ValueError: this machine cannot, or may not.
     """
-    size = sum(path.stat().st_size for path in files)
     wanted = min(megabytes * MB, size)
-    there, allowed = limits.memory(), limits.lockable()
+    there = min(limits.memory(), limits.available_memory() / (1 - _LEFT))
     if wanted > (1 - _LEFT) * there:
         raise ValueError(
-            f"{FLAG} {megabytes}: it would keep {_mb(wanted)} in the memory of each node, and this process and "
-            f"those beside it have {_mb(there)} for everything: give less, and leave room for training itself"
+            f"{FLAG} {megabytes}: it would keep {_mb(wanted)} in the memory of each node, and of this one "
+            f"{_mb((1 - _LEFT) * there)} are to be had: give less, and leave room for training itself"
         )
-    if wanted > allowed:
+    if not may_lock(wanted):
+        hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+        told = "no more" if hard == resource.RLIM_INFINITY else f"no more than {_mb(hard)}"
         raise ValueError(
-            f"{FLAG} {megabytes}: a process may lock no more than {_mb(allowed)} of memory here, of the "
-            f"{_mb(wanted)} that it would keep: raise the limit (ulimit -l unlimited; with Docker: --ulimit "
-            "memlock=-1), or leave the flag out and let the kernel decide what it keeps"
+            f"{FLAG} {megabytes}: it would keep {_mb(wanted)} in memory, and processes here may lock {told}: "
+            f"{_CURE}"
         )
     return wanted, f"{FLAG} {megabytes}: {_mb(wanted)} of their {_mb(size)} stay in the memory of each node"
 
@@ -62,7 +67,7 @@ class Resident:
 
     def __init__(self, files: Sequence[Path], size: int) -> None:
         self.files, self.size, self.held = files, size, 0
-        self._maps: list[np.ndarray] = []
+        self._mapped: list[MappedFile] = []
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, name=FLAG, daemon=True)
 
@@ -74,8 +79,9 @@ class Resident:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._leaving.set()
-        self._thread.join()
-        self._maps.clear()
+        if error is None:  # else it comes first; the kernel lets go of all at the process's end
+            self._thread.join(_PATIENCE)
+            self._mapped.clear()
 
     def wait(self, seconds: float | None = None) -> None:
         """Until all is there, an error has ended it, or so long."""
@@ -84,12 +90,13 @@ class Resident:
     def _run(self) -> None:
         started = time.monotonic()
         try:
-            for path, length in self._parts():
-                self._keep(path, length)
-        except (OSError, ValueError) as error:
+            self._keep_all()
+        except (OSError, ValueError) as problem:
+            refused = isinstance(problem, OSError) and problem.errno in (errno.ENOMEM, errno.EPERM, errno.EAGAIN)
+            cure = f": {_CURE}" if refused else ""
             logging.warning(
                 f"{FLAG}: {_mb(self.held)} of the reference's features are kept in memory and no more "
-                f"({error}); training goes on"
+                f"({problem}), and training goes on{cure}"
             )
         else:
             if not self._leaving.is_set():
@@ -98,37 +105,40 @@ class Resident:
                     f"{time.monotonic() - started:.0f} s"
                 )
 
-    def _parts(self) -> Iterator[tuple[Path, int]]:
-        left = self.size
+    def _keep_all(self) -> None:
+        most, piece = _most_maps() // 2, memoryview(bytearray(_CHUNK))
         for path in self.files:
-            length = min(path.stat().st_size, left)
-            left -= length
-            if length:
-                yield path, length
+            if self.held >= self.size or self._leaving.is_set():
+                return
+            if len(self._mapped) >= most:
+                raise ValueError(f"a process may map {2 * most:,} files (vm.max_map_count)")
+            self._keep(path, min(self.size - self.held, path.stat().st_size), piece)
 
-    def _keep(self, path: Path, length: int) -> None:
-        with path.open("rb") as file:
-            mapped = np.frombuffer(mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ), np.uint8)
-            self._maps.append(mapped)
-            for begin in range(0, length, _CHUNK):
+    def _keep(self, path: Path, length: int, piece: memoryview) -> None:
+        """The first bytes of a file. They are read in long pieces first: locking alone would wait page by page."""
+        if not length:
+            return
+        with path.open("rb", buffering=0) as file:
+            mapped = MappedFile(path, length)
+            mapped.advise(mmap.MADV_DONTFORK)
+            self._mapped.append(mapped)
+            for start in range(0, length, _CHUNK):
                 if self._leaving.is_set():
                     return
-                # In long reads, the next one on its way: locking would wait for every page by itself.
-                os.posix_fadvise(file.fileno(), begin, 2 * _CHUNK, os.POSIX_FADV_WILLNEED)
-                size = min(_CHUNK, length - begin)
-                _lock(mapped.ctypes.data + begin, size)
+                if limits.available_memory() < _LEFT * limits.memory():
+                    raise ValueError(f"the machine has {_mb(limits.available_memory())} left for everything else")
+                size = min(_CHUNK, length - start)
+                file.readinto(piece[:size])
+                mapped.lock(start, size)
                 self.held += size
 
 
-def _lock(address: int, size: int) -> None:
-    """Lock pages into memory, after reading those that are not there. OSError: the kernel refuses."""
-    if _LIBC.mlock(ctypes.c_void_p(address), ctypes.c_size_t(size)):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+def _most_maps() -> int:
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_text())
+    except (OSError, ValueError):
+        return 65_530
 
 
 def _mb(size: float) -> str:
     return f"{size / MB:,.{0 if size >= 10 * MB else 1}f} MB"
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True)

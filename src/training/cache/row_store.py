@@ -40,6 +40,7 @@ import numpy as np
 
 from training.data.bad_samples import WrongRow
 from training.files import digest, replacing
+from training.machine.mapped import MappedFile
 
 # Formats: of plain values; of values for which each part has facts that tell how to unpack them; of rows with
 # several values each, of which a reader takes one (``SEVERAL`` is among their facts).
@@ -284,7 +285,7 @@ class RowStore:
     def paths(self, keys: Sequence[str]) -> list[Path]:
         """The files that lookups of ``keys`` read: the table, in which each row is looked up, and the values."""
         names = [self._table, *(f"parts/{part}.{key}.npy" for part in self.parts for key in keys)]
-        return [self.folder / name for name in names]
+        return [self.folder / name for name in names if name in self.files]  # a part may have no rows
 
     def expect(self, rows: np.ndarray, keys: Sequence[str], which: Mapping[str, np.ndarray] = {}) -> None:
         """Values ``keys`` of ``rows``, int64 [n], will be gathered later: let the disk fetch them meanwhile.
@@ -449,11 +450,9 @@ class _Mapped:
                 if dtype.hasobject:
                     raise ValueError("it holds Python objects in place of numbers; no code in it was run")
                 self._start = file.tell()
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._map.madvise(mmap.MADV_RANDOM)
-            count = int(np.prod(shape))
-            held = np.frombuffer(self._map, dtype, count, self._start) if count else np.empty(0, dtype)
-            self.array = held.reshape(shape)
+            self._file = MappedFile(path)
+            self._file.advise(mmap.MADV_RANDOM)
+            self.array = self._file.array(dtype, shape, self._start)
         except (ValueError, TypeError, SyntaxError) as error:  # numpy parses the header as Python's literals
             raise ValueError(
                 f"{path} cannot be read ({error}); copy the store again, or write it again"
@@ -472,7 +471,7 @@ class _Mapped:
         begins = pages[starts] * mmap.PAGESIZE
         lengths = np.diff(starts, append=len(pages)) * mmap.PAGESIZE
         for begin, length in zip(begins.tolist(), lengths.tolist()):
-            self._map.madvise(mmap.MADV_WILLNEED, begin, length)
+            self._file.advise(mmap.MADV_WILLNEED, begin, length)
 
 
 def _open_array(path: Path) -> np.ndarray:

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from training.machine.prepare import Unfit, temporary_folder
 
-_CAP_IPC_LOCK = 14  # its bit among a process's capabilities
-
 
 def check_sockets() -> None:
     """Unfit: the temporary folder takes no sockets, over which loader processes hand on their batches."""
@@ -56,23 +54,17 @@ def memory(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/c
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = []
     for folder, first in _control_groups("memory", groups, own):
-        with suppress(OSError, ValueError):  # ValueError: "max", no limit
-            limits.append(int((folder / ("memory.limit_in_bytes" if first else "memory.max")).read_text()))
+        for name in ("memory.limit_in_bytes",) if first else ("memory.max", "memory.high"):
+            with suppress(OSError, ValueError):  # ValueError: "max", no limit
+                limits.append(int((folder / name).read_text()))
     return min([machine, *limits])
 
 
-def lockable(status: Path = Path("/proc/self/status")) -> float:
-    """Bytes of memory that this process may lock: the hard limit of ``ulimit -l``; the soft one is raised to it.
-
-    Infinity where there is no limit, or the process may pass it (CAP_IPC_LOCK, as root has).
-    """
+def available_memory(told: Path = Path("/proc/meminfo")) -> float:
+    """Bytes of memory of the machine that are free or could be. Infinity where Linux does not tell it."""
     with suppress(OSError, ValueError, IndexError):
-        capable = int(status.read_text().split("CapEff:")[1].split()[0], 16)
-        if capable >> _CAP_IPC_LOCK & 1:
-            return math.inf
-    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
-    return math.inf if hard == resource.RLIM_INFINITY else hard
+        return 1024 * int(told.read_text().split("MemAvailable:")[1].split()[0])
+    return math.inf
 
 
 def _quotas(groups: Path, own: Path) -> Iterator[float]:
