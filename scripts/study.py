@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import scaling_law
-from study import cells, jobs, pictures, report, smoke
+from study import cells, comparisons, jobs, pictures, report, smoke
 from study.analysis import Results
 from study.runs import ROOT, Studio
 from study.table import Table
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.report:
             return report_on(desk, args.report, args.report, args.pictures)
-        agenda = jobs.agenda(desk, report.wanted(plan, claims))
+        agenda = jobs.agenda(desk, comparisons.wanted(plan, claims))
         if args.list:
             return listing(desk, agenda)
     except (OSError, ValueError) as error:

@@ -9,21 +9,19 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from study import power_law, tuning
 from study.analysis import FAILS, HOLDS, MISSING, OPEN, Estimate, Results
-from study.cells import CLAIMS, COMPRESSED, KEEPS_U, MAIN, Cell, Plan, Reference, Wanted, grid, with_reference
+from study.cells import CLAIMS, MAIN, Plan
+from study.comparisons import COMPARISONS, SELECTING, Comparison, cell_of, name_of, strengths, thousands
 from study.methods import METHODS
 from study.power_law import FEWEST, bootstrap
 
 BLOCK = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOTHING = "Not run yet."
-SELECTING = ("jest", "jest_topk", "drrho_select")
 TOLD = {HOLDS: "above 0", FAILS: "below 0", OPEN: "undecided", MISSING: "not run yet"}
-PARTS = {"half": "a half", "quarter": "a quarter", "eighth": "an eighth"}
 Rows = Mapping[str, Mapping[str, str]]
 
 
@@ -63,164 +61,7 @@ def blocks(results: Rows, tuned: Rows, plan: Plan) -> dict[str, str]:
     return made
 
 
-# What is compared
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """``ours`` against ``theirs``, a cell or the reference of ours (None), in the row ``label``."""
-
-    label: str
-    ours: Cell
-    theirs: Cell | None
-
-    def estimate(self, results: Results, column: str = "test_top1") -> Estimate:
-        if self.theirs is None:
-            return results.beyond_reference(self.ours, column)
-        return results.difference(self.ours, self.theirs, column)
-
-
-def _cell(plan: Plan, method: str, samples: int, reference: Reference | None = None, **other: Any) -> Cell:
-    cell = with_reference(Cell(method, samples, batch=plan.batch), reference or plan.reference)
-    return replace(cell, **other)
-
-
-def _name(cell: Cell) -> str:
-    return METHODS[cell.method].title
-
-
-def _against(label: str, ours: Cell, *theirs: Cell) -> Iterator[Comparison]:
-    for other in theirs:
-        yield Comparison(f"{label}: {_name(ours)} − {_name(other)}", ours, other)
-
-
-def _helps(plan: Plan) -> Iterator[Comparison]:
-    for samples in plan.budgets:
-        openclip, v3, *robust = (_cell(plan, method, samples) for method in MAIN)
-        for ours in robust:
-            yield from _against(thousands(samples), ours, openclip, v3)
-    for samples in plan.middle:
-        for method in ("drrho_v1", "drrho_v2"):
-            label = thousands(samples)
-            yield from _against(label, _cell(plan, method, samples), _cell(plan, "openclip", samples))
-
-
-def _passes(plan: Plan) -> Iterator[Comparison]:
-    for samples, at in _strengths(plan):
-        weaker = replace(plan.reference, at=at)
-        label = f"{thousands(samples)} under a reference of {thousands(at)}: DRRho-CLIP − its reference"
-        yield Comparison(label, _cell(plan, "drrho_fixed", samples, weaker), None)
-    weaker = replace(plan.reference, at=plan.strengths[1])
-    for samples in plan.middle:
-        label = f"{thousands(samples)}, larger tower, under a reference of {thousands(weaker.at)}"
-        ours = _cell(plan, "drrho_fixed", samples, weaker, model="large")
-        yield Comparison(f"{label}: DRRho-CLIP − its reference", ours, None)
-        yield from _against(label, ours, _cell(plan, "openclip", samples, model="large"))
-
-
-def _strengths(plan: Plan) -> Iterator[tuple[int, int]]:
-    """The budgets of targets under references of several strengths, and these."""
-    for samples in plan.middle:
-        yield from ((samples, at) for at in plan.strengths)
-    for samples in plan.long:
-        yield from ((samples, at) for at in (*plan.strengths[:2], plan.strengths[-1]))
-
-
-def _parts(plan: Plan) -> Iterator[Comparison]:
-    for samples in plan.middle:
-        whole = [_cell(plan, method, samples) for method in ("openclip", "fastclip_v3")]
-        for part in PARTS:
-            ours = _cell(plan, "drrho_fixed", samples, data=f"b-{part}")
-            for other in whole:
-                label = f"{thousands(samples)}: DRRho-CLIP on {PARTS[part]} − {_name(other)} on all"
-                yield Comparison(label, ours, other)
-            same = _cell(plan, "openclip", samples, data=f"b-{part}")
-            label = f"{thousands(samples)}: DRRho-CLIP on {PARTS[part]} − OpenCLIP on the same"
-            yield Comparison(label, ours, same)
-
-
-def _heuristics(plan: Plan) -> Iterator[Comparison]:
-    for samples in plan.middle:
-        ours = _cell(plan, "drrho_fixed", samples)
-        for method in ("distill", "drrho_distill"):
-            yield from _against(f"{thousands(samples)} trained on", ours, _cell(plan, method, samples))
-    for samples in plan.short:
-        ours = _cell(plan, "drrho_fixed", samples)
-        for method in SELECTING:
-            yield from _against(f"{thousands(samples)} trained on", ours, _cell(plan, method, samples))
-        # What a target learns from as many samples as were read to choose these, or fewer.
-        for longer in plan.long:
-            ours = _cell(plan, "drrho_fixed", longer)
-            for method in SELECTING:
-                read = samples * METHODS[method].super_batch
-                label = f"{thousands(longer)} − {thousands(samples)} chosen of {thousands(read)}"
-                yield from _against(label, ours, _cell(plan, method, samples))
-
-
-def _family(plan: Plan) -> Iterator[Comparison]:
-    for samples in plan.middle:
-        for batch in (plan.batch // 4, plan.batch, plan.batch * 8):
-            ours, other = (_cell(plan, method, samples, batch=batch) for method in ("fastclip_v3", "openclip"))
-            yield from _against(f"{thousands(samples)}, batch {batch}", ours, other)
-    for samples in plan.long:
-        ours, other = (_cell(plan, method, samples, data="b-eighth") for method in ("fastclip_v3", "openclip"))
-        yield from _against(f"{thousands(samples)} on an eighth", ours, other)
-    for samples in plan.middle:
-        for method in ("siglip", "fastclip_v0", "fastclip_v1", "fastclip_v2", "sogclr", "isogclr"):
-            other = _cell(plan, "openclip", samples)
-            yield from _against(thousands(samples), _cell(plan, method, samples), other)
-
-
-def _references_decide(plan: Plan) -> Iterator[Comparison]:
-    for samples, at in _strengths(plan):
-        label = f"{thousands(samples)} under a reference of {thousands(at)}"
-        ours = _cell(plan, "drrho_fixed", samples, replace(plan.reference, at=at))
-        yield from _against(label, ours, _cell(plan, "openclip", samples))
-    titles = ("trained on b itself", "trained on a and b", "trained on emoji", "with a larger tower")
-    for samples in plan.middle:
-        for title, reference in zip(titles, plan.other_references, strict=True):
-            label = f"{thousands(samples)} under a reference {title}"
-            ours = _cell(plan, "drrho_fixed", samples, reference)
-            yield from _against(label, ours, _cell(plan, "openclip", samples))
-        for noise in (20, 40):
-            ours, other = (
-                _cell(plan, method, samples, data=f"b-noise{noise}") for method in ("drrho_fixed", "openclip")
-            )
-            yield from _against(f"{thousands(samples)}, {noise} % of the captions shuffled", ours, other)
-
-
-def _compressed(plan: Plan) -> Iterator[Comparison]:
-    for method, whole in COMPRESSED.items():
-        many_epochs = method == KEEPS_U
-        data, words = ("b-eighth", " on an eighth") if many_epochs else ("b", "")
-        for samples in plan.middle if many_epochs else plan.budgets[:1]:
-            ours, other = (_cell(plan, name, samples, data=data) for name in (method, whole))
-            yield from _against(f"{thousands(samples)}{words}", ours, other)
-
-
-COMPARISONS: dict[str, Callable[[Plan], Iterable[Comparison]]] = {
-    "1": _helps,
-    "2": _passes,
-    "3": _parts,
-    "5": _heuristics,
-    "6": _family,
-    "7": _references_decide,
-    "8": _compressed,
-}
-
-
-def wanted(plan: Plan, claims: frozenset[str]) -> list[Wanted]:
-    """The cells for ``claims`` and those that they are compared with, most needed first."""
-    items = [item for claim in sorted(claims & COMPARISONS.keys()) for item in COMPARISONS[claim](plan)]
-    compared = {replace(cell, seed=0) for item in items for cell in (item.ours, item.theirs) if cell is not None}
-    return [one for one in grid(plan) if one.claims & claims or replace(one.cell, seed=0) in compared]
-
-
 # Tables
-
-
-def thousands(samples: int) -> str:
-    return f"{samples / 1000:.0f}k" if samples >= 1000 else str(samples)
 
 
 def shown(one: Estimate, sign: bool = False) -> str:
@@ -261,7 +102,7 @@ def _differences(results: Results, items: Iterable[Comparison]) -> str:
 def _means(results: Results, plan: Plan) -> str:
     rows = []
     for samples in plan.budgets:
-        found = [results.mean(_cell(plan, method, samples)) for method in MAIN]
+        found = [results.mean(cell_of(plan, method, samples)) for method in MAIN]
         if any(one.n for one in found):
             rows.append([thousands(samples), *map(shown, found), "/".join(str(one.n) for one in found)])
     return table(("samples", *(METHODS[method].title for method in MAIN), "seeds"), rows)
@@ -303,7 +144,7 @@ def passing(results: Results, plan: Plan) -> dict[int, list[tuple[float, Estimat
         points = []
         for at in plan.strengths:
             reference = replace(plan.reference, at=at)
-            mean = results.mean(_cell(plan, "drrho_fixed", samples, reference))
+            mean = results.mean(cell_of(plan, "drrho_fixed", samples, reference))
             row = results.references.get(reference.name)
             if mean.n and row is not None:
                 points.append((float(row["test_top1"]), mean))
@@ -319,7 +160,7 @@ def laws(results: Results, plan: Plan) -> dict[str, dict[float, list[float]]]:
         runs = {
             float(samples): [1 - top1 / 100 for top1 in seeds.values()]
             for samples in plan.budgets
-            if (seeds := results.seeds(_cell(plan, method, samples), "test_top1"))
+            if (seeds := results.seeds(cell_of(plan, method, samples), "test_top1"))
         }
         if len(runs) >= FEWEST:
             found[METHODS[method].title] = runs
@@ -342,12 +183,12 @@ def _costs(results: Results, plan: Plan) -> str:
     rows, whole = [], ("openclip", "drrho_fixed", "distill", "drrho_distill")
     compared = ((plan.short, (*whole[:2], *SELECTING)), (plan.middle, whole), (plan.long, whole[:2]))
     for budgets, methods in compared:
-        for cell in (_cell(plan, method, samples) for samples in budgets for method in methods):
+        for cell in (cell_of(plan, method, samples) for samples in budgets for method in methods):
             seconds = results.mean(cell, "cpu_seconds")
             if seconds.n:
                 time = f"{seconds.mean:.0f} s"
                 rows.append(
-                    [thousands(cell.samples), _name(cell), shown(results.mean(cell)), time, str(seconds.n)]
+                    [thousands(cell.samples), name_of(cell), shown(results.mean(cell)), time, str(seconds.n)]
                 )
     return table(("trained on", "", "top-1", "processor time", "seeds"), rows)
 
@@ -393,9 +234,9 @@ def _references(results: Results) -> str:
 def _choosing(results: Results, plan: Plan) -> str:
     """What references gave, from the one that is weakest beside what the target reaches without it."""
     rows = []
-    for samples, at in _strengths(plan):
+    for samples, at in strengths(plan):
         reference = replace(plan.reference, at=at)
-        ours, alone = _cell(plan, "drrho_fixed", samples, reference), _cell(plan, "openclip", samples)
+        ours, alone = cell_of(plan, "drrho_fixed", samples, reference), cell_of(plan, "openclip", samples)
         gain, row = results.difference(ours, alone), results.references.get(reference.name)
         if gain.n == 0 or row is None:
             continue

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
     "analysis",
     "cells",
+    "comparisons",
     "jobs",
     "methods",
     "pictures",
@@ -206,7 +207,7 @@ def test_what_check_reference_says_of_the_study_is_what_the_study_found(study):
 
 def test_every_cell_is_compared_and_every_comparison_is_trained(study):
     plan = study.cells.ICONS
-    items = [item for make in study.report.COMPARISONS.values() for item in make(plan)]
+    items = [item for make in study.comparisons.COMPARISONS.values() for item in make(plan)]
     compared = {replace(cell, seed=0) for item in items for cell in (item.ours, item.theirs) if cell is not None}
     assert compared == {replace(one.cell, seed=0) for one in study.cells.grid(plan)}
 
@@ -214,9 +215,9 @@ def test_every_cell_is_compared_and_every_comparison_is_trained(study):
 def test_grid_of_some_claims_has_what_they_are_compared_with(study):
     plan = study.cells.ICONS
     whole = study.cells.grid(plan)
-    assert study.report.wanted(plan, frozenset(study.cells.CLAIMS)) == whole
-    for claim, make in study.report.COMPARISONS.items():
-        wanted = study.report.wanted(plan, frozenset(claim))
+    assert study.comparisons.wanted(plan, frozenset(study.cells.CLAIMS)) == whole
+    for claim, make in study.comparisons.COMPARISONS.items():
+        wanted = study.comparisons.wanted(plan, frozenset(claim))
         assert {one.cell for one in wanted} >= {one.cell for one in whole if claim in one.claims}
         needed = {cell for item in make(plan) for cell in (item.ours, item.theirs) if cell is not None}
         assert {replace(one.cell, seed=0) for one in wanted} == {replace(cell, seed=0) for cell in needed}

@@ -1,0 +1,169 @@
+"""What the study compares, claim by claim, and the cells that this needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from study.analysis import Estimate, Results
+from study.cells import COMPRESSED, KEEPS_U, MAIN, Cell, Plan, Reference, Wanted, grid, with_reference
+from study.methods import METHODS
+
+SELECTING = ("jest", "jest_topk", "drrho_select")
+PARTS = {"half": "a half", "quarter": "a quarter", "eighth": "an eighth"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``ours`` against ``theirs``, a cell or the reference of ours (None), in the row ``label``."""
+
+    label: str
+    ours: Cell
+    theirs: Cell | None
+
+    def estimate(self, results: Results, column: str = "test_top1") -> Estimate:
+        if self.theirs is None:
+            return results.beyond_reference(self.ours, column)
+        return results.difference(self.ours, self.theirs, column)
+
+
+def cell_of(plan: Plan, method: str, samples: int, reference: Reference | None = None, **other: Any) -> Cell:
+    """A cell of the plan's batch size, under its strong reference unless another one is given."""
+    cell = with_reference(Cell(method, samples, batch=plan.batch), reference or plan.reference)
+    return replace(cell, **other)
+
+
+def name_of(cell: Cell) -> str:
+    return METHODS[cell.method].title
+
+
+def _against(label: str, ours: Cell, *theirs: Cell) -> Iterator[Comparison]:
+    for other in theirs:
+        yield Comparison(f"{label}: {name_of(ours)} − {name_of(other)}", ours, other)
+
+
+def _helps(plan: Plan) -> Iterator[Comparison]:
+    for samples in plan.budgets:
+        openclip, v3, *robust = (cell_of(plan, method, samples) for method in MAIN)
+        for ours in robust:
+            yield from _against(thousands(samples), ours, openclip, v3)
+    for samples in plan.middle:
+        for method in ("drrho_v1", "drrho_v2"):
+            label = thousands(samples)
+            yield from _against(label, cell_of(plan, method, samples), cell_of(plan, "openclip", samples))
+
+
+def _passes(plan: Plan) -> Iterator[Comparison]:
+    for samples, at in strengths(plan):
+        weaker = replace(plan.reference, at=at)
+        label = f"{thousands(samples)} under a reference of {thousands(at)}: DRRho-CLIP − its reference"
+        yield Comparison(label, cell_of(plan, "drrho_fixed", samples, weaker), None)
+    weaker = replace(plan.reference, at=plan.strengths[1])
+    for samples in plan.middle:
+        label = f"{thousands(samples)}, larger tower, under a reference of {thousands(weaker.at)}"
+        ours = cell_of(plan, "drrho_fixed", samples, weaker, model="large")
+        yield Comparison(f"{label}: DRRho-CLIP − its reference", ours, None)
+        yield from _against(label, ours, cell_of(plan, "openclip", samples, model="large"))
+
+
+def strengths(plan: Plan) -> Iterator[tuple[int, int]]:
+    """The budgets of targets under references of several strengths, and these."""
+    for samples in plan.middle:
+        yield from ((samples, at) for at in plan.strengths)
+    for samples in plan.long:
+        yield from ((samples, at) for at in (*plan.strengths[:2], plan.strengths[-1]))
+
+
+def _parts(plan: Plan) -> Iterator[Comparison]:
+    for samples in plan.middle:
+        whole = [cell_of(plan, method, samples) for method in ("openclip", "fastclip_v3")]
+        for part in PARTS:
+            ours = cell_of(plan, "drrho_fixed", samples, data=f"b-{part}")
+            for other in whole:
+                label = f"{thousands(samples)}: DRRho-CLIP on {PARTS[part]} − {name_of(other)} on all"
+                yield Comparison(label, ours, other)
+            same = cell_of(plan, "openclip", samples, data=f"b-{part}")
+            label = f"{thousands(samples)}: DRRho-CLIP on {PARTS[part]} − OpenCLIP on the same"
+            yield Comparison(label, ours, same)
+
+
+def _heuristics(plan: Plan) -> Iterator[Comparison]:
+    for samples in plan.middle:
+        ours = cell_of(plan, "drrho_fixed", samples)
+        for method in ("distill", "drrho_distill"):
+            yield from _against(f"{thousands(samples)} trained on", ours, cell_of(plan, method, samples))
+    for samples in plan.short:
+        ours = cell_of(plan, "drrho_fixed", samples)
+        for method in SELECTING:
+            yield from _against(f"{thousands(samples)} trained on", ours, cell_of(plan, method, samples))
+        # What a target learns from as many samples as were read to choose these, or fewer.
+        for longer in plan.long:
+            ours = cell_of(plan, "drrho_fixed", longer)
+            for method in SELECTING:
+                read = samples * METHODS[method].super_batch
+                label = f"{thousands(longer)} − {thousands(samples)} chosen of {thousands(read)}"
+                yield from _against(label, ours, cell_of(plan, method, samples))
+
+
+def _family(plan: Plan) -> Iterator[Comparison]:
+    for samples in plan.middle:
+        for batch in (plan.batch // 4, plan.batch, plan.batch * 8):
+            ours, other = (cell_of(plan, method, samples, batch=batch) for method in ("fastclip_v3", "openclip"))
+            yield from _against(f"{thousands(samples)}, batch {batch}", ours, other)
+    for samples in plan.long:
+        ours, other = (cell_of(plan, method, samples, data="b-eighth") for method in ("fastclip_v3", "openclip"))
+        yield from _against(f"{thousands(samples)} on an eighth", ours, other)
+    for samples in plan.middle:
+        for method in ("siglip", "fastclip_v0", "fastclip_v1", "fastclip_v2", "sogclr", "isogclr"):
+            other = cell_of(plan, "openclip", samples)
+            yield from _against(thousands(samples), cell_of(plan, method, samples), other)
+
+
+def _references_decide(plan: Plan) -> Iterator[Comparison]:
+    for samples, at in strengths(plan):
+        label = f"{thousands(samples)} under a reference of {thousands(at)}"
+        ours = cell_of(plan, "drrho_fixed", samples, replace(plan.reference, at=at))
+        yield from _against(label, ours, cell_of(plan, "openclip", samples))
+    titles = ("trained on b itself", "trained on a and b", "trained on emoji", "with a larger tower")
+    for samples in plan.middle:
+        for title, reference in zip(titles, plan.other_references, strict=True):
+            label = f"{thousands(samples)} under a reference {title}"
+            ours = cell_of(plan, "drrho_fixed", samples, reference)
+            yield from _against(label, ours, cell_of(plan, "openclip", samples))
+        for noise in (20, 40):
+            ours, other = (
+                cell_of(plan, method, samples, data=f"b-noise{noise}") for method in ("drrho_fixed", "openclip")
+            )
+            yield from _against(f"{thousands(samples)}, {noise} % of the captions shuffled", ours, other)
+
+
+def _compressed(plan: Plan) -> Iterator[Comparison]:
+    for method, whole in COMPRESSED.items():
+        many_epochs = method == KEEPS_U
+        data, words = ("b-eighth", " on an eighth") if many_epochs else ("b", "")
+        for samples in plan.middle if many_epochs else plan.budgets[:1]:
+            ours, other = (cell_of(plan, name, samples, data=data) for name in (method, whole))
+            yield from _against(f"{thousands(samples)}{words}", ours, other)
+
+
+COMPARISONS: dict[str, Callable[[Plan], Iterable[Comparison]]] = {
+    "1": _helps,
+    "2": _passes,
+    "3": _parts,
+    "5": _heuristics,
+    "6": _family,
+    "7": _references_decide,
+    "8": _compressed,
+}
+
+
+def wanted(plan: Plan, claims: frozenset[str]) -> list[Wanted]:
+    """The cells for ``claims`` and those that they are compared with, most needed first."""
+    items = [item for claim in sorted(claims & COMPARISONS.keys()) for item in COMPARISONS[claim](plan)]
+    compared = {replace(cell, seed=0) for item in items for cell in (item.ours, item.theirs) if cell is not None}
+    return [one for one in grid(plan) if one.claims & claims or replace(one.cell, seed=0) in compared]
+
+
+def thousands(samples: int) -> str:
+    return f"{samples / 1000:.0f}k" if samples >= 1000 else str(samples)
