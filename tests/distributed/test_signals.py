@@ -23,6 +23,7 @@ from training.loop.checkpointer import how_to_resume
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_noted_and_the_process_lives(number):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which these tests may run, ignores it
     before = [signal.getsignal(n) for n in SIGNALS]
     with listen() as heard:
         assert heard.wanted is None
