@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Fits error = alpha * compute^beta + floor to runs of several budgets, and draws it.
 
-    python scripts/scaling_law.py assets/study/results.csv --where data=b model=small kind=cell \\
-        --only openclip drrho_fixed --out assets/scaling_law.png
+    python scripts/scaling_law.py assets/study/results.csv --only openclip drrho_fixed --out logs/law.png \\
+        --where kind=cell data=b batch=128 model=small reference=,a-1376256@1376256
 
 Any csv file with a column for the budget and one for an accuracy in percent will do. Runs with the same budget are
-seeds of one point. A group of runs needs at least four budgets.
+seeds of one point, so --where has to leave out what differs in anything else: several values of a column stand
+with commas between them, an empty one too. A group of runs needs at least four budgets.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def read(
         column, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"--where {word}: give COLUMN=VALUE")
-        conditions[column] = value
+        conditions[column] = value.split(",")
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     with path.open(newline="", encoding="utf-8") as file:
@@ -59,7 +60,7 @@ def read(
             raise ValueError(f"{path}: it has no column {column!r}, but {', '.join(rows[0])}")
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if all(row[column] == value for column, value in conditions.items()):
+        if all(row[column] in values for column, values in conditions.items()):
             found[row[group]][float(row[x])].append(1 - float(row[accuracy]) / 100)
     names = only or sorted(found)
     if missing := [name for name in names if name not in found]:
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--accuracy", default="test_top1", help="column in percent (default: test_top1)")
     parser.add_argument("--group", default="method", help="column that tells curves apart (default: method)")
     parser.add_argument("--only", nargs="+", help="groups to fit, in this order (default: all)")
-    parser.add_argument("--where", nargs="*", default=[], metavar="COLUMN=VALUE", help="which rows to take")
+    parser.add_argument("--where", nargs="*", default=[], metavar="COLUMN=VALUE[,VALUE]", help="rows to take")
     parser.add_argument("--draws", type=int, default=1000, help="draws of the bootstrap (default: 1000)")
     parser.add_argument("--out", type=Path, help="picture to draw")
     return parser

@@ -4,7 +4,7 @@
     python scripts/icons.py --emoji --out data/icons
     python scripts/study.py --data data/icons --out logs/study --list     # what is done, what is left, how long
     python scripts/study.py --data data/icons --out logs/study            # train it, or go on with it
-    python scripts/study.py --out logs/study --report docs/study.md       # tables and pictures from the results
+    python scripts/study.py --results assets/study --report docs/study.md # tables and pictures from the results
 
 Every finished run is a row of OUT/results.csv, or of OUT/tuning.csv where it chose settings. A cell that has its
 row is not trained again, and an interrupted run goes on. On a CPU one cell is trained at a time, with GPUs one on
@@ -70,6 +70,11 @@ def main(argv: list[str] | None = None) -> int:
 def report_on(desk: jobs.Desk, page: Path, out: Path, folder: Path) -> int:
     """Write ``page`` with tables from the results to ``out``, and the pictures that the results are enough for."""
     rows = desk.results.rows()
+    if not rows:
+        raise ValueError(
+            f"{desk.results.path}: there are no results yet, and {page} would lose its own; those of the "
+            "published page are in assets/study (--results assets/study)"
+        )
     out.write_text(report.fill(page.read_text(), rows, desk.tuned.rows(), desk.plan))
     results = Results.of(rows.values())
     pictures.weak_to_strong(folder / "weak_to_strong.png", results, desk.plan)

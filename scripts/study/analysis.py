@@ -10,7 +10,7 @@ from study.cells import Cell
 
 # The 97.5 % points of Student's t by degrees of freedom; beyond, the normal distribution's.
 T = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-HOLDS, FAILS, OPEN, MISSING = "holds", "does not hold", "undecided", "not run"
+HOLDS, FAILS, OPEN, ONE, MISSING = "holds", "does not hold", "undecided", "one seed", "not run"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Estimate:
         """Whether the mean is above 0."""
         if self.n == 0:
             return MISSING
+        if self.n == 1:
+            return ONE
         return HOLDS if self.low > 0 else FAILS if self.high < 0 else OPEN
 
 

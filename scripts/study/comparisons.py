@@ -107,8 +107,12 @@ def _heuristics(plan: Plan) -> Iterator[Comparison]:
 
 
 def _family(plan: Plan) -> Iterator[Comparison]:
+    for samples in plan.budgets:
+        yield from _against(
+            thousands(samples), cell_of(plan, "fastclip_v3", samples), cell_of(plan, "openclip", samples)
+        )
     for samples in plan.middle:
-        for batch in (plan.batch // 4, plan.batch, plan.batch * 8):
+        for batch in (plan.batch // 4, plan.batch * 8):
             ours, other = (cell_of(plan, method, samples, batch=batch) for method in ("fastclip_v3", "openclip"))
             yield from _against(f"{thousands(samples)}, batch {batch}", ours, other)
     for samples in plan.long:
