@@ -102,6 +102,11 @@ class Plan:
         """The budget of those that need a long run."""
         return self.budgets[3:4]
 
+    @property
+    def longest(self) -> tuple[int, ...]:
+        """The largest budget, where it is not that of long runs."""
+        return self.budgets[4:]
+
 
 UNIT = 168 * 256  # samples: half an epoch of b, and a whole number of steps of every batch size from 32 to 1,024
 ICONS = Plan(

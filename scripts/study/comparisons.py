@@ -73,6 +73,8 @@ def strengths(plan: Plan) -> Iterator[tuple[int, int]]:
         yield from ((samples, at) for at in plan.strengths)
     for samples in plan.long:
         yield from ((samples, at) for at in (*plan.strengths[:2], plan.strengths[-1]))
+    for samples in plan.longest:
+        yield samples, plan.strengths[-1]
 
 
 def _parts(plan: Plan) -> Iterator[Comparison]:
