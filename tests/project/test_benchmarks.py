@@ -398,10 +398,11 @@ def test_features():
     assert "Lookup of 64 random rows of 3,000, 2 x 8, float16" in text
 
 
-def test_features_times_training_steps_too():
+def test_features_times_training_steps_too(small_pair):
     import features
 
-    times = features.step_times("--steps", "1", "--repeats", "1", "--batch-size", "8")
+    few = ("--steps", "1", "--repeats", "1", "--batch-size", "6", "--data-size", "100")
+    times = features.step_times("--model", small_pair[0], "--ref-model", small_pair[1], *few)
     assert times.keys() == {"step_none_ms", "step_store_ms", "step_live_ms"} and min(times.values()) > 0
 
 
