@@ -71,7 +71,7 @@ def make(root: Path, name: str) -> None:
     """Write the training set ``name`` if it is one that is derived and not there. ValueError: as for ``find``."""
     half, _, change = name.partition("-")
     folder = root / "derived" / name
-    if "+" in name or not change or folder.exists():
+    if "+" in name or not change or _is_written(folder, find(root, name)):
         return
     samples = list(_read(root / half))
     order = np.random.default_rng(0).permutation(len(samples))
@@ -85,6 +85,17 @@ def make(root: Path, name: str) -> None:
     else:
         raise ValueError(f"{name}: no such set; there are parts ({', '.join(SHARES)}) and noiseN, N percent")
     write(folder, samples, PER_SHARD)
+
+
+def _is_written(folder: Path, wanted: TrainingSet) -> bool:
+    """Whether the set is there, in shards of the present size; an older one is removed."""
+    about = folder / "set.json"
+    if about.exists():
+        held = json.loads(about.read_text())
+        if (held["samples"], held["shards"]) == (wanted.samples, -(-wanted.samples // PER_SHARD)):
+            return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 def _read(folder: Path) -> Iterator[dict[str, bytes]]:

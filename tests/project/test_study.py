@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import itertools
+import json
 import math
 import multiprocessing
 import shlex
@@ -390,6 +391,10 @@ def test_derived_sets(study, tmp_path):
     assert [png for png, _ in noisy[1]] == [png for png, _ in whole]
     assert sorted(text for _, text in noisy[1]) == sorted(text for _, text in whole), "captions are only exchanged"
     assert 10 <= sum(a != b for a, b in zip(noisy[1], whole, strict=True)) <= 16
+    about = Path(study.sets.find(tmp_path, "b-half").pattern).parent / "set.json"
+    about.write_text(json.dumps({"shards": 9, "samples": 20}))
+    assert content("b-half") == half, "shards of another size are written again"
+    assert json.loads(about.read_text()) == {"shards": 1, "samples": 20}
     both = study.sets.find(tmp_path, "a+b")
     assert both.data_size == "40::40" and both.samples == 80
     with pytest.raises(ValueError, match="b-third: no such set"):
