@@ -63,16 +63,20 @@ def find(root: Path, name: str) -> TrainingSet:
     about, folder = json.loads(described.read_text()), root / half
     if change:
         samples = about["samples"] // SHARES.get(change, 1)
-        about, folder = {"samples": samples, "shards": -(-samples // PER_SHARD)}, root / "derived" / name
+        about, folder = {"samples": samples, "shards": _shards(samples)}, root / "derived" / name
     return TrainingSet(str(folder / f"{{00000..{about['shards'] - 1:05d}}}.tar"), (about["samples"],))
 
 
 def make(root: Path, name: str) -> None:
-    """Write the training set ``name`` if it is one that is derived and not there. ValueError: as for ``find``."""
+    """Write the training set ``name`` if it is one that is derived and not there, or in shards of another size.
+
+    ValueError: as for ``find``.
+    """
     half, _, change = name.partition("-")
     folder = root / "derived" / name
-    if "+" in name or not change or _is_written(folder, find(root, name)):
+    if "+" in name or not change or _is_current(folder, find(root, name).samples):
         return
+    shutil.rmtree(folder, ignore_errors=True)
     samples = list(_read(root / half))
     order = np.random.default_rng(0).permutation(len(samples))
     if change in SHARES:
@@ -87,15 +91,14 @@ def make(root: Path, name: str) -> None:
     write(folder, samples, PER_SHARD)
 
 
-def _is_written(folder: Path, wanted: TrainingSet) -> bool:
-    """Whether the set is there, in shards of the present size; an older one is removed."""
+def _is_current(folder: Path, samples: int) -> bool:
+    """Whether a derived set of so many samples is there, in shards of the present size."""
     about = folder / "set.json"
-    if about.exists():
-        held = json.loads(about.read_text())
-        if (held["samples"], held["shards"]) == (wanted.samples, -(-wanted.samples // PER_SHARD)):
-            return True
-    shutil.rmtree(folder, ignore_errors=True)
-    return False
+    return about.exists() and json.loads(about.read_text()) == {"shards": _shards(samples), "samples": samples}
+
+
+def _shards(samples: int) -> int:
+    return -(-samples // PER_SHARD)
 
 
 def _read(folder: Path) -> Iterator[dict[str, bytes]]:

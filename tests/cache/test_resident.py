@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import re
 import shutil
 import signal
@@ -202,9 +203,10 @@ def test_more_than_the_machine_has_is_refused(monkeypatch):
     monkeypatch.setattr(resident, "may_lock", lambda size: True)
     assert plan(2, MB) == (MB, "--ref_features_cache_mb 2: 1.0 MB of their 1.0 MB stay in the memory of each node")
     assert plan(1, 4 * MB)[0] == MB
-    for name in ("memory", "available_memory"):
+    for whole, available in ((0.95 * MB, math.inf), (2 * MB, 1.05 * MB)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(limits, name, lambda: 0.89 * MB)
+            patch.setattr(limits, "memory", lambda whole=whole: whole)
+            patch.setattr(limits, "available_memory", lambda available=available: available)
             with pytest.raises(ValueError, match=r"--ref_features_cache_mb 2: it would keep 1.0 MB .* 0.[89] MB"):
                 plan(2, MB)
 

@@ -43,11 +43,12 @@ def plan(megabytes: int, size: int) -> tuple[int, str]:
     ValueError: this machine cannot, or may not.
     """
     wanted = min(megabytes * MB, size)
-    there = min(limits.memory(), limits.available_memory() / (1 - _LEFT))
-    if wanted > (1 - _LEFT) * there:
+    whole = limits.memory()
+    room = max(min(whole, limits.available_memory()) - _LEFT * whole, 0)
+    if wanted > room:
         raise ValueError(
             f"{FLAG} {megabytes}: it would keep {_mb(wanted)} in the memory of each node, and of this one "
-            f"{_mb((1 - _LEFT) * there)} are to be had: give less, and leave room for training itself"
+            f"{_mb(room)} are to be had: give less, and leave room for training itself"
         )
     if not may_lock(wanted):
         hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
@@ -111,7 +112,7 @@ class Resident:
             if self.held >= self.size or self._leaving.is_set():
                 return
             if len(self._mapped) >= most:
-                raise ValueError(f"a process may map {2 * most:,} files (vm.max_map_count)")
+                raise ValueError(f"half of the {2 * most:,} files that a process may map, by vm.max_map_count")
             self._keep(path, min(self.size - self.held, path.stat().st_size), piece)
 
     def _keep(self, path: Path, length: int, piece: memoryview) -> None:
