@@ -144,8 +144,9 @@ def compare(options: Options, folder: Path, pictures: int) -> dict[str, Any]:
     report.say(f"writing {pictures} photographs to {SHARDS} shards")
     (folder / "shards").mkdir()
     pattern = photographs.write_shards(folder / "shards", pictures, SHARDS)
-    real = f"--train-data {pattern} --train-num-samples {pictures} --data_size {pictures} --dataset-resampled"
-    random = f"--dataset-type synthetic --train-num-samples {pictures} --data_size {pictures}"
+    epoch = f"--train-num-samples {options.batch_size * options.steps}"  # one, as in a run on many samples
+    real = f"--train-data {pattern} {epoch} --data_size {pictures} --dataset-resampled"
+    random = f"--dataset-type synthetic {epoch} --data_size {options.batch_size * options.steps}"
     middle = 2 * options.steps // 3
     report.say("training on the shards")
     times = measure.in_fresh_process(train, options, real, str(folder / "logs"), middle)

@@ -1,6 +1,6 @@
 """Is this GPU machine sound, and what will it do? All checks and measurements that need a GPU, in order of use.
 
-    bash benchmarks/gpu.sh [--minutes 8] [--json FILE] [--only NAME,NAME] [--cpu]
+    bash benchmarks/gpu.sh [--minutes 15] [--json FILE] [--only NAME,NAME] [--cpu]
 
 environment  the card, driver, versions, cores
 tests        ``tests/device``: losses, steps and runs are right on this card
@@ -64,13 +64,13 @@ def last_line(output: str, _: Path) -> dict[str, Any]:
 
 
 def tested(_: str, report: Path) -> dict[str, Any]:
-    """Counts of pytest's report, and the names of tests that failed."""
+    """Counts of pytest's report, and of each test that failed its name and the end of its traceback."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
-    failed = [
-        f"{case.get('classname')}::{case.get('name')}"
+    failed = {
+        f"{case.get('classname')}::{case.get('name')}": (found.text or "")[-3000:]
         for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
+        for found in (*case.findall("failure"), *case.findall("error"))
+    }
     counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
     return counts | {"seconds": float(suite.get("time")), "failed": failed}
 
@@ -116,7 +116,7 @@ def plan(report: Path, cpu: bool) -> list[Measurement]:
         headline("headline", "ours+compile,plain", 180, "--kernels"),
         Measurement("waits", script("waits.py"), 180, last_line),
         Measurement("places", script("sample_state.py", "--ranks", "1", "--data-size", "50000000"), 90, last_line),
-        Measurement("fed", script("fed.py", "--torchcompile", "--pictures", "1024"), 260, last_line),
+        Measurement("fed", script("fed.py", "--torchcompile", "--pictures", "1024"), 320, last_line),
         headline("headline, other ways", "ours,cached+compile,openclip+compile,select-cached+compile", 280),
         Measurement("loss, batch 5120", script("loss.py", "--device", "cuda", "--batch", "5120"), 60, last_line),
         model("RN50", 256, f"{BOTH},ours+channels_last,ours+compile+channels_last", 150, "--kernels"),
@@ -285,7 +285,7 @@ def _goal(field: str, value: float) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="after these, nothing more is started or kept")
+    parser.add_argument("--minutes", type=float, default=15.0, help="after these, nothing more is started or kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results here, after each measurement")
     parser.add_argument("--only", help="these measurements, separated by commas")
     parser.add_argument("--cpu", action="store_true", help="a rehearsal with small sizes, without a GPU")

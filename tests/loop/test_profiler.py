@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training.distributed.process_group import World
-from training.loop.breakdown import Span, of_spans
+from training.loop.breakdown import Span, kind_of, of_spans
 from training.loop.profiler import SKIPPED, TRACED, WARMUP, open_profiler
 
 WORLD = World(0, 0, 1, 1, torch.device("cpu"))
@@ -49,6 +49,30 @@ def test_what_the_device_does_at_the_same_time_is_not_idle_time():
     assert dict(found.kinds) == pytest.approx({"matrix products": 0.5, "communication": 0.3, "other": 0.03})
     assert [name for name, _ in found.largest] == ["ampere_gemm_128", "ncclDevKernel_AllReduce"]
     assert "30.0%  of the time the GPU has nothing to do" in str(found)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("compiled", "triton_poi_fused_gelu_gelu_backward_view_30"),
+        ("compiled", "triton_poi_fused__scaled_dot_product_cudnn_attention__to_copy_add_clone_select_view_3"),
+        ("compiled", "triton_red_fused_convolution_sum_4"),
+        ("matrix products, compiled", "triton_tem_fused_addmm_gelu_7"),
+        ("matrix products", "nvjet_sm90_tst_192x192_64x3_1x2_h_bz_coopB_splitK_NTN"),
+        ("attention", "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64_4x1x1"),
+        ("attention", "void cudnn::fusion::compute_dot_do_o_specialized<true, 64>(void const*, void const*)"),
+        ("attention", "void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*, unsigned int)"),
+        ("convolution", "void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized_bf16_nhwc>"),
+        ("convolution", "void cudnn::engines_precompiled::nchwToNhwcKernel<__nv_bfloat16, float, false>"),
+        ("copies", "Memcpy HtoD (Pinned -> Device)"),
+        (
+            "optimizer",
+            "void at::native::multi_tensor_apply_kernel<at::native::FusedOptimizerTensorListMetadata<4>>",
+        ),
+    ],
+)
+def test_kinds_of_the_kernels_of_an_h200(kind, name):
+    assert kind_of(name) == kind
 
 
 def test_a_run_that_is_too_short_logs_that_no_trace_was_written(tmp_path, caplog):

@@ -242,7 +242,7 @@ def test_a_rehearsal_of_the_gpu_command(tmp_path):
     assert (
         list(held["results"]) == ["environment", "tests", "waits", "headline", "fed"] and not held["not_measured"]
     )
-    assert held["results"]["tests"]["failed"] == [] and held["results"]["tests"]["tests"] > 10
+    assert held["results"]["tests"]["failed"] == {} and held["results"]["tests"]["tests"] > 10
     assert held["results"]["waits"]["recipes"]["drrho"]["fine"]
     assert held["results"]["fed"]["samples_per_second"] > 0
     assert "passed, 0 failed" in done.stdout

@@ -12,14 +12,16 @@ from torch.profiler import profile
 
 OTHER = "other"
 # Kinds of work by what is in a kernel's name on a GPU, or in an operator's on the CPU; the first that fits counts.
+# torch.compile names its kernels after all that it has fused in them, so these come first.
 KINDS = {
+    "matrix products, compiled": r"triton_tem_",
+    "compiled": r"triton_|cpp_fused",
     "communication": r"nccl|c10d::|gloo",
-    "attention": r"flash|fmha|attention|sdpa",
-    "convolution": r"conv|wgrad|dgrad|implicit",
+    "attention": r"flash|fmha|attention|sdpa|dot_do_o|convert_dq",
+    "convolution": r"conv|fprop|wgrad|dgrad|implicit|nchwToNhwc|nhwcToNchw",
     "matrix products": r"gemm|gemv|cutlass|cublas|nvjet|xmma|aten::(add|b|badd)?mm",
     "copies": r"memcpy|memset|aten::(copy_|_to_copy)",
     "optimizer": r"multi_tensor_apply|fused_adam|_foreach|_fused_",
-    "compiled": r"triton_|cpp_fused",
 }
 _STEP = "ProfilerStep"
 _RANGES = (_STEP, "Optimizer.", "DistributedDataParallel.", "nccl:", "## ")  # annotations, which span kernels
