@@ -21,6 +21,8 @@ reference_parts=6
 
 # The loader's process shares the cores with the threads of the model: one that waits must not keep its core busy.
 export OMP_WAIT_POLICY=PASSIVE
+# Else glibc hands the large blocks of a step back to the kernel, which clears their pages for the next one.
+export MALLOC_TRIM_THRESHOLD_=$((1 << 30)) MALLOC_MMAP_THRESHOLD_=$((1 << 30))
 
 python scripts/icons.py --out $data
 

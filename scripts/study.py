@@ -25,6 +25,7 @@ from study.analysis import Results
 from study.runs import ROOT, Studio
 from study.table import Table
 
+KEPT = str(2**30)  # bytes
 PAGE = ROOT / "docs" / "study.md"
 
 
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     # Read when torch is loaded, which happens in a process that all runs are forked from.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(args.threads)}
+    # Else glibc hands the large blocks of a step back to the kernel, which clears their pages for the next one.
+    os.environ |= {"MALLOC_TRIM_THRESHOLD_": KEPT, "MALLOC_MMAP_THRESHOLD_": KEPT}
     gpus = count_gpus() if args.device == "auto" else 0
     studio = Studio(data.absolute(), args.out.absolute(), "amp_bf16" if gpus else "fp32", args.threads, gpus)
     tables = args.results or args.out
