@@ -87,6 +87,10 @@ class Results:
         whole = [(seed, row) for seed, row in rows if "seconds" not in column or row["resumed"] == "0"]
         return {seed: float(row[column]) for seed, row in whole}
 
+    def fastest(self, cell: Cell) -> float:
+        """Seconds of processor time of a run; whatever else a machine does makes it longer. inf: none is whole."""
+        return min(self.seeds(cell, "cpu_seconds").values(), default=math.inf)
+
     def mean(self, cell: Cell, column: str = "test_top1") -> Estimate:
         return estimate(self.seeds(cell, column).values())
 
