@@ -128,7 +128,7 @@ def plan(report: Path, cpu: bool) -> list[Measurement]:
 
 
 def run(measurement: Measurement, seconds: float, report: Path) -> dict[str, Any]:
-    """Its result, or {'failed': why, 'output': the end of what it printed}."""
+    """Its result, or {'failed' or 'late': why, 'output': the end of what it printed}."""
     started = time.monotonic()
     limit = min(measurement.limit, seconds)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -156,8 +156,8 @@ def run(measurement: Measurement, seconds: float, report: Path) -> dict[str, Any
     try:
         result = measurement.read(texts[0], report)
     except (ValueError, IndexError, OSError, ElementTree.ParseError):
-        why = f"ended after {limit:.0f} s" if code is None else f"exit code {code}"
-        result = {"failed": why, "output": "".join(texts)[-4000:]}
+        why = {"late": f"ended after {limit:.0f} s"} if code is None else {"failed": f"exit code {code}"}
+        result = {**why, "output": "".join(texts)[-4000:]}
     return result | {"wall_seconds": time.monotonic() - started}
 
 
@@ -221,9 +221,10 @@ def describe(results: dict[str, Any], dropped: list[str]) -> str:
 
 def lines(name: str, r: dict[str, Any]) -> list[tuple[str, str]]:
     """What the table says about one result."""
-    if "failed" in r and isinstance(r["failed"], str):
+    if "late" in r or isinstance(r.get("failed"), str):
         last = re.sub(r"\s+", " ", r["output"].strip().splitlines()[-1] if r["output"].strip() else "")
-        return [(name, f"FAILED: {r['failed']}: {last[:200]}")]
+        why = f"too long: {r['late']}" if "late" in r else f"FAILED: {r['failed']}"
+        return [(name, f"{why}: {last[:200]}")]
     if name == "environment":
         card = r["card"] or "no GPU"
         return [(name, f"{card}, torch {r['torch']}, open_clip {r['open_clip']}, {r['cores']} cores")]

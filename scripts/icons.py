@@ -353,9 +353,15 @@ def build(args: argparse.Namespace) -> None:
     recipe = {"package": PACKAGE, "resvg": resvg_version(), "size": args.size, "shard_size": args.shard_size}
     recipe |= {"seed": args.seed} | ({"emoji": True} if args.emoji else {})
     described = args.out / "recipe.json"
-    if described.exists() and json.loads(described.read_text()) == recipe:
-        print(f"{args.out}: there already")
-        return
+    if described.exists():
+        made = json.loads(described.read_text())
+        if made in (recipe, recipe | {"emoji": True}):
+            print(f"{args.out}: there already")
+            return
+    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise SystemExit(
+            f"error: --out {args.out}: it holds other files, and all of it would be replaced; name a new folder"
+        )
     archive = fetch(PACKAGE, args.cache)
     sets = used_sets(archive, args.emoji)
     drawn = args.cache / f"{archive.stem}-resvg-{recipe['resvg']}-{args.size}px"

@@ -15,6 +15,7 @@ import argparse
 import csv
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -84,13 +85,22 @@ def table(fitted: dict[str, Fitted]) -> list[str]:
     return lines
 
 
-def draw(path: Path, groups: dict[str, Runs], fitted: dict[str, Fitted], x: str) -> None:
-    """Errors over budgets, both on logarithmic scales, with the laws."""
+def draw(
+    path: Path,
+    groups: dict[str, Runs],
+    fitted: dict[str, Fitted],
+    x: str,
+    all_runs: Mapping[str, Runs] | None = None,
+) -> None:
+    """Errors over budgets, on logarithmic scales, with the laws; hollow: those of ``all_runs`` not fitted."""
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     for number, (name, runs) in enumerate(groups.items()):
         color = f"C{number}"
         for budget, errors in runs.items():
             axes.plot([budget] * len(errors), errors, "o", color=color, alpha=0.45, markersize=4)
+        for budget, errors in (all_runs or {}).get(name, {}).items():
+            if budget not in runs:
+                axes.plot([budget] * len(errors), errors, "o", color=color, markersize=5, fillstyle="none")
         along = np.geomspace(min(runs), max(runs), 100)
         label = f"{name}: β = {shown(fitted[name].law.beta, fitted[name].interval())}"
         axes.plot(along, fitted[name].law(along), color=color, label=label)

@@ -84,7 +84,9 @@ def report_on(desk: jobs.Desk, page: Path, out: Path, folder: Path) -> int:
     groups = report.laws(results, desk.plan)
     if groups:
         fitted = scaling_law.bootstrap(groups)
-        scaling_law.draw(folder / "scaling_law.png", groups, fitted, "samples")
+        scaling_law.draw(
+            folder / "scaling_law.png", groups, fitted, "samples", report.errors_of(results, desk.plan)
+        )
     return 0
 
 

@@ -11,6 +11,7 @@ from study.cells import Cell
 # The 97.5 % points of Student's t by degrees of freedom; beyond, the normal distribution's.
 T = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 HOLDS, FAILS, OPEN, ONE, MISSING = "holds", "does not hold", "undecided", "one seed", "not run"
+ANYWAY = "also without it"  # above 0, but by no more than a target without a reference
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,6 @@ class Results:
         rows = sorted(self.runs.get(key, {}).items())
         whole = [(seed, row) for seed, row in rows if "seconds" not in column or row["resumed"] == "0"]
         return {seed: float(row[column]) for seed, row in whole}
-
-    def fastest(self, cell: Cell) -> float:
-        """Seconds of processor time of a run; whatever else a machine does makes it longer. inf: none is whole."""
-        return min(self.seeds(cell, "cpu_seconds").values(), default=math.inf)
 
     def mean(self, cell: Cell, column: str = "test_top1") -> Estimate:
         return estimate(self.seeds(cell, column).values())

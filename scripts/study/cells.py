@@ -204,15 +204,18 @@ def _grid(plan: Plan) -> Iterator[tuple[str, Cell]]:
     # Claims 1, 4 and 6: all seeds.
     yield from all_of("1 4", cells(MAIN, plan.budgets[:-1], every))
 
+    # Claim 6: many epochs over a small set, where gamma is below 1. And OpenCLIP at the others' learning rate.
+    yield from all_of("6", cells(("openclip", "fastclip_v3"), plan.long, few, data="b-eighth"))
+    yield from all_of("1 6", cells(("openclip_2e-3",), (*plan.middle, *plan.long), few))
+
     # Claim 5: other ways to use a reference. Selection reads five times the samples, and so it trains for less.
     selecting = ("jest", "jest_topk", "drrho_select")
     yield from all_of("5", cells(("distill", "drrho_distill"), plan.middle, few))
     yield from all_of("5", cells(selecting, plan.short, few))
 
-    # Claim 6: batch sizes, many epochs over a small set, and the family.
+    # Claim 6: batch sizes.
     for batch in (plan.batch // 4, plan.batch * 8):
         yield from all_of("6", cells(("openclip", "fastclip_v3"), plan.middle, few, batch=batch))
-    yield from all_of("6", cells(("openclip", "fastclip_v3"), plan.long, few, data="b-eighth"))
 
     # Claim 2: a larger tower. Claim 7: noise in the target's captions, the reference's data and size.
     large = cells(("openclip", "drrho_fixed"), plan.middle, few, model="large")

@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from study import power_law, tuning
-from study.analysis import FAILS, HOLDS, MISSING, ONE, OPEN, Estimate, Results
+from study.analysis import ANYWAY, FAILS, HOLDS, MISSING, ONE, OPEN, Estimate, Results, estimate
 from study.cells import CLAIMS, MAIN, Plan
 from study.comparisons import COMPARISONS, SELECTING, Comparison, cell_of, name_of, strengths, thousands
 from study.methods import METHODS
@@ -21,7 +23,14 @@ from study.power_law import FEWEST, bootstrap
 
 BLOCK = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOTHING = "Not run yet."
-TOLD = {HOLDS: "above 0", FAILS: "below 0", OPEN: "undecided", ONE: "of one seed", MISSING: "not run yet"}
+TOLD = {
+    HOLDS: "above 0",
+    FAILS: "below 0",
+    OPEN: "undecided",
+    ANYWAY: ANYWAY,
+    ONE: "of one seed",
+    MISSING: "not run yet",
+}
 Rows = Mapping[str, Mapping[str, str]]
 
 
@@ -89,7 +98,7 @@ def _differences(results: Results, items: Iterable[Comparison]) -> str:
         rows.append(
             [
                 *(item.label, shown(results.mean(item.ours)), shown(top1, sign=True), shown(recall, sign=True)),
-                *(str(top1.n), top1.verdict),
+                *(str(top1.n), item.verdict(results)),
             ]
         )
     made = table(("comparison", "top-1", "difference", "of recall@1", "seeds", "above 0"), rows)
@@ -114,19 +123,21 @@ def _verdicts(results: Results, compared: Mapping[str, Iterable[Comparison]], pl
         if claim == "4":
             rows.append([claim, title, _scaling_verdict(results, plan)])
             continue
-        found = [item.estimate(results) for item in compared[claim]]
         if claim == "8":
-            recalls = [item.estimate(results, "test_recall1") for item in compared[claim]]
-            rows.append([claim, title, _no_loss(found, recalls)])
+            tops, recalls = (
+                [item.estimate(results, column) for item in compared[claim]]
+                for column in ("test_top1", "test_recall1")
+            )
+            rows.append([claim, title, _no_loss(tops, recalls)])
         else:
-            rows.append([claim, title, _in_all(found)])
+            rows.append([claim, title, _in_all(item.verdict(results) for item in compared[claim] if item.counts)])
     return table(("claim", "", "verdict"), rows)
 
 
-def _in_all(found: Iterable[Estimate]) -> str:
+def _in_all(found: Iterable[str]) -> str:
     """One verdict of many: a claim holds where most comparisons lie above 0, and none below."""
-    counts = Counter(one.verdict for one in found)
-    judged = sum(counts[one] for one in (HOLDS, FAILS, OPEN))
+    counts = Counter(found)
+    judged = sum(counts[one] for one in (HOLDS, FAILS, OPEN, ANYWAY))
     if counts[HOLDS] and counts[FAILS]:
         verdict = "mixed"
     else:
@@ -141,7 +152,7 @@ def _no_loss(tops: Iterable[Estimate], recalls: Iterable[Estimate]) -> str:
     run = sum(top.values()) - top[MISSING]
     if not run:
         return "not run yet"
-    seen = "no loss of top-1 seen" if recall[FAILS] else "no loss seen"
+    seen = "mixed" if recall[FAILS] else "no loss seen"
     below = f"of {run}, {top[FAILS]} lie below 0 in top-1 and {recall[FAILS]} in recall@1"
     return f"**{FAILS if top[FAILS] else seen}**: {below}"
 
@@ -162,16 +173,22 @@ def passing(results: Results, plan: Plan) -> dict[int, list[tuple[float, Estimat
     return found
 
 
-def laws(results: Results, plan: Plan) -> dict[str, dict[float, list[float]]]:
-    """Method -> budget -> errors, of the methods of claim 4 with enough budgets.
-
-    A budget of which a method has a single run, that has no spread, is left out for all where the others suffice.
-    """
+def errors_of(results: Results, plan: Plan) -> dict[str, dict[float, list[float]]]:
+    """Method -> budget -> errors of its runs, of the methods of claim 4."""
     found = {}
     for method in MAIN:
         runs = {samples: results.seeds(cell_of(plan, method, samples), "test_top1") for samples in plan.budgets}
         errors = {float(samples): [1 - top1 / 100 for top1 in seeds.values()] for samples, seeds in runs.items()}
         found[METHODS[method].title] = {samples: seen for samples, seen in errors.items() if seen}
+    return found
+
+
+def laws(results: Results, plan: Plan) -> dict[str, dict[float, list[float]]]:
+    """Method -> budget -> errors, of the methods of claim 4 with enough budgets.
+
+    A budget of which a method has a single run, that has no spread, is left out for all where the others suffice.
+    """
+    found = errors_of(results, plan)
     single = {samples for runs in found.values() for samples, seen in runs.items() if len(seen) == 1}
     several = {name: {at: seen for at, seen in runs.items() if at not in single} for name, runs in found.items()}
     enough = {name: runs for name, runs in several.items() if len(runs) >= FEWEST}
@@ -182,7 +199,9 @@ def _scaling(results: Results, plan: Plan) -> str:
     rows, groups = [], laws(results, plan)
     for name, one in bootstrap(groups).items():
         beta = power_law.shown(one.law.beta, one.interval())
-        floor = power_law.shown(one.law.floor, one.interval(2), ".3f")
+        interval = one.interval(2)
+        at_bound = one.law.floor == 0 and (interval is None or interval[1] == 0)
+        floor = "at its bound, 0" if at_bound else power_law.shown(one.law.floor, interval, ".3f")
         off = f"{100 * power_law.largest_deviation(one.law, groups[name]):.1f}"
         rows.append([name, beta, f"{one.law.alpha:.3f}", floor, off])
     head = ("", "β (95 %)", f"α at {thousands(plan.budgets[0])}", "floor (95 %)", "off by up to, points")
@@ -195,12 +214,13 @@ def _costs(results: Results, plan: Plan) -> str:
     compared = ((plan.short, (*whole[:2], *SELECTING)), (plan.middle, whole), (plan.long, whole[:2]))
     for budgets, methods in compared:
         for cell in (cell_of(plan, method, samples) for samples in budgets for method in methods):
-            seconds = results.fastest(cell)
-            if math.isfinite(seconds):
+            timed = results.seeds(cell, "cpu_seconds").values()
+            if timed:
+                time = f"{min(timed):.0f} s"
                 rows.append(
-                    [thousands(cell.samples), name_of(cell), shown(results.mean(cell)), f"{seconds:.0f} s"]
+                    [thousands(cell.samples), name_of(cell), shown(results.mean(cell)), time, str(len(timed))]
                 )
-    return table(("trained on", "", "top-1", "processor time"), rows)
+    return table(("trained on", "", "top-1", "processor time", "runs timed"), rows)
 
 
 def _scaling_verdict(results: Results, plan: Plan) -> str:
@@ -214,13 +234,21 @@ def _scaling_verdict(results: Results, plan: Plan) -> str:
         interval = fitted[title].steeper_than(base)
         less = power_law.shown(fitted[title].law.beta - base.law.beta, interval, "+.2f")
         off = max(power_law.largest_deviation(fitted[name].law, groups[name]) for name in (title, openclip))
+        bad = [name for name in (title, openclip) if not _fits(fitted[name].law, groups[name])]
         verdict = OPEN if interval is None or interval[0] <= 0 <= interval[1] else HOLDS
         verdict = FAILS if interval is not None and interval[0] > 0 else verdict
+        misfit = f"; no law fits {' and '.join(bad)}" if bad else ""
         words.append(
-            f"**{verdict}** for {title}, whose β minus OpenCLIP's is {less}, of laws that miss means by up to "
-            f"{100 * off:.1f} points"
+            f"**{OPEN if bad else verdict}** for {title}, whose β minus OpenCLIP's is {less}, of laws that miss "
+            f"means by up to {100 * off:.1f} points{misfit}"
         )
     return "; ".join(words) or "not run yet"
+
+
+def _fits(law: power_law.Law, runs: power_law.Runs) -> bool:
+    """Whether the law goes through the 95 % interval of every budget's mean."""
+    found = {budget: estimate(errors) for budget, errors in runs.items()}
+    return all(abs(float(law(np.asarray(at))) - one.mean) <= one.half for at, one in found.items())
 
 
 def _references(results: Results) -> str:
@@ -299,8 +327,13 @@ def _runs(results: Rows, tuned: Rows) -> str:
     if not rows:
         return NOTHING
     kinds = Counter(row["kind"] for row in rows)
-    hours = sum(float(row["cpu_seconds"]) for row in rows) / 3600
-    samples = sum(int(row["samples_read"]) for row in rows if row["kind"] != "reference")
+    # Of a reference's checkpoints the last one: they are of one run.
+    last: dict[str, Mapping[str, str]] = {}
+    for row in sorted(rows, key=lambda row: int(row["samples_read"])):
+        name = row["id"].rpartition("@")[0] if row["kind"] == "reference" else row["id"]
+        last[name] = row
+    hours = sum(float(row["cpu_seconds"]) for row in last.values()) / 3600
+    samples = sum(int(row["samples_read"]) for row in last.values())
     devices = ", ".join(sorted({row["device"] for row in rows}))
     dates = sorted(row["date"][:10] for row in rows)
     return (

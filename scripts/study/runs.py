@@ -202,6 +202,9 @@ class Studio:
         began = time.monotonic()
         children = [Program(module, flags, log, one) for one in self._environments(slot, ranks)]
         self.running.update(children)
+        if self.stopping.is_set():  # it came while they were being started
+            for child in children:
+                child.stop()
         try:
             ended = [child.wait() for child in children]
         finally:

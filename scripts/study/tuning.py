@@ -45,6 +45,9 @@ def settings(
     for axis in method.axes:
         if axis.needs_epochs and not epochs:
             continue
+        if len(axis.values) == 1:
+            chosen[axis.flag] = axis.values[0]
+            continue
         scores: dict[str, float] = {}
         for value in axis.values[: plan.values]:
             tried = first | chosen | {axis.flag: value}

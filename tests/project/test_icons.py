@@ -216,6 +216,21 @@ def test_what_is_there_is_not_made_again_unless_it_differs(made: Path) -> None:
     assert [json.loads(sample["json"])["name"] for sample in read(made / "small/a")] != first
 
 
+def test_what_has_emoji_besides_serves_without(made: Path) -> None:
+    assert build(made, "--out", "more", "--size", "8").returncode == 0
+    described = made / "more" / "recipe.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"emoji": True}))
+    assert "more: there already" in build(made, "--out", "more", "--size", "8").stdout
+
+
+def test_a_folder_with_other_files_is_left_alone(made: Path) -> None:
+    (made / "mine").mkdir()
+    (made / "mine" / "thesis.txt").write_text("years")
+    done = build(made, "--out", "mine")
+    assert done.returncode == 1 and "--out mine: it holds other files" in done.stderr
+    assert (made / "mine" / "thesis.txt").read_text() == "years"
+
+
 def test_sets_are_listed_with_their_licences(made: Path) -> None:
     done = build(made, "--list")
     assert "| test | lucide | Lucide | A | MIT | 4 |" in done.stdout.splitlines()
