@@ -100,7 +100,8 @@ def make_batches(options: Options, target: BuiltModel, reference: BuiltModel, wo
     def pixels(size: int | tuple[int, int]) -> Tensor:
         height, width = (size, size) if isinstance(size, int) else size
         shape = (options.batch_size, 3, height, width)
-        return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        values = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        return values.contiguous(memory_format=torch.channels_last)  # as the loader hands them over
 
     same_image = target.preprocess.size == reference.preprocess.size
     same_text = same_tokens(target.tokenizer, reference.tokenizer)
@@ -128,7 +129,7 @@ class Ours:
         run_precision = precision.resolve(s.config.run.precision, s.world.device)
         model, frozen = s.target.module, self._reference(s, run_precision.autocast_dtype)
         if s.config.model.torchcompile:
-            model, frozen = torch.compile(model), frozen and frozen.compile()
+            model, frozen = torch.compile(model, dynamic=False), frozen and frozen.compile()
         self.task = Task(
             model=model,
             bare=s.target.module,

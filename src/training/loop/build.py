@@ -55,7 +55,8 @@ def build_task(config: Config, world: World, target: BuiltModel, reference: Buil
     if config.model.torchcompile:
         if world.distributed and config.model.grad_checkpointing and not _SPLITS_CHECKPOINTS:
             torch._dynamo.config.optimize_ddp = False
-        model = cast(nn.Module, torch.compile(model))  # declared as a function
+        # Selection embeds batches of two sizes. Taken for sizes that vary, they would get slower kernels.
+        model = cast(nn.Module, torch.compile(model, dynamic=False))  # declared as a function
         frozen = frozen and frozen.compile()
     return Task(
         model=model,
