@@ -93,7 +93,7 @@ def plan(report: Path, cpu: bool) -> list[Measurement]:
     if cpu:
         few = ("--batch-size", "4")
         small = ("--steps", "1", "--repeats", "1", *few)
-        flags = ("--variants", "ours,openclip", "--kernels")
+        flags = ("--variants", "ours,plain", "--kernels")
         return [
             environment,
             Measurement("tests", (*pytest, "-k", "published"), 180, tested),
