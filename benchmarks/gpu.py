@@ -9,8 +9,8 @@ headline     ``train_step.py``: ViT-B/16 under a ViT-B/32 reference, 640 samples
 waits        ``waits.py``: the training loop makes the host wait for nothing
 places       ``sample_state.py``: steps with the sample state on the card, and in host memory in two ways
 fed          ``fed.py``: the same from JPEG shards through the whole program, and a checkpoint on the way
-others       the headline eager, with stored features, with batch selection and beside OpenCLIP's own loop, further
-             models, runs that are killed, and the loss alone at large batches
+other ways   the headline eager, with the channels innermost, with stored features, and beside OpenCLIP's own loop
+the rest     further models, runs that are killed, and the loss alone at large batches
 
 Each is a process of its own with a limit in time. Results are written to FILE after each, so that an end at any
 time leaves what was measured; what the minutes did not suffice for is named. It needs no network, and nothing but
@@ -117,7 +117,7 @@ def plan(report: Path, cpu: bool) -> list[Measurement]:
         Measurement("waits", script("waits.py"), 180, last_line),
         Measurement("places", script("sample_state.py", "--ranks", "1", "--data-size", "50000000"), 90, last_line),
         Measurement("fed", script("fed.py", "--torchcompile", "--pictures", "1024"), 320, last_line),
-        headline("headline, other ways", "ours,cached+compile,openclip+compile,select-cached+compile", 280),
+        headline("other ways", "ours,ours+compile+channels_last,cached+compile,openclip+compile", 340),
         Measurement("loss, batch 5120", script("loss.py", "--device", "cuda", "--batch", "5120"), 60, last_line),
         model("RN50", 256, f"{BOTH},ours+channels_last,ours+compile+channels_last", 150, "--kernels"),
         model("ViT-B-32", 1024, BOTH, 120),
