@@ -15,5 +15,6 @@ shift
 . scripts/lib/slurm.sh
 
 # --requeue_on_preempt belongs to --requeue and --signal above.
-srun --kill-on-bad-exit=1 bash scripts/lib/task.sh python -u src/training/main.py \
-    --config_file "$recipe" --requeue_on_preempt ${TRAIN_DATA:+--train-data "$TRAIN_DATA"} "$@"
+flags=(--config_file "$recipe" --requeue_on_preempt ${TRAIN_DATA:+--train-data "$TRAIN_DATA"} "$@")
+python scripts/lib/check_flags.py "${flags[@]}"
+srun --kill-on-bad-exit=1 bash scripts/lib/task.sh python -u src/training/main.py "${flags[@]}"

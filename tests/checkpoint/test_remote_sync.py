@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsspec.core import url_to_fs
 
 from tests.support import tiny_models
 from tests.support.small_runs import RUN, Run, assert_same, flip, save
 from training.checkpoint import pt_file
 from training.checkpoint.catalog import FETCHED, find_latest
-from training.checkpoint.remote_sync import RemoteSync, fetch, fetch_newest, remote_sync
+from training.checkpoint.remote_sync import RemoteSync, _names, fetch, fetch_newest, remote_sync
 from training.main import main
 
 
@@ -55,6 +56,16 @@ def test_only_complete_checkpoints_are_copied_and_only_once(folder, tmp_path):
     assert (tmp_path / "remote" / "run" / "out.log").read_text() == "line\nline\n"
     resumed = Run(1).resumed(find_latest(tmp_path / "remote" / "run" / "checkpoints"))
     assert_same(resumed.everything(), run.everything())
+
+
+def test_of_several_checkpoints_the_newest_is_copied_last(folder, tmp_path):
+    """So it is the newest there too, whatever the names are."""
+    run = Run(0).epochs(1)
+    for name in ("step_2900", "epoch_9", "step_10000", "epoch_10"):
+        save([folder / "checkpoints" / f"{name}.pt"], run.state)
+    assert RemoteSync(folder, f"file://{tmp_path}/remote")() > 0
+    names = _names(*url_to_fs(f"file://{tmp_path}/remote/checkpoints"))
+    assert names == ["epoch_10.pt", "step_10000.pt", "epoch_9.pt", "step_2900.pt"]
 
 
 def test_a_copy_that_is_cut_off_leaves_the_earlier_one(folder, tmp_path, monkeypatch):

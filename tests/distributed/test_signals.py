@@ -163,26 +163,31 @@ def test_an_error_is_not_kept_waiting_for_the_other_ranks():
 # --- loader processes ------------------------------------------------------------------------------------------
 
 LOADER = """
-import os, signal, time
-from torch.utils.data import DataLoader
-from training.distributed.signals import SIGNALS, leave_to_trainer, listen
+import multiprocessing, os, signal, sys, time
+import torch
+from training.data.loader import open_loader
+from training.distributed.signals import SIGNALS, listen
 
-class Slow:
-    def __len__(self): return 40
-    def __getitem__(self, i): time.sleep(0.02); return i
+class Slow(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        for i in range(5):
+            time.sleep(0.1)
+            yield i
 
+multiprocessing.set_start_method(sys.argv[1])
 with listen() as heard:
     signals = [*SIGNALS, signal.SIGTERM]
-    for n, batch in enumerate(DataLoader(Slow(), 4, num_workers=2, worker_init_fn=lambda _: leave_to_trainer())):
+    for n, batch in enumerate(open_loader(Slow(), 2, torch.device("cpu"))):
         if signals:
             os.killpg(0, signals.pop(0))
     print(heard.wanted, n + 1, flush=True)
 """
 
 
-def test_signals_to_all_processes_of_a_rank_leave_its_loader_at_work():
+@pytest.mark.parametrize("default", ["fork", "forkserver"])  # Python's, of which the second dies of these signals
+def test_signals_to_all_processes_of_a_rank_leave_its_loader_at_work(default):
     done = subprocess.run(
-        [sys.executable, "-c", LOADER],
+        [sys.executable, "-c", LOADER, default],
         start_new_session=True,
         env=os.environ | {"PYTHONPATH": str(Path(signals.__file__).parents[2])},
         capture_output=True,
@@ -251,6 +256,13 @@ def test_a_job_is_queued_again_and_its_end_is_awaited(slurm, caplog):
     assert slurm.called[-1] == "scontrol requeue 71"
     assert "job 71" in caplog.text
     os.kill(os.getpid(), signal.SIGTERM)  # Slurm's, while this process is about to end
+
+
+def test_of_an_array_one_job_is_queued_again(slurm):
+    """Its last job has the number of the array, of which squeue would tell all jobs."""
+    assert requeue({"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"})
+    assert [call.split()[-1] for call in slurm.called if call.startswith("scontrol")] == ["70_3"]
+    assert any("--jobs 70_3 " in call for call in slurm.called)
 
 
 def test_a_job_that_its_user_has_cancelled_stays_cancelled(slurm, caplog):

@@ -25,7 +25,9 @@ class Clock:
         return self.now
 
 
-def kept(rank: int, steps: int, *, signal_at: int | None = None, **flags) -> tuple[list[str], int]:
+def kept(
+    rank: int, steps: int, *, signal_at: int | None = None, asks_after_epochs: bool = False, **flags
+) -> tuple[list[str], int]:
     """The names that a run saves, and its last step. Each step takes a minute, and an epoch has 5 steps."""
     config, clock, names = replace(RUN, **flags), Clock(), []
     trainer = SimpleNamespace(step=0, finished=False, world=SimpleNamespace(is_main=rank == 0, world_size=1))
@@ -46,6 +48,8 @@ def kept(rank: int, steps: int, *, signal_at: int | None = None, **flags) -> tup
                     interrupts.wanted = "SIGUSR1"
                 if keeping.after_step():
                     break
+                if asks_after_epochs and step % 5 == 0:
+                    assert not keeping.asked_to_stop()
     finally:
         checkpointer.time = before
     return names, trainer.step
@@ -73,6 +77,12 @@ def test_ranks_save_by_the_clock_of_the_first_at_one_step_and_once():
     """A request after step 4 takes effect after step 5. One after step 9 coincides with an epoch's own save."""
     for names, _ in ranks(2).run(on_rank, 13, save_every_minutes=4):
         assert names == ["step_5"]
+
+
+def test_a_save_that_is_due_when_an_epoch_ends_is_made_after_it():
+    """The request after step 5 is lost in the question at the epoch's end; that after step 6 takes effect."""
+    for names, _ in ranks(2).run(on_rank, 13, save_every_minutes=5, asks_after_epochs=True):
+        assert names == ["step_7", "step_13"][: len(names)] and names
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step():

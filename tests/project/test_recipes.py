@@ -291,6 +291,32 @@ def test_a_slurm_job_starts_again_after_a_hang_or_a_kill(launchers, code, restar
     assert ("killed" in done.stdout) == (code > 1 and state == "RUNNING")
 
 
+def test_one_job_of_an_array_starts_again_alone(launchers):
+    launchers._put("srun", "#!/bin/sh\nexit 137\n")
+    launchers._put("squeue", f'#!/bin/sh\necho "$@" >>{launchers.root}/asked\necho RUNNING\n')
+    launchers._put("scontrol", f'#!/bin/sh\necho node7\necho "$@" >>{launchers.root}/asked\n')
+    env = {"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}
+    assert launchers.run("scripts/slurm/openclip_cc3m.sh", **env).returncode == 137
+    asked = (launchers.root / "asked").read_text().splitlines()
+    assert "requeue 70_3" in asked and "--noheader --jobs 70_3 --format %T" in asked
+
+
+def test_tasks_have_the_cores_that_the_job_asked_for(launchers):
+    _, env = launchers.call("scripts/slurm/openclip_cc3m.sh", SLURM_JOB_ID="71", SLURM_CPUS_PER_TASK="7")
+    assert env["SRUN_CPUS_PER_TASK"] == "7"
+
+
+def test_wrong_flags_end_a_job_before_its_ranks_start(launchers):
+    """Of ranks that end together Slurm may report one that it killed, and the job would start again."""
+    launchers._put("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (launchers.root / "src").symlink_to(ROOT / "src")
+    done = launchers.run("scripts/slurm/openclip_cc3m.sh", "--batch-size", "0", SLURM_JOB_ID="71")
+    assert done.returncode == 2 and done.stderr.startswith("error: --batch-size 0")
+    assert not launchers.record.exists()
+    assert launchers.run("scripts/slurm/openclip_cc3m.sh", SLURM_JOB_ID="71").returncode == 0
+    assert launchers.record.exists()
+
+
 ROUTES = {
     "node7": "10.1.0.7 dev eth1 src 10.1.0.8 uid 0",  # as node8 sees it
     "node8": "local 10.1.0.8 dev lo src 10.1.0.8 uid 0",  # itself, by its address

@@ -76,6 +76,7 @@ class RemoteSync:
         complete, unreadable = contents(self._checkpoints)
         for path in unreadable:
             _log.warning("--remote-sync: %s cannot be read and is not copied", path)
+        complete = sorted(complete, key=lambda found: found.order)  # the last one copied is taken for the newest
         states = dict.fromkeys(found.state.folder for found in complete if found.state)
         rows = [file for state in states for file in sorted(state.iterdir())]
         rest = sorted(f for f in files if self._checkpoints not in f.parents)

@@ -27,7 +27,7 @@ from training.data.lanes import Layout
 from training.data.progress import Identity, Progress, pack, unpack
 from training.data.worker import LoadedBatch, TrainStream
 from training.distributed.collectives import gather_object
-from training.distributed.loader_processes import Batches, Loader, start_worker
+from training.distributed.loader_processes import Batches, Loader, start_method, start_worker
 
 T = TypeVar("T")
 Announce = Callable[[torch.Tensor], None]
@@ -223,6 +223,7 @@ def open_loader(stream: IterableDataset[T], workers: int, device: torch.device, 
             pin_memory=device.type == "cuda",
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=start_worker,
+            multiprocessing_context=start_method(workers),
             generator=torch.Generator().manual_seed(seed),  # otherwise it would draw from the run's generator
         )
     )

@@ -114,6 +114,12 @@ def slurm_job(env: Mapping[str, str] = os.environ) -> str | None:
     return env.get("SLURM_JOB_ID")
 
 
+def slurm_job_alone(env: Mapping[str, str] = os.environ) -> str | None:
+    """The name of this job for Slurm's commands: the number of one job of an array may be that of them all."""
+    array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else slurm_job(env)
+
+
 # ------------------------------------------------------------------------------------------------------- the rank
 
 

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -152,6 +153,15 @@ def _end_all() -> None:
     """At exit, before multiprocessing asks them by a signal, which they ignore, and waits for them."""
     for batches in list(_open):
         batches.end()
+
+
+def start_method(workers: int) -> str | None:
+    """How ``workers`` loader processes are started; None: there are none, or the system decides.
+
+    By fork, on Linux: a server that starts them, Python 3.14's default there, would die of the signals by which a
+    launcher asks a rank to save and stop, and they with it.
+    """
+    return "fork" if workers and sys.platform == "linux" else None
 
 
 def start_worker(_: int) -> None:

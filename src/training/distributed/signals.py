@@ -172,7 +172,7 @@ def requeue(env: Mapping[str, str] = os.environ) -> bool:
     ignore its signals. A job that Slurm is already ending, because its user cancelled it, is not queued again.
     Outside of Slurm nothing is asked; a remark (``config.run``) has been logged.
     """
-    job = launcher.slurm_job(env)
+    job = launcher.slurm_job_alone(env)
     if job is None:
         return False
     end_undisturbed()

@@ -28,7 +28,7 @@ from training.data.bad_samples import Skips
 from training.data.sources.tables import CsvSource
 from training.data.transforms import eval_transform
 from training.distributed.collectives import all_reduce_sum, gather_object, on_main
-from training.distributed.loader_processes import Loader, start_worker
+from training.distributed.loader_processes import Loader, start_method, start_worker
 from training.distributed.process_group import World
 from training.evaluation.benchmark.benchmark import evaluate_sets
 from training.evaluation.benchmark.encoder import Encoder
@@ -311,6 +311,7 @@ class Evaluation:
                 num_workers=self.config.data.workers,
                 pin_memory=self.world.device.type == "cuda",
                 worker_init_fn=start_worker,
+                multiprocessing_context=start_method(self.config.data.workers),
                 generator=torch.Generator(),  # otherwise it would draw a seed from the generator of training
             )
         )

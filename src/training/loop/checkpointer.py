@@ -75,6 +75,7 @@ class Checkpointer:
         before = self._agreement.exchange(self._interrupts.wanted is not None, False)
         after = self._agreement.exchange(False, False)  # returns the requests of the exchange before
         self.stopped = before[0] or after[0]
+        self._asked = False  # a save that was asked for in these exchanges has not been made
         return self.stopped
 
     def leave(self, log: RunLog, folder: Path) -> bool:

@@ -18,7 +18,7 @@ from drrho_clip.normalize import normalize
 from training.data.bad_samples import Skips
 from training.data.transforms import eval_transform
 from training.distributed.collectives import gather_object
-from training.distributed.loader_processes import Loader, start_worker
+from training.distributed.loader_processes import Loader, start_method, start_worker
 from training.distributed.process_group import World
 from training.evaluation.benchmark.sources import NumberedBatches, PictureSource
 from training.evaluation.retrieval import normalized
@@ -84,13 +84,15 @@ class Encoder:
         batches = NumberedBatches(
             source, self.share(len(source)), self.batch_size, eval_transform(self.built.preprocess)
         )
+        workers = min(self.workers, len(batches))
         loader = Loader(
             DataLoader(
                 batches,
                 batch_size=None,
-                num_workers=min(self.workers, len(batches)),
+                num_workers=workers,
                 pin_memory=device.type == "cuda",
                 worker_init_fn=start_worker,
+                multiprocessing_context=start_method(workers),
                 generator=torch.Generator(),  # otherwise it would draw a seed from the generator of training
             )
         )
