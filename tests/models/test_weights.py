@@ -12,6 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip.model import convert_to_custom_text_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -445,6 +446,38 @@ def test_two_models_in_one_file_are_a_choice_for_the_user(weights, tmp_path):
     torch.save({**under("student.", weights), **under("teacher.", weights)}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="holds several models, under student and teacher"):
         loaded(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("names", ["student first", "teacher first", "custom text"])
+def test_a_whole_model_with_another_inside_is_a_choice_too(source, weights, tmp_path, names):
+    """A teacher or an average that is a submodule is not taken for the model itself."""
+    outer = convert_to_custom_text_state_dict(weights) if names == "custom text" else weights
+    both = [outer, under("teacher.", zeros(weights))]
+    first, second = reversed(both) if names == "teacher first" else both
+    torch.save({"state_dict": first | second}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="holds several models, under no prefix and teacher; save the weights"):
+        loaded(tmp_path / "x.pt")
+    torch.save(outer, tmp_path / "x.pt")
+    assert same_weights(loaded(tmp_path / "x.pt"), source)
+
+
+@pytest.mark.parametrize("outer", ["open_clip", "transformers"])
+def test_a_teacher_of_transformers_does_not_become_the_model(weights, tmp_path, outer):
+    model = weights if outer == "open_clip" else as_transformers(weights)
+    torch.save(under("teacher.", as_transformers(zeros(weights))) | model, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"they have in addition teacher\."):
+        loaded(tmp_path / "x.pt")
+
+
+def test_a_deep_text_tower_is_no_whole_model(tmp_path):
+    deep = {"text_cfg": SMALL | {"layers": 6}}
+    plain = tiny_models.build("tiny-vit", seed=7, **deep)
+    custom = convert_to_custom_text_state_dict(plain.state_dict())
+    assert sum(name.startswith("text.") for name in custom) > len(custom) / 2
+    torch.save(custom, tmp_path / "custom.pt")
+    back = tiny_models.build("tiny-vit", **deep)
+    load(back, str(tmp_path / "custom.pt"), "--pretrained custom.pt", "--model tiny-vit")
+    assert same_weights(back, plain)
 
 
 def test_weights_of_a_known_model_name_it(tmp_path):

@@ -53,9 +53,11 @@ def as_open_clip(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
 
     Also whether they are such weights; others are returned as they are.
     """
-    prefix = next((name.removesuffix(_MARK) for name in state if name.endswith(_MARK)), None)
-    if prefix is None or not {f"{prefix}{name}" for name in _PROJECTIONS} <= state.keys():
+    prefixes = [name.removesuffix(_MARK) for name in state if name.endswith(_MARK)]
+    prefixes = [prefix for prefix in prefixes if {f"{prefix}{name}" for name in _PROJECTIONS} <= state.keys()]
+    if not prefixes:
         return state, False
+    prefix = min(prefixes, key=len)  # of a student with its teacher the outer one, beside which the other is told
     state = {name.removeprefix(prefix): value for name, value in state.items()}
     found = {}
     for name, value in state.items():

@@ -111,7 +111,9 @@ def load(model: nn.Module, source: str, said: str, model_said: str) -> None:
         except ValueError as error:
             raise ValueError(f"{said}: {str(error).removeprefix(f'checkpoint {source}: ')}") from error
     own = model.state_dict()
-    state, of_transformers = transformers_clip.as_open_clip(state)
+    of_transformers = False
+    if not _is_model(state, own):  # then a model of transformers in the file is a second one
+        state, of_transformers = transformers_clip.as_open_clip(state)
     if of_transformers and not _has_quick_gelu(model) and not _declared_in(files[0].parent)[1]:
         _log.warning(
             "%s: transformers' models have QuickGELU unless their %s says another hidden_act, which is not there, "
@@ -182,21 +184,34 @@ def _has_quick_gelu(model: nn.Module) -> bool:
 
 
 def _under_own_names(state: dict[str, Tensor], own: Mapping[str, Tensor], said: str) -> dict[str, Tensor]:
-    """``state`` without a prefix under which it holds a whole model, such as ``model.`` in Lightning's files."""
+    """``state`` without a prefix under which it holds a whole model, such as ``model.`` in Lightning's files.
+
+    ValueError: it holds several, beside each other or one inside the other, as a teacher or an average.
+    """
     heads = {name.split(".")[0] for name in state} - {name.split(".")[0] for name in own}
     found = {}
     for head in heads:
         inner = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{head}.")}
-        if any(
-            len(own.keys() & names) > len(own) / 2 for names in (inner, convert_to_custom_text_state_dict(inner))
-        ):
+        if _is_model(inner, own):
             found[head] = inner
-    if len(found) > 1:
+    at_top = _is_model(state, own)
+    if len(found) + at_top > 1:
+        places = " and ".join([*(["no prefix"] if at_top else []), *sorted(found)])
         raise ValueError(
-            f"{said}: it holds several models, under {' and '.join(sorted(found))}; save the weights of one of "
-            "them with torch.save, and give that file"
+            f"{said}: it holds several models, under {places}; save the weights of one of them with torch.save, "
+            "and give that file"
         )
     return next(iter(found.values()), state)
+
+
+def _is_model(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether ``state`` has most of the names ``own`` of a model, with its text tower under ``text`` or not."""
+    # A deep text tower has more than half of a model's names by itself.
+    if not any(name.startswith("visual.") for name in state):
+        return False
+    plain = {name.removeprefix("text.") for name in state}
+    custom = convert_to_custom_text_state_dict(dict(state))
+    return any(len(own.keys() & names) > len(own) / 2 for names in (state.keys(), plain, custom.keys()))
 
 
 def _fitted(model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor], said: str) -> dict[str, Tensor]:
