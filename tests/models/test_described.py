@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -225,6 +226,51 @@ def test_pretrained_from_our_checkpoint_brings_its_activation_and_pixels(tmp_pat
     built = target("--model", vit, "--force-quick-gelu", "--image-mean", 0.1, 0.2, 0.3)
     path = save(built, tmp_path / "epoch_1.pt")
     assert same_model(target("--model", vit, "--pretrained", path), built)
+
+
+def test_pretrained_from_our_checkpoint_turns_quick_gelu_off(tmp_path, vit, caplog):
+    built = target("--model", vit)
+    path = save(built, tmp_path / "epoch_1.pt")
+    quick = tiny_models.path("tiny-vit", tmp_path / "quick", quick_gelu=True)
+    found = target("--model", quick, "--pretrained", path)
+    assert same_model(found, built)
+    assert f"--model {quick}: built as {path} says: quick_gelu False, not True" in caplog.text
+    assert not same_model(target("--model", quick, "--pretrained", path, "--force-quick-gelu"), built)
+    own = save(found, tmp_path / "epoch_2.pt")
+    caplog.clear()
+    assert same_model(resumed(own, "--model", quick, "--pretrained", path), found)
+    assert "quick_gelu" not in caplog.text  # the command that began the run
+    assert same_model(resumed(own, "--model", quick), found)
+    assert f"built as checkpoint {own} says: quick_gelu False, not True" in caplog.text
+    with pytest.raises(ValueError, match=r"--force-quick-gelu: checkpoint .* quick_gelu False, not True"):
+        resumed(own, "--model", quick, "--pretrained", path, "--force-quick-gelu")
+
+
+def test_a_run_that_had_quick_gelu_from_its_name_goes_on_with_it(tmp_path, vit):
+    """Before files could turn it off, ``--pretrained`` of a model with GELU left it on."""
+    path = save(target("--model", vit), tmp_path / "epoch_1.pt")
+    quick = tiny_models.path("tiny-vit", tmp_path / "quick", quick_gelu=True)
+    built = target("--model", quick)
+    own = save(built, tmp_path / "epoch_2.pt")
+    assert same_model(resumed(own, "--model", quick, "--pretrained", path), built)
+
+
+def test_a_folder_of_a_reference_with_gelu_turns_quick_gelu_off(tmp_path, vit, caplog):
+    built = target("--model", vit)
+    folder = tmp_path / "m"
+    folder.mkdir()
+    torch.save(built.module.state_dict(), folder / "open_clip_model.pt")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": tiny_models.CONFIGS["tiny-vit"]}))
+    quick = tiny_models.path("tiny-vit", tmp_path / "quick", quick_gelu=True)
+    assert same_model(reference(tmp_path, "--ref_model", quick, "--ref_model_checkpoint", folder), built)
+    assert f"--ref_model {quick}: built as {folder} says: quick_gelu False, not True" in caplog.text
+
+
+def test_files_that_do_not_say_it_leave_quick_gelu_to_the_name(tmp_path, vit):
+    quick = tiny_models.path("tiny-vit", tmp_path / "quick", quick_gelu=True)
+    built = target("--model", quick)
+    torch.save({"epoch": 1, "state_dict": built.module.state_dict()}, tmp_path / "old.pt")
+    assert same_model(target("--model", quick, "--pretrained", tmp_path / "old.pt"), built)
 
 
 # The entry itself

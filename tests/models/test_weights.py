@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tests.support import tiny_models
 from tests.support.building import close, reference, same_weights, shrunk, target
 from training.models import pretrained
-from training.models.weights import files_of, load
+from training.models.weights import declared_at, files_of, load
 
 Weights = dict[str, Tensor]
 SMALL = {"vocab_size": 512}  # smaller still, as no text is read here
@@ -340,6 +340,36 @@ def test_a_clip_model_of_transformers_is_the_same_model(vit, source, weights, tm
     assert close(image(built.module), image(source)) == (activation == "gelu")
     pixels = built.preprocess
     assert (pixels.mean, pixels.std, pixels.interpolation) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear")
+
+
+@pytest.mark.parametrize("form", ["open_clip", "transformers"])
+def test_a_folder_of_a_model_with_gelu_turns_quick_gelu_off(source, weights, tmp_path, form, caplog):
+    if form == "open_clip":
+        folder = tmp_path / "m"
+        folder.mkdir()
+        save_file(weights, folder / "open_clip_model.safetensors")
+        settings = {"model_cfg": tiny_models.CONFIGS["tiny-vit"]}  # which leaves quick_gelu at open_clip's False
+        (folder / "open_clip_config.json").write_text(json.dumps(settings))
+        file = folder / "open_clip_model.safetensors"
+    else:
+        folder = transformers_folder(tmp_path / "m", weights, "gelu")
+        file = folder / "model.safetensors.index.json"
+    quick = tiny_models.path("tiny-vit", tmp_path / "quick", text_cfg=SMALL, quick_gelu=True)
+    built = target("--model", quick, "--pretrained", folder)
+    assert same_weights(built.module, source) and close(image(built.module), image(source))
+    assert not built.description.model_cfg["quick_gelu"]
+    assert f"--model {quick}: built as {folder} says: quick_gelu False, not True" in caplog.text
+    forced = target("--model", quick, "--pretrained", folder, "--force-quick-gelu")
+    assert not close(image(forced.module), image(source)) and forced.description.model_cfg["quick_gelu"]
+    caplog.clear()
+    alone = target("--model", quick, "--pretrained", file)
+    assert not close(image(alone.module), image(source))
+    assert "quick_gelu False" in caplog.text and "which a file alone does not bring" in caplog.text
+
+
+def test_an_activation_that_open_clip_does_not_have_says_nothing_of_quick_gelu(weights, tmp_path):
+    folder = transformers_folder(tmp_path / "m", weights, "gelu_new")
+    assert "quick_gelu" not in declared_at(folder)
 
 
 def test_weights_of_transformers_without_their_config(vit, source, weights, tmp_path, caplog):

@@ -63,7 +63,7 @@ class ModelDescription:
         """How the weights were trained, as open_clip's pretrained tags say it: mean, std, quick_gelu, ..."""
         keys = ("mean", "std", "interpolation", "resize_mode", "fill_color")
         pixels = {key: self.preprocess_cfg[key] for key in keys if key in self.preprocess_cfg}
-        return {**pixels, **({"quick_gelu": True} if self.model_cfg.get("quick_gelu") else {})}
+        return {**pixels, "quick_gelu": bool(self.model_cfg.get("quick_gelu"))}
 
 
 def architecture_of(held: Mapping[str, Any], path: str | Path) -> ModelDescription | None:

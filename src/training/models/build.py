@@ -20,7 +20,14 @@ from training.config.params import Config
 from training.distributed.collectives import node_main_first
 from training.distributed.process_group import World
 from training.models import described, pretrained
-from training.models.create import BuiltModel, config_as_built, create, finish, open_tokenizer
+from training.models.create import (
+    BuiltModel,
+    config_as_built,
+    create,
+    finish,
+    open_tokenizer,
+    warn_without_quick_gelu,
+)
 from training.models.open_clip_model import OpenClipModel
 from training.models.pretrained import Weights, one_line
 
@@ -43,6 +50,8 @@ def build_target(config: Config, world: World, resumed: Path | None = None) -> B
     saved = description_at(resumed) if resumed is not None else None
     if saved is not None:
         weights, c = _as_saved(architecture, weights, c, saved, f"checkpoint {resumed}")
+    elif not c.force_quick_gelu:
+        warn_without_quick_gelu(architecture, weights, f"--model {c.model}")
     module, built = create(
         name,
         architecture,
@@ -80,11 +89,14 @@ def _as_saved(
     cure = f"--pretrained {path} takes weights of other kinds and image sizes, without their run"
     asked = config_as_built(
         architecture,
-        quick_gelu=c.force_quick_gelu,
+        quick_gelu=c.force_quick_gelu or None,
         custom_text=c.force_custom_text,
         image_size=c.force_image_size,
     )
     differing = model_differences(asked, saved.model_cfg)
+    declared = weights.declared.get("quick_gelu")
+    if "quick_gelu" in differing and not c.force_quick_gelu and declared == differing["quick_gelu"][1]:
+        del differing["quick_gelu"]  # the tag or file of --pretrained says the same
     described.check_same_model(differing, f"--model {c.model}", saved, said, cure)
     forced = {
         "quick_gelu": "--force-quick-gelu" if c.force_quick_gelu else "",
@@ -103,8 +115,6 @@ def _as_saved(
     own = {key: value for key, value in saved.preprocess_cfg.items() if pixels.get(key, value) != value}
     given = {"mean": c.image_mean, "std": c.image_std}
     own = {key: value for key, value in own.items() if key != "size" and given.get(key) is None}
-    if differing.get("quick_gelu") and weights.declared.get("quick_gelu"):
-        del differing["quick_gelu"]  # the tag of --pretrained says the same
     told = [*described.shown(differing), *(f"{key} {value}, not {pixels[key]}" for key, value in own.items())]
     if told:
         _log.warning("--model %s: built as %s says: %s", c.model, said, ", ".join(told))

@@ -93,7 +93,7 @@ def create(
         "init_logit_bias": architecture.get("init_logit_bias"),
         **(initial or {}),
     }
-    quick_gelu = force_quick_gelu or weights.declared.get("quick_gelu", False)
+    quick_gelu: bool | None = True if force_quick_gelu else weights.declared.get("quick_gelu")
     built = config_as_built(
         architecture,
         quick_gelu=quick_gelu,
@@ -117,7 +117,7 @@ def create(
                     require_pretrained=own_weights,
                     precision=precision,
                     output_dict=True,
-                    force_quick_gelu=quick_gelu,
+                    force_quick_gelu=bool(quick_gelu),
                     force_patch_dropout=force_patch_dropout,
                     force_custom_text=force_custom_text,
                     force_image_size=None if resize_later else force_image_size,
@@ -125,6 +125,8 @@ def create(
                     pretrained_image=pretrained_image and weights.file is None,
                     pretrained_text=weights.file is None,
                     **scalars,
+                    # force_quick_gelu can only turn it on.
+                    **({"quick_gelu": False} if quick_gelu is False and architecture.get("quick_gelu") else {}),
                 )
         except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
             raise ValueError(f"{flag}: open_clip cannot build this model ({one_line(error)})") from error
@@ -142,20 +144,29 @@ def create(
     return module, built
 
 
+def warn_without_quick_gelu(architecture: Mapping[str, Any], weights: Weights, said: str) -> None:
+    """Log where ``weights`` turn off the QuickGELU of ``architecture``, which flag and value ``said`` name."""
+    if architecture.get("quick_gelu") and weights.declared.get("quick_gelu") is False:
+        _log.warning("%s: built as %s says: quick_gelu False, not True", said, weights.source)
+
+
 def config_as_built(
     architecture: Mapping[str, Any],
     *,
-    quick_gelu: bool = False,
+    quick_gelu: bool | None = None,
     custom_text: bool = False,
     patch_dropout: float | None = None,
     image_size: int | tuple[int, int] | None = None,
     scalars: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
-    """open_clip's config ``architecture`` with what its ``create_model`` changes in it for these arguments."""
+    """open_clip's config ``architecture`` with what its ``create_model`` changes in it for these arguments.
+
+    None: as in ``architecture``.
+    """
     config = deepcopy(dict(architecture))
     vision = config["vision_cfg"]
-    if quick_gelu:
-        config["quick_gelu"] = True
+    if quick_gelu is not None and quick_gelu != bool(config.get("quick_gelu")):
+        config["quick_gelu"] = quick_gelu
     if custom_text or "hf_model_name" in config["text_cfg"]:
         config["custom_text"] = True
     if patch_dropout is not None:

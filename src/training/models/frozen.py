@@ -13,7 +13,7 @@ from training.config.params import Config
 from training.distributed.collectives import node_main_first
 from training.distributed.process_group import World
 from training.models import described, pretrained
-from training.models.create import BuiltModel, create, finish, open_tokenizer
+from training.models.create import BuiltModel, create, finish, open_tokenizer, warn_without_quick_gelu
 from training.models.pretrained import Weights
 
 _log = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ def _build_frozen(
         else:
             weights = pretrained.find(name, frozen.tag, weights_flag, frozen.model_flag)
         tokenizer = open_tokenizer(name, said)
+    warn_without_quick_gelu(architecture, weights, said)
     module, built = create(
         name, architecture, weights, flag=said, weights_flag=weights_flag, precision=precision, seed=seed
     )

@@ -106,8 +106,9 @@ def declared_in(folder: Path) -> dict[str, Any]:
         return {}
     towers = [model.get(key) or {} for key in ("text_config", "vision_config")]
     declared: dict[str, Any] = {}
-    if all(tower.get("hidden_act", "quick_gelu") == "quick_gelu" for tower in towers):
-        declared["quick_gelu"] = True
+    activations = {tower.get("hidden_act", "quick_gelu") for tower in towers}
+    if activations in ({"quick_gelu"}, {"gelu"}):
+        declared["quick_gelu"] = activations == {"quick_gelu"}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if len(pixels.get(theirs) or ()) == 3:
             declared[ours] = tuple(map(float, pixels[theirs]))

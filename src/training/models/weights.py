@@ -22,6 +22,7 @@ import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from open_clip.transform import PreprocessCfg
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from training.checkpoint import pt_file, torchscript
@@ -154,7 +155,7 @@ def _declared_in(folder: Path) -> tuple[str, dict[str, Any]]:
         held = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         pixels, model = held.get("preprocess_cfg", {}), held["model_cfg"]
         declared = {key: pixels[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in pixels}
-        return _CONFIG, {**declared, **({"quick_gelu": True} if model.get("quick_gelu") else {})}
+        return _CONFIG, {**declared, "quick_gelu": bool(model.get("quick_gelu"))}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return transformers_clip.CONFIG, transformers_clip.declared_in(folder)
 
@@ -163,7 +164,8 @@ def _warn_of_declared_beside(model: nn.Module, file: Path, said: str) -> None:
     """A file alone does not decide how the model is built; warn where the config beside it says otherwise."""
     config, declared = _declared_in(file.parent)
     pixels = {**asdict(PreprocessCfg()), **open_clip.get_model_preprocess_cfg(model)}
-    has = {**pixels, "quick_gelu": _has_quick_gelu(model)}
+    # Not those of timm and transformers, which a config's quick_gelu does not decide.
+    has = {**pixels, "quick_gelu": any(isinstance(module, QuickGELU) for module in model.modules())}
     unused = {key: value for key, value in declared.items() if _plain(value) != _plain(has[key])}
     if unused:
         _log.warning(
