@@ -22,7 +22,14 @@ MODULES = {
 # From the ground up. A room is a folder, or a module of the hall; it imports from lower floors and from itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("drrho_clip",),
-    ("training.config", "training.files", "training.rng", "training.numerics", "training.machine"),
+    (
+        "training.config",
+        "training.files",
+        "training.rng",
+        "training.numerics",
+        "training.machine",
+        "training.metric_names",
+    ),
     ("training.distributed",),
     ("training.data", "training.checkpoint", "training.predictions"),
     ("training.models", "training.reports"),

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-Best = Mapping[str, Sequence[float]]
+from training.metric_names import is_count, lower_is_better
 
-_COUNTS = ("num_samples", "num_captions", "num_sets", "left_out", "epoch", "step")
-_LOWER_IS_BETTER = ("loss", "rank")  # clip_val_loss, image_to_text_mean_rank, ...
+Best = Mapping[str, Sequence[float]]
 
 
 def update(best: Best, metrics: Mapping[str, float | None], epoch: int) -> dict[str, list[float]]:
     """``best`` (metric -> [value, epoch]) and ``metrics`` after ``epoch``; the first of equal values is kept."""
     found = {name: list(entry) for name, entry in best.items()}
     for name, value in metrics.items():
-        if name.endswith(_COUNTS) or value is None or value != value:
+        if is_count(name) or value is None or value != value:
             continue
         if name not in found or _sign(name) * value > _sign(name) * found[name][0]:
             found[name] = [value, epoch]
@@ -29,4 +28,4 @@ def describe(best: Best) -> str:
 
 
 def _sign(name: str) -> int:
-    return -1 if any(word in name for word in _LOWER_IS_BETTER) else 1
+    return -1 if lower_is_better(name) else 1

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from training.metric_names import is_count, lower_is_better
 from training.run_report.history import History, is_number
 from training.run_report.intervals import Interval, of_line, of_metric
 
-_NO_METRICS = ("epoch", "step", "num_samples", "num_captions", "num_sets", "left_out")
 # What stands for a set that has no main metric.
 _PREFERRED = ("mean_recall@1", "acc1", "mean_average_precision")
 
@@ -35,7 +35,7 @@ def evaluated(runs: Sequence[History]) -> dict[str, list[MetricValue | None]]:
         for run in runs
         for line in reversed(run.evaluations)
         for name, value in line.items()
-        if not name.endswith(_NO_METRICS) and is_number(value)
+        if not is_count(name) and is_number(value)
     }
     return {name: [_newest(name, run) for run in runs] for name in names}
 
@@ -45,8 +45,7 @@ def _newest(name: str, run: History) -> MetricValue | None:
     if not lines:
         return None
     line, value = lines[-1], lines[-1][name]
-    lower = name.endswith(("rank", "loss"))
-    best = (min if lower else max)(lines, key=lambda each: float(each[name]))
+    best = (min if lower_is_better(name) else max)(lines, key=lambda each: float(each[name]))
     other = None if best[name] == value else (best[name], best["epoch"])
     return MetricValue(name, value, of_line(name, line, run.kept), line["epoch"], other)
 
