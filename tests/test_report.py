@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from tests.run_report.test_log_lines import FIRST
 from training import report
@@ -49,6 +53,33 @@ def test_what_is_no_value_is_left_out(run):
     assert "<b>caf" not in text and "&lt;b&gt;caf" in text
     assert "Ours" in text and "0.625" in text and "clip_val_loss" in text
     assert "no checkpoint here keeps u" in text and "1 cannot be read, such as" in text
+
+
+def test_runs_may_be_called_like_formulas(run):
+    names = ["$lr_$x", "_second"]
+    others = [run.parent / name for name in names]
+    for other in others:
+        shutil.copytree(run, other)
+    assert report.main([*map(str, others), "--out", str(run / "both.html")]) == 0
+    text = (run / "both.html").read_text()
+    drawn = text[text.index('<figure id="loss">') :]
+    assert all(f">{name}</text>" in drawn[: drawn.index("</svg>")] for name in names)
+    assert (run / "both_png/summary.png").is_file() and (run / "both_png/loss.png").is_file()
+
+
+def test_a_strangers_folder_writes_no_file_elsewhere_and_no_script(run, tmp_path):
+    """Only the columns of the sample state are taken from TensorBoard's tags."""
+    script = 'q"><svg onload=document.title=1>'
+    with SummaryWriter(str(run / "tensorboard")) as writer:
+        for column in ("log_u_image", script, "../../outside/x", str(tmp_path / "absolute")):
+            writer.add_histogram(f"sample_state/{column}", torch.arange(9.0), 1)
+    (tmp_path / "logs/outside").mkdir()
+    before = set(tmp_path.rglob("*"))
+    assert report.main([str(run)]) == 0
+    written = set(tmp_path.rglob("*")) - before
+    assert written and all(path.is_relative_to(run) for path in written)
+    assert (run / "report_png/log-u-image-over-time.png").is_file()
+    assert "onload" not in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -55,3 +57,24 @@ def test_the_frame_is_where_the_axes_are():
     assert x0 == pytest.approx(left + (right - left) * (0 - low) / (high - low), abs=0.01)
     assert x1 == pytest.approx(left + (right - left) * (10 - low) / (high - low), abs=0.01)
     assert top < y1 < y0 < bottom
+
+
+@pytest.mark.parametrize("name", ["$lr_$x", "was $20.00 & now $15.00", r"\$a$", "_first", "$", "__"])
+def test_names_are_drawn_as_they_are(name):
+    """Whatever a formula would be of them, and although matplotlib leaves out what begins with an underscore."""
+    chart = Chart("loss", f"Loss of {name}", "$a$", [Series(each, [0, 1], [1, 2]) for each in (name, "other")])
+    texts = [html.unescape(text) for text in re.findall(r"<text [^>]*>([^<]*)</text>", draw(chart).svg)]
+    assert texts[-2:] == [name, "other"]
+    assert png(chart).startswith(b"\x89PNG")
+
+
+def test_a_key_cannot_leave_its_place_in_the_page():
+    """It is a number in no regular expression, and the end of no attribute."""
+    for key in ('q"><svg onload=document.title=1>', r"\1\g<2>"):
+        tags = []
+        reader = HTMLParser()
+        reader.handle_starttag = lambda tag, given, tags=tags: tags.append((tag, dict(given)))
+        reader.feed(draw(Chart(key, "A", "", [Series("run", [0, 1], [0, 1])])).svg)
+        assert not any("onload" in given for _, given in tags)
+        names = [given["id"] for _, given in tags if "id" in given]
+        assert names and all(name.startswith(f"{key}-") for name in names)

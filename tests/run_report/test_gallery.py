@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from tests.support.kept import classes, retrieval, run
@@ -173,3 +174,23 @@ def test_the_summary_is_a_picture_of_all_parts(runs):
     assert tall.width == low.width and tall.height > 3 * low.height
     red, green, blue = (np.asarray(tall.convert("RGB")).reshape(-1, 3) == colour(4)).T
     assert (red & green & blue).sum() > 500  # the picture that only the second run has right
+
+
+def test_captions_and_classes_are_drawn_as_they_are(places, monkeypatch):
+    """Whatever a formula would be of them; what is drawn is what matplotlib is given and does not parse."""
+    captions = ["was $20, now 50% off at $10", "was $20.00 & now $15.00", "$x_$y"]
+    names = ["$a_$b", "_bee", "$cat$"]
+    pairs = np.array([[0.9, 0.5, 0.1], [0.8, 0.2, 0.3], [0.6, 0.7, 0.1]])
+    found = run("_$r_$un", classes(LABELS, BEFORE, names=names, places=places), retrieval(pairs, captions, places))
+    drawn = set()
+    prepared = Text._preprocess_math
+
+    def noted(self, text):
+        drawn.add(" ".join(self.get_text().split()))
+        given = prepared(self, text)
+        assert given == (text, False)
+        return given
+
+    monkeypatch.setattr(Text, "_preprocess_math", noted)
+    assert summary([found], [], Thumbnails(read_picture)).startswith(b"\x89PNG")
+    assert {"$a_$b", "_$r_$un"} <= drawn and drawn & set(captions)

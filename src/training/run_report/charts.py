@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 _WIDTH, _HEIGHT = 4.6, 2.75  # inches, of which the page's drawing has 72 units each
@@ -50,9 +53,9 @@ class Series:
 @dataclass(frozen=True)
 class Chart:
     """A chart and what it is called. ``marks``: x -> what happened there (restarts).
-    ``markers``: each point is drawn.
 
-       ``smooth``: a long line is drawn faint, under its running mean.
+    ``key``: letters, digits, hyphens and underscores, as its file and its place in the page are called by it.
+    ``markers``: each point is drawn. ``smooth``: a long line is drawn faint, under its running mean.
     """
 
     key: str
@@ -75,6 +78,18 @@ class Drawing:
     limits: tuple[float, float]
 
 
+@contextmanager
+def texts_as_written() -> Iterator[None]:
+    """For all that makes texts and saves them: captions and names of runs and classes are no formulas.
+
+    matplotlib draws "$20, now $15" as one, and "$lr_$x" is an error.
+    """
+    with matplotlib.rc_context(
+        {"text.parse_math": False, "text.usetex": False, "axes.formatter.use_mathtext": False}
+    ):
+        yield
+
+
 def thinned(x: Sequence[float], y: Sequence[float], most: int = _MOST) -> tuple[list[float], list[float]]:
     """About ``most`` of the points: both ends, and the least and the largest of equal parts: no peak is lost."""
     if len(x) <= most:
@@ -88,6 +103,7 @@ def thinned(x: Sequence[float], y: Sequence[float], most: int = _MOST) -> tuple[
     return [x[i] for i in chosen], [y[i] for i in chosen]
 
 
+@texts_as_written()
 def draw(chart: Chart) -> Drawing:
     """The chart for the page."""
     figure, axes = _figure(chart, _INK, _GRID, [_SERIES.format(i) for i in range(COLOURS)])
@@ -99,13 +115,14 @@ def draw(chart: Chart) -> Drawing:
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
     svg = svg.replace(_INK, "var(--ink)").replace(_GRID, "var(--line)")
     svg = re.sub(r"#0301([0-9a-f]{2})", lambda match: f"var(--s{int(match[1], 16)})", svg)
-    svg = re.sub(r'\bid="', f'id="{chart.key}-', svg)
-    svg = re.sub(r"(url\(#|href=\"#)", rf"\1{chart.key}-", svg)
+    key = html.escape(chart.key)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', lambda match: f"{match[1]}{key}-", svg)
     box, (width, height) = axes.get_position(), (72 * inches for inches in _size(chart))
     frame = box.x0 * width, box.x1 * width, (1 - box.y1) * height, (1 - box.y0) * height
     return Drawing(svg, frame, axes.get_xlim())
 
 
+@texts_as_written()
 def png(chart: Chart) -> bytes:
     """The chart as a file of its own, with its title, on white."""
     figure, axes = _figure(chart, *ON_WHITE)
@@ -134,14 +151,23 @@ def _size(chart: Chart) -> tuple[float, float]:
 def _figure(chart: Chart, ink: str, grid: str, colours: Sequence[str]) -> tuple[Figure, Any]:
     figure = Figure(figsize=_size(chart), layout="constrained")
     axes = figure.add_subplot()
-    plot(axes, chart, ink, grid, colours)
+    lines = plot(axes, chart, ink, grid, colours)
     if _keyed(chart):
-        figure.legend(loc="outside upper left", ncols=_columns(chart), fontsize=9, labelcolor=ink, frameon=False)
+        names = [series.name for series in chart.series]
+        legend(figure, lines, names, loc="outside upper left", ncols=_columns(chart), fontsize=9, labelcolor=ink)
     return figure, axes
 
 
-def plot(axes: Any, chart: Chart, ink: str, grid: str, colours: Sequence[str]) -> None:
-    """Draw the lines of a chart into matplotlib's ``axes``, without their names."""
+def legend(figure: FigureBase, lines: Sequence[Line2D], names: Sequence[str], **look: Any) -> None:
+    """The names of the lines, all of them: matplotlib by itself leaves out those that begin with an underscore."""
+    made = figure.legend(lines, ["-"] * len(lines), frameon=False, **look)
+    for text, name in zip(made.get_texts(), names):
+        text.set_text(name)
+
+
+def plot(axes: Any, chart: Chart, ink: str, grid: str, colours: Sequence[str]) -> list[Line2D]:
+    """Draw the lines of a chart into matplotlib's ``axes``, without their names. Returns one for each series."""
+    lines: list[Line2D] = []
     styled = any(series.style for series in chart.series)  # else runs differ in more than colour
     for mark in chart.marks:
         axes.axvline(mark, color=ink, linewidth=0.8, linestyle=(0, (2, 2)), alpha=0.6)
@@ -156,7 +182,7 @@ def plot(axes: Any, chart: Chart, ink: str, grid: str, colours: Sequence[str]) -
         if chart.smooth and len(x) >= _SMOOTHED:
             axes.plot(x, y, **(look | {"linewidth": 0.8, "alpha": 0.35}))
             x, y = thinned(series.x, _running_mean(series.y))
-        axes.plot(x, y, label=series.name, **look)
+        lines += axes.plot(x, y, **look)
     axes.set_xlabel(chart.x_label, color=ink, fontsize=10)
     dress(axes, ink, grid)
     if chart.markers and chart.x_label == "epochs":
@@ -164,6 +190,7 @@ def plot(axes: Any, chart: Chart, ink: str, grid: str, colours: Sequence[str]) -
         epochs = [x for series in chart.series for x in series.x]
         if len(set(epochs)) == 1:
             axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+    return lines
 
 
 def dress(axes: Any, ink: str, grid: str) -> None:

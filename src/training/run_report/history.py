@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from drrho_clip.losses.registry import LOG_U, TAU
 from training.config.flags import ALL
 from training.config.given import frozen
 from training.predictions import FOLDER, Kept, load
@@ -177,11 +178,12 @@ def _read_events(run: History) -> None:
         tags: Mapping[str, Any] = events.Tags()
         if _MFU in tags["scalars"]:  # the log has the others
             run.mfu = {event.step: event.value for event in events.Scalars(_MFU)}
-        for tag in tags["histograms"]:
-            if tag.startswith(_STATE):
+        for column in LOG_U + TAU:  # no others: what is in a folder of somebody else names no file and no element
+            tag = f"{_STATE}{column}"
+            if tag in tags["histograms"]:
                 by_epoch = {event.step: event.histogram_value for event in events.Histograms(tag)}
                 found = [_histogram(epoch, by_epoch[epoch]) for epoch in sorted(by_epoch)]
-                run.histograms[tag.removeprefix(_STATE)] = [each for each in found if each is not None]
+                run.histograms[column] = [each for each in found if each is not None]
     except Exception as error:  # a file that is being written, or of another program, fails in any way
         run.problems.append(f"TensorBoard's events cannot be read ({' '.join(str(error).split())[:200]})")
     finally:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from training.predictions import Place, Retrieved
 from training.run_report import picks, values
-from training.run_report.charts import COLOURS, ON_WHITE, Chart, dress, plot
+from training.run_report.charts import COLOURS, ON_WHITE, Chart, dress, legend, plot, texts_as_written
 from training.run_report.history import History
 from training.run_report.pictures import Thumbnails
 from training.run_report.values import MetricValue
@@ -27,6 +27,7 @@ _GOOD, _QUIET = "#15803d", "#666666"
 _MOST = 28  # characters of a name
 
 
+@texts_as_written()
 def summary(runs: Sequence[History], charts: Sequence[Chart], pictures: Thumbnails) -> bytes:
     """A PNG, on white; parts for which there is nothing are left out."""
     by_key = {chart.key: chart for chart in charts}
@@ -63,10 +64,8 @@ def summary(runs: Sequence[History], charts: Sequence[Chart], pictures: Thumbnai
 
 def _draw_names(part: SubFigure, runs: Sequence[History]) -> None:
     handles = [Line2D([], [], color=_COLOURS[i % COLOURS], linewidth=5) for i in range(len(runs))]
-    part.legend(
-        handles, [run.name for run in runs], loc="center left", ncols=len(runs), frameon=False, fontsize=13,
-        labelcolor=_INK,
-    )  # fmt: skip
+    names = [run.name for run in runs]
+    legend(part, handles, names, loc="center left", ncols=len(runs), fontsize=13, labelcolor=_INK)
 
 
 def _draw_curves(part: SubFigure, charts: Sequence[Chart]) -> None:
