@@ -34,11 +34,19 @@ from training.models.pretrained import Weights, one_line
 _log = logging.getLogger(__name__)
 
 
-def build_target(config: Config, world: World, resumed: Path | None = None) -> BuiltModel:
+def build_target(
+    config: Config,
+    world: World,
+    resumed: Path | None = None,
+    *,
+    preprocess: Mapping[str, str] | None = None,
+    context_length: int | None = None,
+) -> BuiltModel:
     """The model to train, with its weights, temperature, locked towers and gradient checkpointing.
 
     ``resumed``: the checkpoint that will be loaded into it. Where that says how its model was built, the target is
-    built so. ValueError: a name, file or flag is wrong; the message names it.
+    built so. ``preprocess`` (fields of open_clip's ``PreprocessCfg``) and ``context_length``: what is known of the
+    model and has no flag. ValueError: a name, file or flag is wrong; the message names it.
     """
     c, loss = config.model, config.loss
     name = pretrained.open_clip_name(c.model, "--model")
@@ -46,7 +54,7 @@ def build_target(config: Config, world: World, resumed: Path | None = None) -> B
         architecture = pretrained.architecture(name, f"--model {c.model}")
         _check_tower(architecture["vision_cfg"], c)
         weights = pretrained.find(name, c.pretrained, "--pretrained", "--model")
-        tokenizer = open_tokenizer(name, f"--model {c.model}")
+        tokenizer = open_tokenizer(name, f"--model {c.model}", context_length)
     saved = description_at(resumed) if resumed is not None else None
     if saved is not None:
         weights, c = _as_saved(architecture, weights, c, saved, f"checkpoint {resumed}")
@@ -65,7 +73,8 @@ def build_target(config: Config, world: World, resumed: Path | None = None) -> B
         force_patch_dropout=c.force_patch_dropout,
         force_custom_text=c.force_custom_text,
         force_image_size=c.force_image_size,
-        force_preprocess_cfg={"mean": c.image_mean, "std": c.image_std},
+        force_preprocess_cfg={**(preprocess or {}), "mean": c.image_mean, "std": c.image_std},
+        force_context_length=context_length,
         pretrained_image=c.pretrained_image,
     )
     _lock(module, c, is_hugging_face="hf_model_name" in architecture["text_cfg"])

@@ -82,6 +82,7 @@ def create(
     force_preprocess_cfg: Mapping[str, Any] | None = None,
     force_patch_dropout: float | None = None,
     force_custom_text: bool = False,
+    force_context_length: int | None = None,
     pretrained_image: bool = False,
 ) -> tuple[OpenClipModel, dict[str, Any]]:
     """An open_clip model on the CPU with ``weights``, and the config with which it was built.
@@ -100,6 +101,7 @@ def create(
         custom_text=force_custom_text,
         patch_dropout=force_patch_dropout,
         image_size=force_image_size,
+        context_length=force_context_length,
         scalars=scalars,
     )
     own_weights = weights.file is None and brings_weights(name)
@@ -122,6 +124,7 @@ def create(
                     force_custom_text=force_custom_text,
                     force_image_size=None if resize_later else force_image_size,
                     force_preprocess_cfg=preprocess,
+                    force_context_length=force_context_length,
                     pretrained_image=pretrained_image and weights.file is None,
                     pretrained_text=weights.file is None,
                     **scalars,
@@ -157,6 +160,7 @@ def config_as_built(
     custom_text: bool = False,
     patch_dropout: float | None = None,
     image_size: int | tuple[int, int] | None = None,
+    context_length: int | None = None,
     scalars: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
     """open_clip's config ``architecture`` with what its ``create_model`` changes in it for these arguments.
@@ -173,6 +177,8 @@ def config_as_built(
         vision["patch_dropout"] = patch_dropout
     if image_size is not None:
         vision["image_size"] = image_size
+    if context_length is not None:
+        config["text_cfg"]["context_length"] = context_length
     return config | {name: value for name, value in (scalars or {}).items() if value is not None}
 
 
@@ -205,11 +211,14 @@ def _keep_float32(module: nn.Module, initial: Mapping[str, float | None] | None)
         setattr(module, name, nn.Parameter(value))
 
 
-def open_tokenizer(name: str, flag: str) -> ModelTokenizer:
-    """The tokenizer of the model ``name``. ValueError: it cannot be loaded; ``flag``: what names the model."""
+def open_tokenizer(name: str, flag: str, context_length: int | None = None) -> ModelTokenizer:
+    """The tokenizer of the model ``name``. ValueError: it cannot be loaded; ``flag``: what names the model.
+
+    ``context_length``: of its captions; None: the model's.
+    """
     try:
         with _quiet_open_clip():
-            return open_clip.get_tokenizer(name)
+            return open_clip.get_tokenizer(name, context_length=context_length)
     except ImportError as error:
         raise ValueError(f"{flag}: its tokenizer needs a missing package: pip install {error.name}") from error
     except (OSError, RuntimeError) as error:

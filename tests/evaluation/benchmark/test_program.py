@@ -16,10 +16,11 @@ from PIL import Image
 
 import training.main
 from tests.support import evalsets, shards, tiny_models
-from tests.support.building import known_to_open_clip
+from tests.support.building import ALONE, known_to_open_clip, shrunk
 from tests.support.ranks import run_program
 from training import predictions
-from training.evaluate import main
+from training.evaluate import main, parser
+from training.evaluation.benchmark import program
 from training.evaluation.benchmark.sets import read_picture
 
 NAMES = [f"{color} {shape}" for color, shape in zip(shards.COLORS, shards.SHAPES * 2)][:7]
@@ -420,3 +421,43 @@ def test_a_checkpoint_that_says_what_it_is_needs_no_name(place, results, tmp_pat
         assert main(words(root, "--checkpoint", str(file), "--out", str(out), "--tasks", "cifar10")) == 0
     digests = [lines_of(out)["cifar10"]["digest"] for out in outs]
     assert digests[0] == digests[1] != results["cifar10"]["digest"]
+
+
+def built_of(folder, params, context_length=16):
+    """The model that is evaluated of a checkpoint that does not say what it is, in a run with these flags."""
+    (folder / "checkpoints").mkdir(parents=True)
+    weights = tiny_models.build("tiny-vit", text_cfg={"context_length": context_length}).state_dict()
+    torch.save({"epoch": 1, "name": "run", "state_dict": weights}, folder / "checkpoints/epoch_1.pt")
+    (folder / "params.txt").write_text("".join(f"{name}: {value}\n" for name, value in params.items()))
+    given = parser().parse_args(["--checkpoint", str(folder), "--data_dir", str(folder), "--workers", "0"])
+    chosen = program.choose(given.checkpoint, "", None)
+    return weights, program.build(chosen, program.configuration(chosen, given), ALONE)
+
+
+@pytest.mark.parametrize(
+    "params, interpolation, resize_mode",
+    [
+        ({}, "bicubic", "shortest"),
+        ({"pretrained": "datacompdr"}, "bilinear", "shortest"),
+        ({"pretrained": "datacompdr", "image_resize_mode": "squash"}, "bilinear", "squash"),
+        ({"pretrained": "datacompdr", "image_interpolation": "bicubic"}, "bicubic", "shortest"),
+        ({"image_interpolation": "bilinear", "image_resize_mode": "longest"}, "bilinear", "longest"),
+        ({"image_interpolation": "None", "image_resize_mode": "None"}, "bicubic", "shortest"),
+    ],
+)
+def test_images_are_resized_as_the_run_did(tmp_path, params, interpolation, resize_mode):
+    """As OpenCLIP's flags say in params.txt, else as the tag does with whose weights the run began."""
+    with shrunk("MobileCLIP-S1"):
+        _, built = built_of(tmp_path / "run", {"model": "MobileCLIP-S1", **params})
+    assert (built.preprocess.interpolation, built.preprocess.resize_mode) == (interpolation, resize_mode)
+    mean = 0.0 if "pretrained" in params else open_clip.OPENAI_DATASET_MEAN[0]
+    assert built.preprocess.mean[0] == pytest.approx(mean)
+
+
+def test_captions_are_as_long_as_they_were_in_the_run(tmp_path):
+    """With OpenCLIP's --force-context-length: the position embeddings are taken as they are."""
+    params = {"model": tiny_models.path("tiny-vit", tmp_path), "force_context_length": 24}
+    weights, built = built_of(tmp_path / "run", params, context_length=24)
+    assert built.context_length == 24 and built.tokenizer(["a"]).shape == (1, 24)
+    assert built.description.model_cfg["text_cfg"]["context_length"] == 24
+    assert torch.equal(built.module.positional_embedding, weights["positional_embedding"])

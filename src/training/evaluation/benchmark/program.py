@@ -8,9 +8,10 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import open_clip
 
@@ -39,6 +40,11 @@ _log = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"epoch_(\d+)\.pt")
 # What makes a model other than its name: flags that a run's params.txt holds.
 _FORCING = ("force_quick_gelu", "force_custom_text", "force_image_size", "image_mean", "image_std", "siglip")
+# The same of OpenCLIP's trainer alone, which has no flags here: field of the preprocess config -> key, and values.
+_PIXELS = {
+    "interpolation": ("image_interpolation", ("bicubic", "bilinear", "random")),
+    "resize_mode": ("image_resize_mode", ("shortest", "longest", "squash")),
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,9 @@ class Chosen:
     """What is evaluated. ``model`` and ``weights``: as ``--model`` and ``--pretrained`` take them.
 
     ``run``: the folder of the run that it belongs to, None: it belongs to none. ``stem``: what its results are
-    called by. ``flags``: those of the run that make its model another one than its name says. ``describes``: the
-    checkpoint says of which model it is, and ``model`` may be ''.
+    called by. ``flags``: those of the run that make its model another one than its name says. ``preprocess``,
+    ``context_length``: the same, where there is no flag for it. ``describes``: the checkpoint says of which model
+    it is, and ``model`` may be ''.
     """
 
     model: str
@@ -55,6 +62,8 @@ class Chosen:
     stem: str
     run: Path | None = None
     flags: tuple[str, ...] = ()
+    preprocess: Mapping[str, str] = field(default_factory=dict)
+    context_length: int | None = None
     describes: bool = False
 
 
@@ -119,7 +128,12 @@ def choose(checkpoint: str, model: str, epoch: int | None) -> Chosen:
         raise ValueError(
             f"{said}: it does not say of which model it is; give --model, a name or a model config JSON"
         )
-    return Chosen(name, str(path), path.stem, run, _forcing(held, name) if name == held.get("model") else ())
+    if name != held.get("model"):
+        return Chosen(name, str(path), path.stem, run)
+    tag = _tag(held, name)
+    return Chosen(
+        name, str(path), path.stem, run, _forcing(held, tag), _preprocess(held, tag), _context_length(held)
+    )
 
 
 def build(chosen: Chosen, config: Config, world: World) -> BuiltModel:
@@ -127,7 +141,7 @@ def build(chosen: Chosen, config: Config, world: World) -> BuiltModel:
     if chosen.describes:
         return build_saved(chosen.weights, chosen.model, world, config.run.precision)
     with _in_our_words(chosen):
-        return build_target(config, world)
+        return build_target(config, world, preprocess=chosen.preprocess, context_length=chosen.context_length)
 
 
 def results_path(chosen: Chosen, out: str | None, checkpoint: str) -> Path:
@@ -217,8 +231,31 @@ def _params(file: Path) -> dict[str, str]:
     return {name: value for name, _, value in (line.partition(": ") for line in lines)}
 
 
-def _forcing(held: Mapping[str, str], model: str) -> tuple[str, ...]:
-    """The words of a run's flags that make its model another one than ``model`` says."""
+def _tag(held: Mapping[str, str], model: str) -> Mapping[str, Any]:
+    """What open_clip declares of the weights with which a run of ``model`` began; of a file nothing."""
+    # open_clip replaces slashes in names (ViT-B/32) in the same way.
+    return open_clip.get_pretrained_cfg(model.replace("/", "-"), held.get("pretrained", ""))
+
+
+def _preprocess(held: Mapping[str, str], tag: Mapping[str, Any]) -> dict[str, str]:
+    """How a run's images were resized: as its flags say, else as the tag of its weights does."""
+    found = {}
+    for part, (key, known) in _PIXELS.items():
+        if held.get(key) in known:
+            found[part] = held[key]
+        elif part in tag:
+            found[part] = tag[part]
+    return found
+
+
+def _context_length(held: Mapping[str, str]) -> int | None:
+    """The tokens of a caption where a run's flags say it."""
+    text = held.get("force_context_length", "")
+    return int(text) if re.fullmatch(r"[1-9]\d{0,5}", text) else None
+
+
+def _forcing(held: Mapping[str, str], tag: Mapping[str, Any]) -> tuple[str, ...]:
+    """The words of a run's flags, and of the ``tag`` of its weights, that make its model another one."""
     words: list[str] = []
     for key in _FORCING:
         text = held.get(key, "None")
@@ -228,7 +265,6 @@ def _forcing(held: Mapping[str, str], model: str) -> tuple[str, ...]:
         elif value is not None and value is not False:
             values = value if isinstance(value, (list, tuple)) else [value]
             words += [ALL[key].name, *map(str, values)]
-    tag = open_clip.get_pretrained_cfg(model, held.get("pretrained", "")) if held.get("pretrained") else {}
     if tag.get("quick_gelu") and ALL["force_quick_gelu"].name not in words:
         words.append(ALL["force_quick_gelu"].name)
     for key, part in (("image_mean", "mean"), ("image_std", "std")):
