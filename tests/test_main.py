@@ -163,6 +163,17 @@ def test_uses_of_the_reference_combine(folder, usage):
     assert (told in log) == ("select" in usage)
 
 
+def test_the_teacher_of_openclips_distillation_selects_too(folder):
+    reference, weights = reference_flags(folder)[1::2]
+    given = [*flags(folder, "teacher-selects", batch=12), "--lanes", "4,4", "--epochs", "1"]
+    given += ["--distill-model", reference, "--distill-pretrained", weights]
+    given += ["--ref_features_usage", "select", "--ref_filter_ratio", "0.5"]
+    assert program.main(given) == 0
+    log = (folder / "logs/teacher-selects/out.log").read_text()
+    assert "Distill_loss" in log and "batch selection draws 3 samples per rank at a time" in log
+    assert "no effect" not in log
+
+
 @pytest.mark.parametrize("precision", ["amp", "amp_bf16", "bf16", "pure_bf16"])
 def test_precisions_on_the_cpu(folder, precision):
     given = [*flags(folder, precision), *reference_flags(folder), *DRRHO, "--epochs", "1"]

@@ -118,9 +118,16 @@ def test_shards_that_are_not_there(tmp_path):
 )
 def test_a_model_config_with_an_error_is_a_sentence(tmp_path, change, says):
     model = tiny_models.path("tiny-vit", tmp_path, **change)
-    line = f"--dataset-type synthetic --train-num-samples 8 --model {model}"
-    with pytest.raises(ValueError, match=rf"--model .*tiny-vit\.json: open_clip cannot build .*{says}"):
-        check(line)
+    weights = tmp_path / "weights.pt"
+    torch.save({}, weights)
+    lines = {
+        "--model": f"{SYNTHETIC} --model {model}",
+        "--ref_model": f"{FASTCLIP} --ref_model {model} --ref_model_pretrained {weights}",
+        "--distill-model": f"{SYNTHETIC} --distill-model {model} --distill-pretrained {weights}",
+    }
+    for flag, line in lines.items():
+        with pytest.raises(ValueError, match=rf"^{flag} .*tiny-vit\.json: open_clip cannot build .*{says}"):
+            check(line)
 
 
 def test_csv_files_are_read_once_before_anything_is_built(tmp_path):

@@ -106,8 +106,8 @@ def _models(config: Config, features: FeatureSource | None) -> Iterator[tuple[st
         yield "reference", "not built, its features are in the shards"
     elif r.named:
         weights = r.ref_model_checkpoint or r.ref_model_pretrained
-        name, flag = reference_name(r)[0], "--ref_model"
-        yield "reference", _model(r.ref_model or name, count_parameters(name, flag), weights)
+        name = reference_name(r)[0]
+        yield "reference", _model(r.ref_model or name, count_parameters(name, r.model_flag), weights)
 
 
 def _model(name: str, parameters: int | None, weights: str) -> str:

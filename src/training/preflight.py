@@ -148,7 +148,8 @@ def check_machine(config: Config, world: World) -> list[str]:
 
 def check_models(config: Config) -> None:
     """ValueError: open_clip cannot build a model from a model config file, or there are no such weights for it."""
-    for flag, model in (("--model", config.model.model), ("--ref_model", config.reference.ref_model)):
+    reference = config.reference
+    for flag, model in (("--model", config.model.model), (reference.model_flag, reference.ref_model)):
         if model and pretrained.is_config_file(model):
             pretrained.try_to_build(pretrained.open_clip_name(model, flag), f"{flag} {model}")
     look_for_weights(config)

@@ -122,6 +122,16 @@ def test_distillation_model_is_a_reference():
     assert config(f"{DATA} --loss distill {REFERENCE}").reference.usage == {"distill"}
 
 
+@pytest.mark.parametrize(
+    "teacher", ["--distill-model ViT-B-32 --distill-pretrained openai", f"--loss distill {REFERENCE}"]
+)
+def test_a_teacher_can_select_too(teacher):
+    line = f"{DATA} {teacher} --batch-size 20 --ref_filter_ratio 0.5 --ref_features_usage"
+    for usage in ("select", "distill,select"):
+        c = config(f"{line} {usage}")
+        assert c.reference.usage == {"distill", "select"} and c.remarks == ()
+
+
 @pytest.mark.parametrize("usage", ["select", "distill", "distill, select"])
 def test_every_loss_can_select_and_distill(usage):
     c = config(f"{DATA} --siglip {REFERENCE} --ref_features_usage '{usage}' --batch-size 20")

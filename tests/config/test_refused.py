@@ -105,6 +105,12 @@ REFUSALS = {
     f"{DATA} --distill-pretrained openai": "--distill-pretrained openai needs --distill-model",
     f"{DATA} --distill-model RN50 --distill-pretrained openai {REFERENCE}": "are two references: give one",
     f"{DATA} --distill-model RN50 --distill-pretrained openai --distill_weight 2": "give at most 1",
+    f"{DATA} --distill-model RN50 --distill-pretrained openai --ref_model_pretrained yfcc15m": (
+        "--ref_model_pretrained yfcc15m has no effect without --ref_model: the teacher's are --distill-pretrained"
+    ),
+    f"{DATA} --distill-model RN50 --distill-pretrained openai --ref_features_usage select": (
+        "--ref_filter_ratio 0.8 would keep 12.8 samples"
+    ),
     f"{DATA} --distill_teacher_dimension 512 0": "--distill_teacher_dimension 512 0: every width must be",
     # batch
     f"{DATA} --accum-freq 3": "--accum-freq 3 does not divide --batch-size 64: choose a divisor of 64",

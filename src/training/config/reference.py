@@ -18,8 +18,8 @@ class ReferenceConfig:
 
     ``ref_model`` may be empty beside ``ref_model_checkpoint``, which then says what it is.
 
-    ``--distill-model`` is the reference of OpenCLIP's distillation baseline and fills ``ref_model`` with
-    ``usage = {'distill'}``.
+    ``--distill-model`` is the reference of OpenCLIP's distillation baseline and fills ``ref_model``; its usage is
+    'distill', and 'select' where that is asked for. ``model_flag``: the flag that gave ``ref_model``.
     """
 
     ref_model: str
@@ -29,6 +29,7 @@ class ReferenceConfig:
     ref_filter_ratio: float
     ref_filter_n_chunks: int
     ref_filter_topk: bool
+    model_flag: str
 
     @property
     def named(self) -> bool:
@@ -55,7 +56,8 @@ def resolve_reference(given: Given, loss: LossSpec, *, reads: str, writes: str) 
     check_weights_file(given, "ref_model_checkpoint")
     for key in ("ref_model_pretrained", "distill_pretrained"):
         check_weights(given, key)
-    return given.group(ReferenceConfig, **_choice(given, loss, reads=reads, writes=writes))
+    flag = "--distill-model" if given.distill_model else "--ref_model"
+    return given.group(ReferenceConfig, **_choice(given, loss, reads=reads, writes=writes), model_flag=flag)
 
 
 def _choice(given: Given, loss: LossSpec, *, reads: str, writes: str) -> dict[str, Any]:
@@ -65,6 +67,10 @@ def _choice(given: Given, loss: LossSpec, *, reads: str, writes: str) -> dict[st
         return nothing
     key = "ref_model" if given.ref_model else "ref_model_checkpoint"  # the flag that says which model it is
     named = bool(given.values[key])
+    if given.ref_model_pretrained and not given.ref_model:
+        say = given.say("ref_model_pretrained")
+        cure = "the teacher's are --distill-pretrained" if given.distill_model else "give the reference"
+        raise Refusal(f"{say} has no effect without --ref_model: {cure}")
     if given.distill_model:
         if named:
             raise Refusal(
@@ -76,13 +82,10 @@ def _choice(given: Given, loss: LossSpec, *, reads: str, writes: str) -> dict[st
             "ref_model": given.distill_model,
             "ref_model_pretrained": given.distill_pretrained,
             "ref_model_checkpoint": "",
-            "usage": frozenset({"distill"}),
+            "usage": usage - {"ref"} | {"distill"},
         }
     if writes and not named:
         raise Refusal("--cache_ref_model_features needs --ref_model: give the model whose features are written")
-    if given.ref_model_pretrained and not given.ref_model:
-        say = given.say("ref_model_pretrained")
-        raise Refusal(f"{say} has no effect without --ref_model: give the reference")
     if not named and not reads:
         if given.chose("ref_features_usage"):
             raise Refusal(f"{given.say('ref_features_usage')} has no effect without --ref_model: give a reference")

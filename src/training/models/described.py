@@ -68,8 +68,9 @@ def name_of(model: str, model_flag: str, checkpoint: str, checkpoint_flag: str) 
 def reference_name(reference: ReferenceConfig) -> tuple[str, str]:
     """open_clip's name for the reference, and the flag and value that name it. ValueError as for ``name_of``."""
     model, checkpoint = reference.ref_model, reference.ref_model_checkpoint
-    said = f"--ref_model {model}" if model else f"--ref_model_checkpoint {checkpoint}"
-    return name_of(model, "--ref_model", checkpoint, "--ref_model_checkpoint"), said
+    flag = reference.model_flag
+    said = f"{flag} {model}" if model else f"--ref_model_checkpoint {checkpoint}"
+    return name_of(model, flag, checkpoint, "--ref_model_checkpoint"), said
 
 
 def check_same_model(
