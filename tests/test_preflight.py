@@ -79,6 +79,16 @@ def test_a_single_process_has_nothing_to_compress():
     assert check(f"{FASTCLIP} --batch-size 2 --gather_error_bound 1e-3") == told
 
 
+def test_teachers_of_the_distillation_loss_whose_widths_do_not_add_up(tmp_path):
+    torch.save({}, tmp_path / "weights.pt")
+    teacher = tiny_models.path("tiny-vit-reference", tmp_path)
+    line = f"{SYNTHETIC} --distill-model {teacher} --distill-pretrained {tmp_path}/weights.pt"
+    check(line)
+    check(f"{line} --distill_teacher_dimension 8 16")
+    with pytest.raises(ValueError, match=r"dimension 8 8: .*add up to 16, .* --distill-model .* are 24 wide"):
+        check(f"{line} --distill_teacher_dimension 8 8")
+
+
 @pytest.mark.parametrize("usage", ["distill", "ref,distill"])
 def test_teachers_whose_widths_do_not_add_up(tmp_path, usage):
     torch.save({}, tmp_path / "weights.pt")

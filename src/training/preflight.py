@@ -194,8 +194,11 @@ def check_teachers(config: Config, features: FeatureSource | None) -> None:
     The loss checks a reference whose config would have to be downloaded first, and features in the shards.
     """
     reference, widths = config.reference, config.loss.distill_teacher_dimension
-    if "distill" not in reference.usage or config.loss.spec.distills or widths == (-1,):
+    spec = config.loss.spec
+    if "distill" not in reference.usage or widths == (-1,):
         return
+    if spec.distills and not spec.takes("distill_teacher_dimension"):
+        return  # a loss of its own
     if config.data.dataset_reinforcement:
         return  # the loss sees the first of them
     if features is not None:

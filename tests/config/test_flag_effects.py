@@ -287,6 +287,13 @@ def test_effect(key, lab, monkeypatch):
     assert before != after
 
 
+def test_flags_of_several_teachers_act_in_the_loss_that_distills_by_itself(lab):
+    widths = f"{TEACHER} --distill_teacher_dimension 2 4"
+    lines = (TEACHER, widths, f"{widths} --distill_average_after_softmax")
+    one, logits, softmax = (parts.gradients(lab, lab.words(line)) for line in lines)
+    assert one != logits != softmax != one
+
+
 def test_a_run_repeats(lab):
     """Runs are cached and not repeated above, so the same command must give the same result."""
     words = lab.words("")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from drrho_clip import collectives
-from drrho_clip.losses import pair_kernels
+from drrho_clip.losses import baselines, pair_kernels
 from drrho_clip.losses.distillation import Distillation
 from drrho_clip.losses.interface import LossInputs
 from tests.support.ranks import ranks
@@ -102,6 +102,46 @@ def test_ranks_together_equal_one_process(setting, size):
     close(torch.stack([r[3] for r in results]).mean(), inverse_tau)
 
 
+def beside_the_contrastive_loss(setting: str, local_loss: bool) -> tuple[torch.Tensor, ...]:
+    """As ``on_this_rank``, of the teachers' term of the loss that distills by itself."""
+    rank, size = collectives.rank(), collectives.world_size()
+    share = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+    mine = {name: e[share].float() for name, e in embeddings().items()}
+    mine["image"].requires_grad_()
+    mine["text"].requires_grad_()
+    inverse_tau = torch.tensor(15.0, requires_grad=True)
+    options = {name: value for name, value in SETTINGS[setting].items() if name != "multiply_tau"}
+    loss = baselines.Distill(
+        weight=0.7, teacher_scale=20.0, local_loss=local_loss, gather_with_grad=True, **options
+    )
+    terms = loss(LossInputs(logit_scale=inverse_tau, **mine)).terms
+    value, contrastive = terms["distill_loss"], terms["contrastive_loss"].detach()
+    gradients = torch.autograd.grad(value, (mine["image"], mine["text"], inverse_tau))
+    return value.detach(), *gradients, contrastive
+
+
+@pytest.mark.parametrize("local_loss", [False, True], ids=["whole", "local"])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("setting", ["plain", "logits", "softmax"])
+def test_the_loss_that_distills_by_itself_has_the_same_teachers(setting, size, local_loss):
+    arguments = (setting, local_loss)
+    if size == 1:
+        results = [beside_the_contrastive_loss(*arguments)]
+    else:
+        results = ranks(size).run(beside_the_contrastive_loss, *arguments)
+    value, image, text, inverse_tau = oracle(setting)
+    # The oracle multiplies by tau where the objective beside it is multiplied by tau, which this one never is.
+    scale = 15.0 if SETTINGS[setting]["multiply_tau"] else 1.0
+    close(torch.stack([r[0] for r in results]).mean(), scale * value)
+    close(torch.cat([r[1] for r in results]) / size, scale * image)
+    close(torch.cat([r[2] for r in results]) / size, scale * text)
+    close(torch.stack([r[3] for r in results]).mean(), scale * inverse_tau)
+    e = embeddings()
+    student = 15.0 * e["image"] @ e["text"].T
+    plain = (F.cross_entropy(student, torch.arange(BATCH)) + F.cross_entropy(student.T, torch.arange(BATCH))) / 2
+    close(torch.stack([r[4] for r in results]).mean(), 0.3 * plain)
+
+
 def test_tiles_change_nothing(monkeypatch):
     whole = on_this_rank("softmax", 0, 1)
     small = pair_kernels.Budget(tile_bytes=5 * 4 * BATCH, keep_bytes=0)  # five rows: the last tile is cut
@@ -154,8 +194,10 @@ def test_low_precision_embeddings_get_gradients_of_their_type():
 def test_widths_that_do_not_add_up_are_named():
     loss = Distillation(1.0, 100.0, False, teacher_dimensions=(3, 5))
     e = {name: tensor.float() for name, tensor in embeddings().items()}
-    with pytest.raises(ValueError, match=r"3, 5 add up to 8.* 7 wide"):
-        loss(LossInputs(logit_scale=torch.tensor(1.0), **e))
+    own = baselines.Distill(weight=1.0, teacher_scale=100.0, teacher_dimensions=(3, 5))
+    for either in (loss, own):
+        with pytest.raises(ValueError, match=r"3, 5 add up to 8.* 7 wide"):
+            either(LossInputs(logit_scale=torch.tensor(1.0), **e))
 
 
 def count_collectives(setting: str) -> tuple[list[int], list[int]]:

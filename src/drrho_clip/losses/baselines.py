@@ -6,6 +6,8 @@ cross ranks is decided by open_clip and its settings ``local_loss`` and ``gather
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from open_clip.loss import SigLipLoss
 from torch import Tensor, nn
 
 from drrho_clip import collectives, float32
+from drrho_clip.losses.distillation import split_teachers
 from drrho_clip.losses.interface import Loss, LossEnvironment, LossInputs, LossOutput
 
 
@@ -128,7 +131,8 @@ class SigLip(Loss):
 class Distill(_ClipBased):
     """InfoNCE with weight ``1 - weight`` plus distillation of a teacher's rows with ``weight``, as in MobileCLIP.
 
-    ``teacher_scale``: the teacher's 1/tau. ValueError: there are no reference embeddings.
+    ``teacher_scale``: the teacher's 1/tau. ``teacher_dimensions``, ``average_after_softmax``: several teachers, as
+    in ``Distillation``. ValueError: there are no reference embeddings, or the widths do not add up to theirs.
     """
 
     loss_class = _DistillClipLoss
@@ -138,21 +142,35 @@ class Distill(_ClipBased):
         *,
         weight: float,
         teacher_scale: float,
+        teacher_dimensions: Sequence[int] = (-1,),
+        average_after_softmax: bool = False,
         local_loss: bool = False,
         gather_with_grad: bool = False,
     ) -> None:
         super().__init__(local_loss=local_loss, gather_with_grad=gather_with_grad)
         self.weight, self.teacher_scale = weight, teacher_scale
+        self.teacher_dimensions, self.average_after_softmax = tuple(teacher_dimensions), average_after_softmax
 
     def forward(self, inputs: LossInputs) -> LossOutput:
-        ref_image, ref_text = inputs.require_reference()
-        teacher = ref_image.float(), ref_text.float(), self.teacher_scale
-        contrastive, distill = float32.differentiable(
-            lambda *leaves: self.contrastive(*leaves, *teacher), inputs.image, inputs.text, inputs.logit_scale
-        )
+        teachers = self._teachers(inputs)
+
+        def losses(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+            each = [self.contrastive(*leaves, image, text, scale) for image, text, scale in teachers]
+            # The contrastive loss is the same with every teacher.
+            return each[0][0], torch.stack([distill for _, distill in each]).mean()
+
+        contrastive, distill = float32.differentiable(losses, inputs.image, inputs.text, inputs.logit_scale)
         return LossOutput(
             {"contrastive_loss": (1 - self.weight) * contrastive, "distill_loss": self.weight * distill}
         )
+
+    def _teachers(self, inputs: LossInputs) -> list[tuple[Tensor, Tensor, float]]:
+        """Embeddings and 1/tau of each teacher. Those of a single one are taken as they are, as in OpenCLIP."""
+        if self.teacher_dimensions == (-1,):
+            image, text = inputs.require_reference()
+            return [(image.float(), text.float(), self.teacher_scale)]
+        split = split_teachers(inputs, self.teacher_dimensions, self.average_after_softmax)
+        return [(image, text, self.teacher_scale * share) for image, text, share in split]
 
 
 def build_clip(environment: LossEnvironment, *, local_loss: bool, gather_with_grad: bool) -> Clip:
@@ -187,10 +205,17 @@ def build_distill(
     *,
     weight: float,
     teacher_scale: float,
+    teacher_dimensions: Sequence[int],
+    average_after_softmax: bool,
     local_loss: bool,
     gather_with_grad: bool,
 ) -> Distill:
     """For the registry. The settings are ``Distill``'s."""
     return Distill(
-        weight=weight, teacher_scale=teacher_scale, local_loss=local_loss, gather_with_grad=gather_with_grad
+        weight=weight,
+        teacher_scale=teacher_scale,
+        teacher_dimensions=teacher_dimensions,
+        average_after_softmax=average_after_softmax,
+        local_loss=local_loss,
+        gather_with_grad=gather_with_grad,
     )

@@ -73,21 +73,33 @@ class Distillation(nn.Module):
         return AttachGradient.apply(value, inputs.image, inputs.text, inputs.logit_scale, *gradients)
 
     def _teachers(self, inputs: LossInputs) -> list[_Pair]:
-        ref_image, ref_text = inputs.require_reference()
-        width, widths = ref_image.shape[1], self.teacher_dimensions
-        if widths == (-1,):
-            widths = (width,)
-        if sum(widths) != width:
-            raise ValueError(
-                f"the teachers' widths {', '.join(map(str, widths))} add up to {sum(widths)}, but the reference's "
-                f"embeddings are {width} wide: give the width of each teacher"
-            )
-        images = [F.normalize(part, dim=1) for part in ref_image.float().split(widths, 1)]
-        texts = [F.normalize(part, dim=1) for part in ref_text.float().split(widths, 1)]
-        if self.average_after_softmax:
-            return [_Pair(self.teacher_scale * a, b) for a, b in zip(images, texts, strict=True)]
-        # The mean of the teachers' logits is the inner product of their concatenated embeddings.
-        return [_Pair(self.teacher_scale / len(widths) * torch.cat(images, 1), torch.cat(texts, 1))]
+        split = split_teachers(inputs, self.teacher_dimensions, self.average_after_softmax)
+        return [_Pair(self.teacher_scale * share * image, text) for image, text, share in split]
+
+
+def split_teachers(
+    inputs: LossInputs, widths: Sequence[int], average_after_softmax: bool
+) -> list[tuple[Tensor, Tensor, float]]:
+    """The teachers whose embeddings the reference concatenates: image and text [n, width], and a factor of logits.
+
+    Each part is normalized separately. The distillation loss is the mean of the losses against the entries.
+    Without ``average_after_softmax`` there is one, whose logits are the mean of the teachers'. ``widths``: those
+    of the teachers; ``(-1,)``: one teacher. ValueError: no reference embeddings, or their width is another.
+    """
+    ref_image, ref_text = inputs.require_reference()
+    width = ref_image.shape[1]
+    sizes = [width] if tuple(widths) == (-1,) else list(widths)
+    if sum(sizes) != width:
+        raise ValueError(
+            f"the teachers' widths {', '.join(map(str, sizes))} add up to {sum(sizes)}, but the reference's "
+            f"embeddings are {width} wide: give the width of each teacher"
+        )
+    images = [F.normalize(part, dim=1) for part in ref_image.float().split(sizes, 1)]
+    texts = [F.normalize(part, dim=1) for part in ref_text.float().split(sizes, 1)]
+    if average_after_softmax:
+        return [(image, text, 1.0) for image, text in zip(images, texts, strict=True)]
+    # The mean of the teachers' logits is the inner product of their concatenated embeddings.
+    return [(torch.cat(images, 1), torch.cat(texts, 1), 1 / len(sizes))]
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,13 @@ register(
     LossSpec(
         "distill",
         f"{_BASELINES}:build_distill",
-        {"weight": "distill_weight", "teacher_scale": "distill_logit_scale", **_GATHER},
+        {
+            "weight": "distill_weight",
+            "teacher_scale": "distill_logit_scale",
+            "teacher_dimensions": "distill_teacher_dimension",
+            "average_after_softmax": "distill_average_after_softmax",
+            **_GATHER,
+        },
         reference="teacher",
     )
 )
