@@ -43,6 +43,19 @@ def test_a_batch_without_negatives():
     check(f"{SYNTHETIC} --batch-size 1 --siglip")
 
 
+@pytest.mark.parametrize("scheme", ["global_learnable", "individual_learnable"])
+def test_a_selected_batch_without_negatives(scheme):
+    select = f"--temperature_scheme {scheme} {REFERENCE} --ref_features_usage ref,select --ref_filter_n_chunks 1"
+    line = f"{FASTCLIP} {select}"
+    refused = r"^--ref_filter_ratio 0\.8 keeps 1 sample of --batch-size 5 on 1 rank: .* at least 2; give a lower"
+    for size in ("--batch-size 5", "--global_batch_size 5"):
+        with pytest.raises(ValueError, match=refused):
+            preflight.check_batch(config(f"{line} {size}").on_ranks(1), 1)
+    preflight.check_batch(config(f"{line} --batch-size 5"), 2)
+    preflight.check_batch(config(f"{line} --batch-size 10"), 1)
+    preflight.check_batch(config(f"{line} --batch-size 5 --ref_filter_ratio 0.6"), 1)
+
+
 def test_shared_memory_that_cannot_hold_the_batches(monkeypatch, tmp_path):
     monkeypatch.setattr("training.distributed.loader_processes.shared_memory", lambda: 64 * 2**20)
     monkeypatch.setattr(preflight, "shared_memory", lambda: 64 * 2**20)  # what Docker gives

@@ -157,12 +157,22 @@ def check_models(config: Config) -> None:
 
 def check_batch(config: Config, ranks: int) -> None:
     """ValueError: a global batch in which a compositional loss has no negatives."""
-    spec = config.loss.spec
-    if spec.sample_state and config.run.batch_size * ranks < 2:
-        raise ValueError(
-            f"--batch-size {config.run.batch_size} on {ranks} rank: the loss {spec.name!r} compares a sample with "
-            "the others of its global batch, which needs at least 2"
+    spec, batch = config.loss.spec, config.run.batch_size
+    if not spec.sample_state:
+        return
+    said = f"--batch-size {batch} on {ranks} rank"
+    kept = config.selected(batch, said)
+    if kept * ranks < 2:
+        why = (
+            f"the loss {spec.name!r} compares a sample with the others of its global batch, which needs at least 2"
         )
+        if kept < batch:
+            ratio = config.reference.ref_filter_ratio
+            raise ValueError(
+                f"--ref_filter_ratio {ratio:g} keeps {kept} sample of {said}: {why}; give a lower ratio, or a "
+                "larger batch"
+            )
+        raise ValueError(f"{said}: {why}")
 
 
 def check_shared_memory(config: Config, world: World) -> None:

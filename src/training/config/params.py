@@ -73,7 +73,7 @@ class Config:
             raise ValueError(
                 f"--global_batch_size {total}: {ranks} ranks cannot share it evenly; give a multiple of {ranks}"
             )
-        trained = self._selected(share, f"--global_batch_size {total} on {ranks} ranks")
+        trained = self.selected(share, f"--global_batch_size {total} on {ranks} ranks")
         micro = -(-trained // run.batch_size)
         if trained % micro:
             raise ValueError(
@@ -88,7 +88,7 @@ class Config:
             )
         return replace(self, run=replace(run, batch_size=share, accum_freq=micro))
 
-    def _selected(self, share: int, said: str) -> int:
+    def selected(self, share: int, said: str) -> int:
         """Of a rank's ``share`` samples, how many it trains on. ValueError: selection cannot draw them equally."""
         reference = self.reference
         if "select" not in reference.usage:
