@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.support.commands import DATA, FASTCLIP, config
+from tests.support.commands import DATA, FASTCLIP, REFERENCE, config
 
 
 @pytest.mark.parametrize(
@@ -49,10 +50,25 @@ from tests.support.commands import DATA, FASTCLIP, config
             f"{DATA} --local-loss",
             "--local-loss without --gather-with-grad: the gradient through other ranks' pairs is dropped",
         ),
+        (
+            f"{DATA} --loss distill {REFERENCE} --ref_features_usage ref,distill",
+            "--ref_features_usage ref: no effect with this loss, which has a teacher and no margins",
+        ),
     ],
 )
 def test_flags_without_effect_are_named(line, remark):
     assert config(line).remarks == (remark,)
+
+
+def test_a_tag_beside_a_checkpoint_brings_no_weights(tmp_path):
+    torch.save({}, tmp_path / "epoch_1.pt")
+    beside = f"{REFERENCE} --ref_model_checkpoint {tmp_path}/epoch_1.pt"
+    (remark,) = config(f"{FASTCLIP} {beside}").remarks
+    assert remark.startswith(
+        "--ref_model_pretrained beside --ref_model_checkpoint: the weights are the checkpoint's, and the tag only"
+    )
+    for alone in (REFERENCE, beside.replace("--ref_model_pretrained openai", "")):
+        assert config(f"{FASTCLIP} {alone}").remarks == ()
 
 
 def test_published_defaults_are_no_flags_without_effect():

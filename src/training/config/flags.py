@@ -272,12 +272,19 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag(
             "--ref_model", "str", "", "frozen reference model: open_clip name, or path of a model config JSON file"
         ),
-        Flag("--ref_model_pretrained", "str", "", "weights of --ref_model: open_clip tag or file"),
+        Flag(
+            "--ref_model_pretrained",
+            "str",
+            "",
+            "weights of --ref_model: open_clip tag or file; beside --ref_model_checkpoint a tag only decides how "
+            "the model is built",
+        ),
         Flag(
             "--ref_model_checkpoint",
             "str",
             "",
-            "weights of --ref_model: a training checkpoint; one that says of which model it is may stand alone",
+            "weights of --ref_model: a training checkpoint, also where --ref_model_pretrained gives a tag; one "
+            "that says of which model it is may stand alone",
         ),
         Flag(
             "--ref_features_usage",

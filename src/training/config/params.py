@@ -157,7 +157,7 @@ def configure(given: Given) -> Config:
         remarks=collect(
             setting,
             [idle for group in GROUPS for idle in group.IDLE],
-            [pitfall for group in (cache, objective, run) for pitfall in group.PITFALLS],
+            [pitfall for group in (reference, cache, objective, run) for pitfall in group.PITFALLS],
         ),
     )
 

@@ -9,7 +9,7 @@ from drrho_clip.losses.registry import LossSpec
 from training.config.given import Given, Refusal
 from training.config.inputs.weights import check_weights, check_weights_file
 from training.config.model import brings_weights, check_model
-from training.config.remarks import Idle
+from training.config.remarks import Idle, Pitfall
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,19 @@ IDLE = (
         ("ref_filter_ratio", "ref_filter_n_chunks", "ref_filter_topk"),
         lambda s: "select" not in s.usage,
         "without --ref_features_usage select",
+    ),
+)
+PITFALLS = (
+    Pitfall(
+        lambda s: (
+            s.trains and s.loss.distills and s.given.chose("ref_features_usage") and "ref" in _usage(s.given)
+        ),
+        "--ref_features_usage ref: no effect with this loss, which has a teacher and no margins",
+    ),
+    Pitfall(
+        lambda s: bool((s.trains or s.writes_cache) and s.usage and _weights_and_tag(s.given)),
+        "--ref_model_pretrained beside --ref_model_checkpoint: the weights are the checkpoint's, and the tag only "
+        "decides how the model is built (in the published code the tag's weights are used)",
     ),
 )
 
@@ -114,6 +127,11 @@ def _choice(given: Given, loss: LossSpec, *, reads: str, writes: str) -> dict[st
         "ref_model_checkpoint": given.ref_model_checkpoint,
         "usage": usage,
     }
+
+
+def _weights_and_tag(given: Given) -> bool:
+    """Whether the reference has a checkpoint, and a tag beside it."""
+    return bool(given.ref_model_checkpoint and given.ref_model_pretrained)
 
 
 def _usage(given: Given) -> frozenset[str]:
