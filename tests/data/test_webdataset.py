@@ -410,6 +410,32 @@ def test_rows_by_position_survive_bad_samples_and_need_whole_shards(tmp_path):
         open_shards(config, 0, alone, 1)
 
 
+def test_rows_by_position_need_a_data_size_for_all_samples(tmp_path):
+    """With fewer rows the same samples, the last ones of the list, would be left out of every epoch."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    a, b = (write_shards(tmp_path / name, [small(i) for i in range(n)], 4) for name, n in (("a", 9), ("b", 6)))
+    alone = World(0, 0, 1, 1, torch.device("cpu"))
+
+    def opened(data, size, index="position"):
+        flags = ["--train-data", data, "--train-num-samples", "9", "--sample_index", index, "--data_size", size]
+        return open_shards(parse([*flags, "--model", "RN50"]).data, 0, alone, 1)
+
+    for data, size, samples, enough in (
+        (a, "8", "9", "9"),
+        (f"{a}::{b}", "14", "15", "15"),
+        (f"{a}::{b}", "9::5", "9::6", "9::6"),
+        (f"{a}::{b}", "8::20", "9::6", "9::20"),
+    ):
+        with pytest.raises(ValueError) as told:
+            opened(data, size)
+        said = str(told.value)
+        assert said.startswith(f"--data_size {size}: {data} has {samples} samples, and ")
+        assert said.endswith(f"; give at least {enough}")
+        opened(data, enough)
+        opened(data, size, "key")
+
+
 def test_rows_are_announced_before_they_come(tmp_path):
     """A window ahead of those that are handed out, each once; not where all lanes read all samples."""
     write_shards(tmp_path, [small(i) for i in range(40)], per_shard=10)

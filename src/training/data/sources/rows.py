@@ -7,7 +7,7 @@ each rank a part of them (about 0.1 ms per sample and rank; remote shards are do
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -46,6 +46,28 @@ def at_positions(shards: list[Shard], counts: list[int]) -> list[Shard]:
         placed.append(replace(shard, first_row=shard.first_row + before))
         seen[shard.first_row] = before + samples
     return placed
+
+
+def check_sizes(shards: Sequence[Shard], counts: Sequence[int], train_data: str, sizes: Sequence[int]) -> None:
+    """ValueError: a range of rows is smaller than the number of its samples, so that the last ones never come.
+
+    ``shards``: as ``with_rows`` gives them, not yet moved. ``sizes``: ``--data_size``.
+    """
+    held: dict[int, int] = {}
+    for shard, samples in zip(shards, counts, strict=True):
+        held[shard.first_row] = held.get(shard.first_row, 0) + samples
+    needed = list(held.values())  # of each range
+    if all(samples <= size for samples, size in zip(needed, sizes, strict=True)):
+        return
+    enough = (max(samples, size) for samples, size in zip(needed, sizes, strict=True))
+    raise ValueError(
+        f"--data_size {_joined(sizes)}: {train_data} has {_joined(needed)} samples, and with --sample_index "
+        f"position each needs a row of its own in the sample state; give at least {_joined(enough)}"
+    )
+
+
+def _joined(numbers: Iterable[int]) -> str:
+    return "::".join(map(str, numbers))
 
 
 def count_all(urls: list[str], known: Known, world: World, flag: str) -> list[int]:

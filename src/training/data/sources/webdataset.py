@@ -38,7 +38,7 @@ from training.data.samples import Fault, Item, RawSample, Unusable
 from training.data.sources import reinforcement
 from training.data.sources.fields import DEFAULT, INCOMPLETE, SampleFields, fields_of
 from training.data.sources.paths import expand_shards
-from training.data.sources.rows import RowsMet, at_positions, count_all, nameless_row, with_rows
+from training.data.sources.rows import RowsMet, at_positions, check_sizes, count_all, nameless_row, with_rows
 from training.data.sources.shards import (
     APART,
     UNREADABLE,
@@ -342,6 +342,7 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
         flag = "--sample_index position" if by_position else "--epoch_policy exact"
         counts = count_all([shard.url for shard in shards], fields.known, world, flag)
     if by_position:
+        check_sizes(shards, counts, train_data, sizes)
         shards = at_positions(shards, counts)
     if exact and sum(counts) < samples:
         raise ValueError(
