@@ -32,6 +32,7 @@ from training.data.sources.fields import SampleFields, sample_fields
 from training.data.sources.paths import expand_shards, look_for_shards
 from training.data.sources.rows import with_rows
 from training.data.sources.shards import UNREADABLE, Shard, count_samples
+from training.data.sources.strings import Strings
 from training.data.sources.webdataset import ShardSource
 from training.run_report.pictures import data_url, thumbnail
 
@@ -181,12 +182,11 @@ def _flag(flags: Mapping[str, str], key: str) -> str:
 def _in_tables(hard: list[Hard], data: str, flags: Mapping[str, str]) -> list[Hard]:
     form = CsvFormat(*(_flag(flags, f"csv_{part}") for part in ("separator", "quoting", "encoding")))
     keys = _flag(flags, "csv_img_key"), _flag(flags, "csv_caption_key")
-    images: list[str] = []
-    texts: list[str] = []
+    images, texts = Strings(), Strings()
     for file in csv_files(data, "--train-data"):
         more_images, more_texts = read_pairs(file, keys, form, f"--train-data {file}")
-        images += more_images
-        texts += more_texts
+        images.extend(more_images)
+        texts.extend(more_texts)
     return [
         _with(each, RawSample(images[each.row], texts[each.row], each.row, 0, images[each.row]))
         if each.row < len(images)

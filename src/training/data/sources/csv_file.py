@@ -18,6 +18,7 @@ from os.path import splitext
 from string import whitespace
 from typing import IO
 
+from training.data.sources.strings import Strings
 from training.data.sources.text_file import open_text
 
 SEPARATORS = ("\t", ",", ";", "|")  # those that are suggested where another one was given
@@ -43,7 +44,7 @@ class CsvFormat:
     encoding: str = "utf-8"
 
 
-def read_pairs(file: str, keys: tuple[str, str], form: CsvFormat, said: str) -> tuple[list[str], list[str]]:
+def read_pairs(file: str, keys: tuple[str, str], form: CsvFormat, said: str) -> tuple[Strings, Strings]:
     """The columns with these names, image paths and captions, of a path or URL.
 
     ValueError, which begins with ``said`` and names the line: the file cannot be read, lacks a column or has no
@@ -109,10 +110,9 @@ class _Reader:
             strict=True,
         )
 
-    def read(self) -> tuple[list[str], list[str]]:
+    def read(self) -> tuple[Strings, Strings]:
         """Image paths and captions of all rows."""
-        images: list[str] = []
-        texts: list[str] = []
+        images, texts = Strings(), Strings()
         lines = self.lines.row
         problem, uneven = "", 0
         try:
@@ -136,10 +136,10 @@ class _Reader:
                 raise
         if problem:
             raise ValueError(f"{problem} (the first of {uneven:,} such lines)" if uneven > 1 else problem)
-        if not images:
+        if not len(images):
             raise ValueError(f"{self.said}: it has no rows below its header; check how it was written")
         if self.lines.replacements:
-            images, texts = ([self.lines.written(field) for field in column] for column in (images, texts))
+            images, texts = (Strings(map(self.lines.written, column)) for column in (images, texts))
         return images, texts
 
     # ------------------------------------------------------------------------------------------------ the header

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 
 import numpy as np
@@ -23,6 +23,7 @@ from training.data.lanes import Lane, Part
 from training.data.progress import BEGIN, Place
 from training.data.samples import Item, RawSample
 from training.data.sources.csv_file import CsvFormat, read_pairs
+from training.data.sources.strings import Strings
 from training.rng import draws, permutation, seed_of
 
 PROBES = 100  # pictures that are looked for before a run
@@ -85,10 +86,12 @@ class Table:
 class CsvSource(Table):
     """The rows of csv files: ``images`` are paths, ``texts`` captions."""
 
-    def __init__(self, images: list[str], texts: list[str], seed: int, *, resampled: bool = False) -> None:
-        assert len(images) == len(texts)
-        super().__init__(len(images), seed, resampled=resampled)
-        self.images, self.texts = images, texts
+    def __init__(self, images: Iterable[str], texts: Iterable[str], seed: int, *, resampled: bool = False) -> None:
+        self.images, self.texts = (
+            column if isinstance(column, Strings) else Strings(column) for column in (images, texts)
+        )
+        assert len(self.images) == len(self.texts)
+        super().__init__(len(self.images), seed, resampled=resampled)
 
     def in_order(self, part: Part) -> Iterator[Item]:
         """Row ``part.number`` and every ``part.parts``-th row after it, once, in the file's order."""
@@ -97,7 +100,8 @@ class CsvSource(Table):
 
     def sample(self, row: int, turn: int) -> RawSample:
         """See ``Table``."""
-        return RawSample(self.images[row], self.texts[row], row, turn, f"row {row}: {self.images[row]}")
+        image = self.images[row]
+        return RawSample(image, self.texts[row], row, turn, f"row {row}: {image}")
 
 
 class SyntheticSource(Table):
@@ -126,12 +130,11 @@ def open_csv(data: str, config: DataConfig, seed: int, flag: str = "--train-data
     """
     keys = config.csv_img_key, config.csv_caption_key
     written = CsvFormat(config.csv_separator, config.csv_quoting, config.csv_encoding)
-    images: list[str] = []
-    texts: list[str] = []
+    images, texts = Strings(), Strings()
     for file in csv_files(data, flag):
         more_images, more_texts = read_pairs(file, keys, written, f"{flag} {file}")
-        images += more_images
-        texts += more_texts
+        images.extend(more_images)
+        texts.extend(more_texts)
     return CsvSource(images, texts, seed, resampled=config.epoch_policy == "resample")
 
 
@@ -141,7 +144,8 @@ def look_for_pictures(table: CsvSource, data: str, flag: str, allowed: float = 0
     ``data``: the value of ``flag`` that ``table`` was read from. ValueError: none of them exists, and the share of
     bad samples that is ``allowed`` is below 1.
     """
-    paths = table.images[:: max(1, table.samples // PROBES)][:PROBES]
+    rows = range(0, table.samples, max(1, table.samples // PROBES))[:PROBES]
+    paths = [table.images[row] for row in rows]
     missing = [path for path in paths if not os.path.exists(path)]
     if len(missing) <= len(paths) / 2:
         return []
