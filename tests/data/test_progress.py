@@ -205,6 +205,27 @@ def test_a_launch_that_the_lanes_do_not_fit_goes_on_with_a_warning(data, caplog)
     assert "global batch (8 then, 4 now)" in caplog.text
 
 
+def test_places_of_shards_drawn_with_other_weights_are_not_used(tmp_path, caplog):
+    a, b = (write_shards(tmp_path / name, 12, per_shard=4, size=(8, 8)) for name in "ab")
+
+    def drawn(*factors):
+        flags = ["--epoch_policy", "resample", "--data_size", "12::12"]
+        c = config(f"{a}::{b}", *flags, *factors, samples=24, batch=4)
+        return build_train(c, world(), model(8), None)
+
+    equal, other = drawn(), drawn("--train-data-upsampling-factors", "1::3")
+    run([equal], 0, 0, 2)
+    state = state_of([equal])
+    other.resume(state, 0, 2)
+    assert "the order of samples is different now: source" in caplog.text
+    assert not other._progress.places
+
+    caplog.clear()
+    same_weights = drawn("--train-data-upsampling-factors", "1::1")  # earlier versions named no weights
+    same_weights.resume(state, 0, 2)
+    assert not caplog.records and same_weights._progress.places
+
+
 def test_lanes_that_a_launch_cannot_have_are_refused(data):
     for lanes, k, workers, why in (("3,2", 2, 0, "2 ranks"), ("2,3", 2, 2, "2 workers"), ("16,1", 2, 0, "16")):
         c = config(data["dealt"], "--lanes", lanes, samples=SAMPLES, batch=4, workers=workers)

@@ -164,7 +164,18 @@ class ShardSource:
         )
         kind = "drawn" if self.weights else "dealt by sample" if self.by_sample else "dealt"
         fields = [] if self.fields == DEFAULT else [repr(self.fields)]  # which samples there are depends on them
-        return [kind, len(self.shards), names, self.window, *([self.steps] if self.sizes else []), *fields]
+        # Equal weights are left out, as in checkpoints of earlier versions, which named no weights at all.
+        unequal = len(set(self.weights or ())) > 1
+        weights = [f"weights {seed_of(*repr(self.weights).encode())}"] if unequal else []
+        return [
+            kind,
+            len(self.shards),
+            names,
+            self.window,
+            *([self.steps] if self.sizes else []),
+            *fields,
+            *weights,
+        ]
 
     def in_order(self, part: Part) -> Iterator[Item]:
         """Sample ``part.number`` and every ``part.parts``-th sample after it, once, in the order of the list."""
