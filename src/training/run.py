@@ -214,6 +214,8 @@ def _resume(start: Start, checkpoint: Path, log: RunLog, state: RunState, traine
     if not resumed:
         start_temperature(state.model, config.loss)
     with of_a_run(checkpoint):
+        if state.sample_state is not None:
+            trainer.data.check_rows(state.stream)
         begun = trainer.data.resume(state.stream, state.epoch, state.epoch_step)
         trainer.step = state.step = state.epoch * per_epoch + begun
         trainer.meters = held_meters(state.meters) if begun else {}

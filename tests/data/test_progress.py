@@ -226,6 +226,33 @@ def test_places_of_shards_drawn_with_other_weights_are_not_used(tmp_path, caplog
     assert not caplog.records and same_weights._progress.places
 
 
+def test_rows_by_position_are_those_of_the_same_samples(tmp_path, caplog):
+    """A shard that was packed again with another number of samples moves all later rows."""
+
+    def opened(sizes, *flags):
+        data = write_shards(tmp_path / "-".join(map(str, sizes)), sum(sizes), sizes, size=(8, 8))
+        return build_train(config(data, *flags, samples=12, batch=4), world(), model(8), None)
+
+    by_position = ("--sample_index", "position")
+    first = opened((4, 5, 3), *by_position)
+    list(first.epoch(0))
+    state = first.state_dict()
+    for sizes in ((4, 5, 3), (4, 5, 3, 2)):
+        opened(sizes, *by_position).check_rows(state)
+    for sizes, row in (((5, 5, 3), 4), ((4, 4, 4), 9), ((4, 5, 2), 12)):
+        with pytest.raises(ValueError, match=f"--sample_index position: .* at row {row}, and now none does"):
+            opened(sizes, *by_position).check_rows(state)
+    with pytest.raises(ValueError, match="give --sample_index position"):
+        opened((4, 5, 3)).check_rows(state)
+    opened((4, 4, 4), *by_position).check_rows({name: state[name] for name in state if name != "bounds"})
+
+    same_shards, others = opened((4, 5, 3), *by_position), opened((4, 4, 4), *by_position)
+    same_shards.resume(state, 1, 0)
+    assert not caplog.records
+    others.resume(state, 1, 0)  # a loss without a sample state: only the places are others
+    assert "differs from that of the checkpoint's run: samples per shard" in caplog.text
+
+
 def test_lanes_that_a_launch_cannot_have_are_refused(data):
     for lanes, k, workers, why in (("3,2", 2, 0, "2 ranks"), ("2,3", 2, 2, "2 workers"), ("16,1", 2, 0, "16")):
         c = config(data["dealt"], "--lanes", lanes, samples=SAMPLES, batch=4, workers=workers)
@@ -316,3 +343,14 @@ def test_every_launch_counts_the_same_bad_samples_stopped_or_not(tmp_path, kind)
         assert before + counts(streams) == whole[0]
         run(streams, 1, 0, streams[0].steps_per_epoch)
         assert counts(streams) == whole[1]
+
+
+def test_a_run_whose_rows_would_move_does_not_resume(tmp_path, capsys):
+    flags = ["--model", tiny_models.path("tiny-vit", tmp_path), "--data_size", "12", "--sample_index", "position"]
+    flags += ["--train-num-samples", "12", "--batch-size", "4", "--epochs", "2", "--fastclip", "--workers", "0"]
+    flags += ["--logs", str(tmp_path / "logs"), "--name", "run", "--precision", "fp32"]
+    flags += ["--train-data", write_shards(tmp_path, 12, (4, 5, 3))]
+    assert main([*flags, "--stop_iters", "1"]) == 0
+    write_shards(tmp_path, 12, (4, 4, 4))
+    assert main([*flags, "--resume", "latest"]) == 2
+    assert "at row 9, and now none does" in "".join(capsys.readouterr())

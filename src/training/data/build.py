@@ -16,7 +16,7 @@ from training.data.loader import TrainData
 from training.data.samples import CaptionSource, FeatureSource, Source
 from training.data.sources.reinforcement import Reinforcement
 from training.data.sources.tables import CsvSource, SyntheticSource, open_csv
-from training.data.sources.webdataset import open_shards
+from training.data.sources.webdataset import ShardSource, open_shards
 from training.data.tokenizer import Tokenizer
 from training.data.transforms import TrainView
 from training.data.worker import TrainStream
@@ -100,6 +100,7 @@ def build_train(
         workers=data.workers,
         device=world.device,
         fixed=data.lanes is not None,
+        bounds=source.bounds if isinstance(source, ShardSource) else (),
     )
     log.info(
         "training data: %s; lanes %s (virtual ranks, workers); an epoch has %d samples in %d steps of %d, %s",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -40,16 +40,24 @@ class TrainData:
 
     An epoch has ``steps_per_epoch`` batches of this rank's ``batch_size``; ``samples_per_epoch`` is the number of
     samples in the batches of all ranks. ``fixed``: the user asked for these lanes, so a checkpoint's are not used.
+    ``bounds``: the rows at which shards begin and end, where rows go by position in the list of shards.
     ``announce`` is called with the ``index`` of each batch once it is known, on a GPU a step before it comes.
     """
 
     def __init__(
-        self, stream: TrainStream, *, world_size: int, workers: int, device: torch.device, fixed: bool = False
+        self,
+        stream: TrainStream,
+        *,
+        world_size: int,
+        workers: int,
+        device: torch.device,
+        fixed: bool = False,
+        bounds: Sequence[int] = (),
     ) -> None:
         self.steps_per_epoch = stream.steps
         self.samples_per_epoch = stream.steps * stream.batch_size * world_size
         self.skips = SkipLog(stream.allowed)
-        self._stream, self._device, self._fixed = stream, device, fixed
+        self._stream, self._device, self._fixed, self._bounds = stream, device, fixed, list(bounds)
         self._world_size, self._workers = world_size, workers
         self._loader = open_loader(stream, workers, device, stream.seed)
         self._must_copy = workers > 0 and device.type != "cuda"  # on a GPU page-locked memory is a copy
@@ -100,7 +108,29 @@ class TrainData:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the streams of all ranks stand, in plain values. Collective."""
-        return pack(self._identity(), gather_object(self._progress))
+        bounds = {"bounds": self._bounds} if self._bounds else {}
+        return pack(self._identity(), gather_object(self._progress)) | bounds
+
+    def check_rows(self, state: Mapping[str, Any] | None) -> None:
+        """ValueError: rows of the run that saved ``state`` belong to other samples now. Shards may be appended.
+
+        Earlier versions did not keep where shards begin, so that nothing is compared with their states.
+        """
+        then = (state or {}).get("bounds")
+        if not then or set(then) <= set(self._bounds):
+            return
+        if not self._bounds:
+            raise ValueError(
+                "--sample_index: the checkpoint's rows of the sample state go by position in the list of shards, "
+                "and this run's do not, so they belong to other samples; give --sample_index position"
+            )
+        row = min(set(then) - set(self._bounds))
+        raise ValueError(
+            f"--sample_index position: in the checkpoint's run a shard began or ended at row {row}, and now none "
+            "does, so later rows of the sample state belong to other samples; use the shards with which the run "
+            "began, in their order (others may be appended), or begin a new run, to which --pretrained gives the "
+            "checkpoint's weights"
+        )
 
     def resume(self, state: Mapping[str, Any] | None, epoch: int, step: int) -> int:
         """Resume ``step`` steps into ``epoch``, where ``state`` was saved. Returns the step to resume at.
@@ -111,6 +141,8 @@ class TrainData:
         held = state or {}
         self._take_over(held)
         difference = self._identity().difference(held)
+        if not difference and self._bounds and held.get("bounds", self._bounds) != self._bounds:
+            difference = "samples per shard"
         if step and difference:
             old, new = held.get("global_batch", self._identity().global_batch), self._identity().global_batch
             step = min(step * old // new, self.steps_per_epoch - 1)

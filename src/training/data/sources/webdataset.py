@@ -116,6 +116,7 @@ class ShardSource:
     ``fields``: where a sample has its parts.
     ``weights``: one per shard, to draw shards with replacement; None to visit each shard once per turn.
     ``by_sample``: deal samples, not shards, to the lanes.
+    ``bounds``: the rows at which shards begin and end, where rows go by position.
     ``sizes``: samples per shard, to deal as many as the ``steps`` of an epoch take, and none twice.
     """
 
@@ -130,6 +131,7 @@ class ShardSource:
         by_sample: bool = False,
         sizes: Sequence[int] | None = None,
         steps: int = 0,
+        bounds: Sequence[int] = (),
         window: int = WINDOW,
     ) -> None:
         self.shards = tuple(shards)
@@ -137,7 +139,7 @@ class ShardSource:
         self.fields, self.known = fields, fields.known
         self.weights = None if weights is None else tuple(weights)
         self.by_sample = by_sample and weights is None
-        self.sizes, self.steps = sizes, steps
+        self.sizes, self.steps, self.bounds = sizes, steps, tuple(bounds)
         self.announce: Callable[[int, int, int], None] | None = None
         self._rows = RowsMet()
         self._incomplete = 0  # samples that lack a part, since the process has begun
@@ -349,12 +351,16 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
         fields = replace(fields, extras=reinforcement.EXTENSIONS)
     by_position, exact = keeps_rows and config.sample_index == "position", config.epoch_policy == "exact"
     counts: list[int] = []
+    bounds: list[int] = []
     if by_position or exact:
         flag = "--sample_index position" if by_position else "--epoch_policy exact"
         counts = count_all([shard.url for shard in shards], fields.known, world, flag)
     if by_position:
         check_sizes(shards, counts, train_data, sizes)
         shards = at_positions(shards, counts)
+        bounds = sorted(
+            {row for shard, n in zip(shards, counts) for row in (shard.first_row, shard.first_row + n)}
+        )
     if exact and sum(counts) < samples:
         raise ValueError(
             f"--train-num-samples {samples}: the shards hold {sum(counts)} samples, and "
@@ -375,6 +381,7 @@ def open_shards(config: DataConfig, seed: int, world: World, steps: int) -> Shar
         by_sample=samples <= SPLIT_BY_SAMPLE,
         sizes=counts if exact else None,
         steps=steps,
+        bounds=bounds,
     )
 
 
