@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import re
 import resource
 import time
 
@@ -74,6 +75,29 @@ def test_a_row_with_another_caption_is_refused(tmp_path):
 def test_a_row_in_two_parts_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"row 5 occurs twice, the second time in 4\.tar"):
         write(tmp_path, {0: [3, 5], 4: [5, 6]})
+
+
+@pytest.mark.parametrize(
+    "parts, surplus, left",
+    [([[0, 1], [1, 3], [2, 3]], [1], {0, 1, 2, 3}), ([[0, 1], [1, 2]], [1], {0, 1})],
+    ids=["whose shards are all in others", "the later one"],
+)
+def test_a_shard_in_two_parts_is_named_with_the_parts_to_delete(tmp_path, parts, surplus, left):
+    """As two jobs write that share a folder and have other numbers of ranks."""
+    writer = StoreWriter(tmp_path, "things", MADE)
+    for held in parts:
+        rows = np.array(held)
+        writer.write([(n, f"{n}.tar") for n in held], rows, checksums(rows), things=values(rows))
+    for ask in (writer.index, writer.done):
+        with pytest.raises(ValueError, match=r"shards are in two parts, the first is 1\.tar") as caught:
+            ask()
+    named = re.findall(r"parts/(\d+)\.\*", str(caught.value))
+    assert [int(name) for name in named] == surplus
+    for name in named:
+        for file in tmp_path.glob(f"parts/{name}.*"):
+            file.unlink()
+    assert set(writer.done()) == left
+    assert writer.index() == len(left)
 
 
 def test_writers_that_finish_one_after_the_other_are_all_indexed(tmp_path):

@@ -31,6 +31,7 @@ import json
 import mmap
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,7 @@ FORMAT, PACKED, MULTIPLE = 1, 2, 3
 SEVERAL = "several"
 _PAGE = 4096
 _BLOCK = 2**24  # bytes that are written at a time
+_NAMED = 8  # parts named one by one
 
 
 class StoredPart(NamedTuple):
@@ -93,7 +95,8 @@ class StoreWriter:
     def done(self) -> dict[int, str]:
         """The training shards that are in the store, number -> name.
 
-        ValueError: the store is of another kind, or was made in another way, or its folder cannot be written.
+        ValueError: the store is of another kind, or was made in another way, or its folder cannot be written; a
+        shard is in two parts.
         """
         with self._writing():
             (self.folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -102,7 +105,9 @@ class StoreWriter:
                 probe.flush()
         self._indexed_table()
         shards: dict[int, str] = {}
-        for part in _parts(self.folder, self.kind):
+        parts = _parts(self.folder, self.kind)
+        _check_shards(self.folder, parts)
+        for part in parts:
             _compare(self.folder, part.identity, self.identity)
             shards.update(part.shards)
         return shards
@@ -137,7 +142,7 @@ class StoreWriter:
     def index(self) -> int:
         """Make all finished parts readable, those of other writers too. Returns the number of rows.
 
-        ValueError: two parts have the same row, or the folder cannot be written any more.
+        ValueError: two parts have the same shard or row, or the folder cannot be written any more.
         """
         with self._writing():
             return self._index()
@@ -155,6 +160,7 @@ class StoreWriter:
     def _index(self) -> int:
         while True:
             parts = _parts(self.folder, self.kind)
+            _check_shards(self.folder, parts)
             before, table = self._indexed_table(), self._write_table(parts)
             listed = [part._asdict() | {"shards": len(part.shards)} for part in parts]
             for part in listed:
@@ -214,6 +220,27 @@ def _parts(folder: Path, kind: str) -> list[StoredPart]:
         identity, facts = held["identity"], held.get("facts", {})
         parts.append(StoredPart(file.stem, held["rows"], shards, held["files"], identity, facts))
     return parts
+
+
+def _check_shards(folder: Path, parts: Sequence[StoredPart]) -> None:
+    """ValueError: a shard is in two parts; it names parts whose removal mends that."""
+    holders = Counter(shard for part in parts for shard in part.shards)
+    twice = [shard for shard, held in holders.items() if held > 1]
+    if not twice:
+        return
+    surplus: list[str] = []
+    # First those that cost nothing, since all their shards are in others too; then the later one of two.
+    for enough, order in ((all, parts), (any, parts[::-1])):
+        for part in order:
+            if part.name not in surplus and part.shards and enough(holders[s] > 1 for s in part.shards):
+                surplus.append(part.name)
+                holders.subtract(part.shards)
+    files = " ".join(f"{folder}/parts/{name}.*" for name in surplus[:_NAMED])
+    more = f" (and {len(surplus) - _NAMED} more parts, which are named then)" if len(surplus) > _NAMED else ""
+    raise ValueError(
+        f"{folder}: {len(twice)} shards are in two parts, the first is {min(twice)[1]}: two runs have written "
+        f"them at the same time. Delete {files}{more} and run the same command again: it writes what is missing"
+    )
 
 
 def _format(facts: Iterable[Mapping[str, Any]]) -> int:
