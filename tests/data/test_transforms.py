@@ -19,7 +19,7 @@ from torchvision.transforms import functional as tvf
 
 from tests.support.shards import encode, picture
 from training.data.decode import decode, decode_pixels, jpeg_decoder
-from training.data.transforms import Box, TrainView, eval_transform, random_box, resized_crop
+from training.data.transforms import Box, FixedView, TrainView, eval_transform, random_box, resized_crop
 from training.rng import isolated_rng, seed_all
 
 CROP = {"scale": (0.3, 0.8)}
@@ -330,3 +330,21 @@ def test_eval_transform_is_open_clips():
     preprocess = PreprocessCfg(size=32, mean=(0.1, 0.2, 0.3), resize_mode="squash", interpolation="bilinear")
     expected = image_transform_v2(preprocess, is_train=False)(photo())
     assert torch.equal(eval_transform(preprocess)(photo()), expected) and expected.shape == (3, 32, 32)
+
+
+@pytest.mark.skipif(jpeg_decoder() is None, reason="Pillow decodes everything")
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
+def test_what_training_decodes_is_decoded_when_features_are_written(resize_mode):
+    """A JPEG with a damaged marker: libjpeg does with the standard tables what Pillow refuses to open."""
+    damaged = encode(photo(), quality=85).replace(b"\xff\xc4\x00", b"\xff\x01\x00", 1)
+    with pytest.raises(OSError):
+        decode(damaged)
+    preprocess = PreprocessCfg(size=32, resize_mode=resize_mode)
+    train, fixed = TrainView(preprocess), FixedView(preprocess)
+    assert train(train.decode(damaged), 0).target.shape == fixed(fixed.decode(damaged)).shape == (3, 32, 32)
+
+
+def test_the_whole_view_is_open_clips():
+    preprocess = PreprocessCfg(size=32, resize_mode="squash")
+    fixed = FixedView(preprocess)
+    assert torch.equal(fixed(fixed.decode(encode(photo()))), eval_transform(preprocess)(decode(encode(photo()))))

@@ -143,7 +143,9 @@ class FixedView:
 
     def decode(self, image: bytes | str | Image.Image) -> Tensor | Image.Image:
         """The image as ``__call__`` takes it."""
-        return decode_pixels(image) if self._whole is None else decode(image)
+        # Decoded as in training: Pillow refuses some damaged JPEGs of which training needs what is stored.
+        pixels = decode_pixels(image)
+        return pixels if self._whole is None else tvf.to_pil_image(pixels)
 
     def __call__(self, image: Tensor | Image.Image) -> Tensor:
         """The view of what ``decode`` returned."""
