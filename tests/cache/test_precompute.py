@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ import torch
 
 from tests.support import shards, tiny_models
 from tests.support.lab import CPU, Lab
-from tests.support.ranks import ranks
+from tests.support.ranks import free_port, ranks
 from training.cache import precompute
 from training.cache.producers import FeatureWork
 from training.cache.row_store import StoreWriter, open_store
@@ -19,6 +23,7 @@ from training.checkpoint.run_folder import choose_folder
 from training.config.params import parse
 from training.data.decode import decode
 from training.data.transforms import eval_transform
+from training.distributed import process_group
 from training.distributed.process_group import World
 from training.logger import open_run
 from training.main import main
@@ -80,6 +85,29 @@ def test_two_ranks_share_the_work_and_one_reads_it(lab, whole, tmp_path):
     assert lab.run(lab.words(train)).code == 0
 
 
+def _write_slowly(argv: list[str], port: int) -> int:
+    """Rank 1 takes several times as long as a collective may, which is 3 s and not 30 minutes."""
+    forward = FeatureWork.__call__
+
+    def slow(*args):
+        time.sleep(0.75 * torch.distributed.get_rank())
+        return forward(*args)
+
+    with (
+        mock.patch.dict(os.environ, MASTER_PORT=str(port)),
+        mock.patch.object(process_group, "TIMEOUT", timedelta(seconds=3)),
+        mock.patch.object(precompute, "MEET_SECONDS", 0.1),
+        mock.patch.object(FeatureWork, "__call__", slow),
+    ):
+        return main(argv)
+
+
+def test_a_rank_may_be_done_long_before_another(lab, whole, tmp_path):
+    argv = words(lab, tmp_path / "store", "--workers 0 --batch-size 1")
+    assert ranks(2, joined=False).run(_write_slowly, argv, free_port()) == [0, 0]
+    assert held(tmp_path / "store")[0] == whole[0]
+
+
 def test_jobs_of_a_group_share_the_shards(lab, whole, tmp_path):
     for rank, so_far in ((1, 8), (0, 16)):
         group = f"--cache_group_size 2 --cache_rank {rank}"
@@ -89,9 +117,10 @@ def test_jobs_of_a_group_share_the_shards(lab, whole, tmp_path):
     np.testing.assert_allclose(values, whole[1], atol=1e-6)
 
 
-def test_an_interrupted_run_goes_on(lab, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", ["PART_BYTES", "PART_SECONDS"])
+def test_an_interrupted_run_goes_on(lab, whole, tmp_path, monkeypatch, limit):
     """Each part has one shard, and the third forward pass fails. The next run only processes what is missing."""
-    monkeypatch.setattr(precompute, "PART_BYTES", 1)
+    monkeypatch.setattr(precompute, limit, 0)
     forward, calls = FeatureWork.__call__, []
 
     def failing(work, images, texts, rows):

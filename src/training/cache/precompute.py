@@ -2,7 +2,7 @@
 
 The unit of work is a training shard (for a csv file, a block of rows). Job ``--cache_rank`` of
 ``--cache_group_size`` has one stretch of the list. Those units of it that are not in the store yet are dealt to
-the job's ranks, in rounds, and a rank's loader processes take units in turn. Ranks write parts of whole units as
+the job's ranks, and a rank's loader processes take units in turn. Ranks write parts of whole units as
 they proceed (see ``row_store``). What an interrupted run has written is kept, and the next run, on any number of
 ranks, writes the rest.
 """
@@ -10,6 +10,7 @@ ranks, writes the rest.
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +47,8 @@ log = logging.getLogger(__name__)
 
 BLOCK = 512  # rows of a csv file that are one unit of work
 PART_BYTES = 2**28
-ROUND = 256  # shards per rank between two exchanges of the ranks, which wait for each other at most 30 minutes
+PART_SECONDS = 600.0  # captions have so few bytes that 256 MB of them are the work of an hour
+MEET_SECONDS = 300.0  # between two exchanges of the ranks, in which one may wait for the others 30 minutes at most
 UNREADABLE = "unreadable shard"  # as ``shards.read_shard`` reports it
 
 
@@ -105,11 +107,9 @@ def write(
         with run_log.progress(
             -(-len(missing) // world.world_size), f"writing {writer.kind}", unit="shards"
         ) as bar:
-            for begin in range(0, len(missing), ROUND * world.world_size):
-                dealt = missing[begin : begin + ROUND * world.world_size]
-                mine = _stretch(dealt, world.rank, world.world_size)
-                for names in collectives.gather_object(_write_units(mine, work, writer, config, world, bar)):
-                    failed += names
+            mine = _stretch(missing, world.rank, world.world_size)
+            for names in collectives.gather_object(_write_units(mine, work, writer, config, world, bar)):
+                failed += names
     rows = collectives.on_main(lambda: _index(writer, {unit.number for unit in missing}, failed))
     run_log.info(f"{writer.folder} contains {writer.kind} of {rows:,} samples")
     if failed:
@@ -174,11 +174,16 @@ def _stretch(units: Sequence[Unit], number: int, count: int) -> Sequence[Unit]:
 def _write_units(
     units: Sequence[Unit], work: Work, writer: StoreWriter, config: Config, world: World, bar: ProgressBar
 ) -> list[str]:
-    """Process ``units`` and write parts. Returns the names of the units that cannot be read."""
+    """Process ``units`` and write parts. Returns the names of those that cannot be read, once all ranks are done.
+
+    The ranks exchange now and then who is done: those that are would otherwise wait for the slowest longer than a
+    collective may take.
+    """
     workers = min(config.data.workers, len(units))
     stream = CacheStream(units, work.views, work.tokenizer, config.run.batch_size, work.captions)
     loader = open_loader(stream, workers, world.device)
     pending, skips = _Pending(writer, {unit.number: unit.name for unit in units}, work.pack), Skips()
+    met = time.monotonic()
     for chunk in loader:
         if chunk.wrong is not None:
             raise WrongRow(str(chunk.wrong))
@@ -190,9 +195,14 @@ def _write_units(
         pending.add(chunk, values)
         skips.merge(chunk.skips)
         bar.update(len(chunk.ended) + len(chunk.failed))
+        if time.monotonic() - met >= MEET_SECONDS:
+            collectives.gather_object(False)
+            met = time.monotonic()
     pending.write()
     if skips.counts:
         log.warning("samples left out: %s", skips)
+    while not all(collectives.gather_object(True)):
+        pass
     return [pending.names[number] for number in sorted(pending.failed)]
 
 
@@ -310,9 +320,10 @@ class _Pending:
         self._ended: set[int] = set()
         self._held: dict[int, list[dict[str, np.ndarray]]] = defaultdict(list)
         self._bytes = 0
+        self._written = time.monotonic()
 
     def add(self, chunk: CacheBatch, values: dict[str, np.ndarray]) -> None:
-        """Add a chunk's values, and write a part if there are enough for one."""
+        """Add a chunk's values, and write a part if there are enough for one, or it is time for one."""
         columns = {"rows": chunk.rows, "checksums": chunk.checksums, **values}
         for unit in np.unique(chunk.units).tolist():
             mine = chunk.units == unit
@@ -322,7 +333,7 @@ class _Pending:
         for unit in chunk.failed:
             self._held.pop(unit, None)
         self._bytes += sum(value.nbytes for value in values.values())
-        if self._bytes >= PART_BYTES:
+        if self._bytes >= PART_BYTES or time.monotonic() - self._written >= PART_SECONDS:
             self.write()
 
     def write(self) -> None:
@@ -347,5 +358,6 @@ class _Pending:
             **part.values,
         )
         self._ended.clear()
+        self._written = time.monotonic()
         held = (value.nbytes for pieces in self._held.values() for piece in pieces for value in piece.values())
         self._bytes = sum(held)
