@@ -210,6 +210,40 @@ def test_a_table_of_several_blocks(lab, tmp_path, monkeypatch):
     assert names == [[0, "rows 0-1"], [1, "rows 2-3"], [2, "rows 4-4"]]
 
 
+def test_rows_whose_pictures_are_away_are_written_when_they_are_back(lab, tmp_path, capsys, monkeypatch):
+    """Four blocks of 5 rows: no picture is missing, one, which is allowed, three, and one that cannot be read."""
+    monkeypatch.setattr(precompute, "BLOCK", 5)
+    data = shards.write_csv(tmp_path / "csv", 20)
+    away = [tmp_path / f"csv/{i:06d}.jpg" for i in (7, 10, 11, 12)]
+    for file in away:
+        file.rename(file.with_suffix(".away"))
+    (tmp_path / "csv/000017.jpg").rename(tmp_path / "csv/kept")
+    (tmp_path / "csv/000017.jpg").symlink_to("/proc/self/mem")  # EIO, for whoever asks
+    line = f"--train-data {data} --dataset-type csv --batch-size 4 --max_bad_fraction"
+    assert main(words(lab, tmp_path / "store", f"{line} 0.2")) == 2
+    told = capsys.readouterr().err
+    assert "2 of 4 shards cannot be read, the first is rows 10-14; all others are written" in told
+    assert "rows 10-14: 3 of 5 pictures are not there, more than --max_bad_fraction 0.2" in told
+    assert "5 undecodable image" in told
+    assert held(tmp_path / "store")[0] == [0, 1, 2, 3, 4, 5, 6, 8, 9]
+    (tmp_path / "csv/000017.jpg").unlink()
+    (tmp_path / "csv/kept").rename(tmp_path / "csv/000017.jpg")
+    for file in away[1:3]:
+        file.with_suffix(".away").rename(file)
+    assert main(words(lab, tmp_path / "store", f"{line} 0.2")) == 0
+    assert held(tmp_path / "store")[0] == [i for i in range(20) if i not in (7, 12)]
+
+
+def test_pictures_that_are_gone_for_good_can_be_left_out(lab, tmp_path):
+    data = shards.write_csv(tmp_path / "csv", 4)
+    for i in (0, 2, 3):
+        (tmp_path / f"csv/{i:06d}.jpg").unlink()
+    line = f"--train-data {data} --dataset-type csv --max_bad_fraction"
+    assert main(words(lab, tmp_path / "store", f"{line} 0.5")) == 2
+    assert main(words(lab, tmp_path / "store", f"{line} 1")) == 0
+    assert held(tmp_path / "store")[0] == [1]
+
+
 def test_the_plan_of_a_run_that_writes(lab, capsys):
     assert main([*words(lab, lab.root / "none", "--cache_group_size 3 --cache_rank 1"), "--dry_run"]) == 0
     plan = capsys.readouterr().out

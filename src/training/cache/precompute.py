@@ -9,6 +9,7 @@ ranks, writes the rest.
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections import defaultdict
@@ -50,6 +51,8 @@ PART_BYTES = 2**28
 PART_SECONDS = 600.0  # captions have so few bytes that 256 MB of them are the work of an hour
 MEET_SECONDS = 300.0  # between two exchanges of the ranks, in which one may wait for the others 30 minutes at most
 UNREADABLE = "unreadable shard"  # as ``shards.read_shard`` reports it
+# The row of a table is wrong, or its picture is gone. Other errors are of the machine, and may pass.
+_NO_PICTURE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class ShardUnit(NamedTuple):
@@ -68,17 +71,46 @@ class ShardUnit(NamedTuple):
 
 
 class TableUnit(NamedTuple):
-    """One piece of the data: the rows ``first`` to ``stop`` of a ``table``."""
+    """One piece of the data: the rows ``first`` to ``stop`` of a ``table``.
+
+    ``allowed``: the largest share of them whose pictures may be missing.
+    """
 
     number: int
     name: str
     table: CsvSource
     first: int
     stop: int
+    allowed: float
 
     def read(self, skips: Skips) -> Iterator[RawSample]:
-        """Its samples, each once."""
-        return (self.table.sample(row, 0) for row in range(self.first, self.stop))
+        """Its samples, each once; pictures that cannot be read are counted in ``skips``.
+
+        So is the unit itself, where they may be there again when the next run reads it: too many are missing, as
+        when a file system is not mounted, or one is there and cannot be read.
+        """
+        missing, problem = 0, ""
+        for row in range(self.first, self.stop):
+            sample = self.table.sample(row, 0)
+            try:
+                with open(self.table.images[row], "rb") as file:
+                    picture = file.read()
+            except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+                skips.add("undecodable image", sample.name, str(error))
+                if isinstance(error, OSError) and error.errno not in _NO_PICTURE:
+                    problem = problem or f"a picture cannot be read ({error})"
+                else:
+                    missing += 1
+                continue
+            yield sample._replace(image=picture)
+        rows = self.stop - self.first
+        if not problem and self.allowed < 1 and missing > self.allowed * rows:
+            problem = (
+                f"{missing} of {rows} pictures are not there, more than --max_bad_fraction {self.allowed:g}: "
+                "raise it if they are gone for good"
+            )
+        if problem:
+            skips.add(UNREADABLE, self.name, problem)
 
 
 Unit = ShardUnit | TableUnit
@@ -102,20 +134,23 @@ def write(
     missing = collectives.on_main(lambda: _missing(units, writer))
     run_log.info(f"writing {writer.kind} of {len(missing)} of {len(units)} shards to {writer.folder}")
     failed: list[str] = []
+    left_out = Skips()
     if missing:
         work = asked.begin()
         with run_log.progress(
             -(-len(missing) // world.world_size), f"writing {writer.kind}", unit="shards"
         ) as bar:
             mine = _stretch(missing, world.rank, world.world_size)
-            for names in collectives.gather_object(_write_units(mine, work, writer, config, world, bar)):
+            written = _write_units(mine, work, writer, config, world, bar)
+            for names, skips in collectives.gather_object(written):
                 failed += names
+                left_out.merge(skips)
     rows = collectives.on_main(lambda: _index(writer, {unit.number for unit in missing}, failed))
     run_log.info(f"{writer.folder} contains {writer.kind} of {rows:,} samples")
     if failed:
         raise ValueError(
             f"--train-data: {len(failed)} of {len(missing)} shards cannot be read, the first is {failed[0]}; all "
-            "others are written: repair the unreadable ones and run the same command again"
+            f"others are written; left out: {left_out}. Repair the unreadable ones and run the same command again"
         )
 
 
@@ -150,7 +185,8 @@ def _units(config: Config, world: World, table: CsvSource | None) -> list[Unit]:
         ]
     table = table or open_table(config)
     cuts = [(first, min(first + BLOCK, table.samples)) for first in range(0, table.samples, BLOCK)]
-    return [TableUnit(i, f"rows {a}-{b - 1}", table, a, b) for i, (a, b) in enumerate(cuts)]
+    allowed = config.data.max_bad_fraction
+    return [TableUnit(i, f"rows {a}-{b - 1}", table, a, b, allowed) for i, (a, b) in enumerate(cuts)]
 
 
 def _missing(units: Sequence[Unit], writer: StoreWriter) -> list[Unit]:
@@ -173,11 +209,11 @@ def _stretch(units: Sequence[Unit], number: int, count: int) -> Sequence[Unit]:
 
 def _write_units(
     units: Sequence[Unit], work: Work, writer: StoreWriter, config: Config, world: World, bar: ProgressBar
-) -> list[str]:
-    """Process ``units`` and write parts. Returns the names of those that cannot be read, once all ranks are done.
+) -> tuple[list[str], Skips]:
+    """Process ``units`` and write parts. Returns the names of those that cannot be read, and all that is left out.
 
-    The ranks exchange now and then who is done: those that are would otherwise wait for the slowest longer than a
-    collective may take.
+    It returns when all ranks are done. They exchange now and then who is: those that are done would otherwise wait
+    for the slowest one longer than a collective may take.
     """
     workers = min(config.data.workers, len(units))
     stream = CacheStream(units, work.views, work.tokenizer, config.run.batch_size, work.captions)
@@ -203,7 +239,7 @@ def _write_units(
         log.warning("samples left out: %s", skips)
     while not all(collectives.gather_object(True)):
         pass
-    return [pending.names[number] for number in sorted(pending.failed)]
+    return [pending.names[number] for number in sorted(pending.failed)], skips
 
 
 # ---------------------------------------------------------------------------------------------------- samples
