@@ -10,7 +10,8 @@
 How it scales (DFN: 255M rows, of which 192M exist; 2 vectors of 512 float16 are 2 KiB per row, 390 GB):
 
 - Writers need no lock. A part has one writer, is complete before its name appears, and contains the values of
-  several training shards, about 256 MB: a few thousand files in all, so that a process may map every one.
+  several training shards, about 256 MB or what some minutes give: a few thousand files in all, so that a process
+  may map every one.
 - Rows may come in any order and with gaps; neither costs space. A dense array would compute the position of a row;
   the table stores it, in 8 bytes per row (2 GB for DFN, mapped once per node): position p of all parts laid end to
   end is in the part whose range contains p. A lookup is one read of the table and one of the values.
