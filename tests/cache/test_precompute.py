@@ -86,16 +86,16 @@ def test_two_ranks_share_the_work_and_one_reads_it(lab, whole, tmp_path):
 
 
 def _write_slowly(argv: list[str], port: int) -> int:
-    """Rank 1 takes several times as long as a collective may, which is 3 s and not 30 minutes."""
+    """Rank 1 takes several times as long as a collective may, which is 8 s and not 30 minutes."""
     forward = FeatureWork.__call__
 
     def slow(*args):
-        time.sleep(0.75 * torch.distributed.get_rank())
+        time.sleep(1.5 * torch.distributed.get_rank())
         return forward(*args)
 
     with (
         mock.patch.dict(os.environ, MASTER_PORT=str(port)),
-        mock.patch.object(process_group, "TIMEOUT", timedelta(seconds=3)),
+        mock.patch.object(process_group, "TIMEOUT", timedelta(seconds=8)),
         mock.patch.object(precompute, "MEET_SECONDS", 0.1),
         mock.patch.object(FeatureWork, "__call__", slow),
     ):
