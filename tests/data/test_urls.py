@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import find_spec
@@ -83,13 +85,19 @@ def test_a_server_that_answers_at_the_third_attempt(far):
 
 
 def test_a_server_that_does_not_answer_is_one_unreadable_shard(far):
-    far.faults[:] = [StrangeError("no\n  answer")] * 3
+    patience = [*urls.WAITS, *urls.OUTAGE]
+    far.faults[:] = [StrangeError("no\n  answer")] * 6
     found, skips = rows("far://h/0.tar")
-    assert found == [] and skips.counts == {"unreadable shard": 1} and far.waits == [*urls.WAITS]
+    assert found == [] and skips.counts == {"unreadable shard": 1} and far.waits == patience
     assert skips.examples["unreadable shard"] == "far://h/0.tar: StrangeError: no answer"
-    far.faults[:] = [StrangeError("no")]
-    assert rows("far://h/0.tar")[0] == []  # it was down before: one attempt for each shard, until it answers
-    assert len(far.waits) == 2 and rows("far://h/0.tar")[0] == [0, 1, 2]
+    far.faults[:] = [StrangeError("no")] * 3
+    assert rows("far://h/0.tar")[0] == []  # its outage has been waited for: the usual waits, until it answers
+    assert far.waits == [*patience, *urls.WAITS]
+    far.faults[:] = [StrangeError("no")] * 2
+    assert rows("far://h/0.tar")[0] == [0, 1, 2] and far.waits == [*patience, *urls.WAITS, *urls.WAITS]
+    far.faults[:] = [StrangeError("no")] * 5
+    assert rows("far://h/0.tar")[0] == [0, 1, 2]
+    assert far.waits == [*patience, *urls.WAITS, *urls.WAITS, *patience]
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("h/0.tar"), PermissionError("no"), ValueError("no URL")])
@@ -97,6 +105,51 @@ def test_a_shard_that_is_not_there_or_not_allowed_is_asked_for_once(error, far):
     far.faults[:] = [error]
     found, skips = rows("far://h/0.tar")
     assert found == [] and skips.counts == {"unreadable shard": 1} and not far.waits
+    assert not urls._down
+
+
+def test_a_folder_that_comes_back(tmp_path, far, monkeypatch):
+    """As a file system that is mounted again: no shard is lost."""
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    write_tar(folder / "0.tar", [sample(3, (8, 8))])
+
+    def sleep(seconds):
+        far.waits.append(seconds)
+        if len(far.waits) == 4:
+            (tmp_path / "gone").rename(folder)
+
+    monkeypatch.setattr(urls, "time", SimpleNamespace(sleep=sleep))
+    for url in (f"{folder}/0.tar", f"file://{folder}/0.tar"):
+        far.waits.clear()
+        folder.rename(tmp_path / "gone")
+        found, skips = rows(url)
+        assert found == [3] and not skips.counts and far.waits == [*urls.WAITS, *urls.OUTAGE][:4]
+
+
+def test_a_file_whose_handle_is_stale(tmp_path, far, monkeypatch):
+    path = write_tar(tmp_path / "0.tar", [sample(3, (8, 8))])
+    faults = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+
+    def opened(*args):
+        if faults:
+            raise faults.pop()
+        return open(*args)
+
+    monkeypatch.setattr(urls, "open", opened, raising=False)
+    assert rows(str(path))[0] == [3] and far.waits == [*urls.WAITS]
+
+
+def test_a_file_that_is_not_there_is_opened_without_waits(tmp_path, far):
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "link.tar").symlink_to("nowhere.tar")
+    for name, told in (
+        ("1.tar", f"{tmp_path}/1.tar: [Errno 2] No such file or directory: '{tmp_path}/1.tar'"),
+        ("folder.tar", f"{tmp_path}/folder.tar: [Errno 21] Is a directory: '{tmp_path}/folder.tar'"),
+        ("link.tar", f"{tmp_path}/link.tar: it is a link to nowhere.tar, which is not there"),
+    ):
+        assert rows(f"{tmp_path}/{name}")[1].examples == {"unreadable shard": told}
+    assert not far.waits and not urls._down
 
 
 def test_a_connection_that_breaks(far, monkeypatch):
@@ -148,8 +201,18 @@ def test_http(tmp_path, far):
     assert found == [] and "curl has failed with exit 22: the server has no such" in str(skips) and not far.waits
     server.shutdown()
     server.server_close()
-    urls._down.clear()
-    assert "exit 7: there is no connection" in str(rows(f"{address}/0.tar")[1]) and far.waits == [*urls.WAITS]
+    assert "exit 7: there is no connection" in str(rows(f"{address}/0.tar")[1])
+    assert far.waits == [*urls.WAITS, *urls.OUTAGE]
+
+
+@pytest.mark.skipif(urls._program_for("http") is None, reason="needs curl")
+def test_a_name_server_that_is_away(tmp_path, far, monkeypatch):
+    """curl's exit 6, which is also that of a host that does not exist."""
+    (tmp_path / "curl").write_text("#!/bin/sh\nexit 6\n")
+    (tmp_path / "curl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert "exit 6: the host is not known" in str(rows("http://h/0.tar")[1])
+    assert far.waits == [*urls.WAITS, *urls.OUTAGE]
 
 
 def test_hf_without_a_network(far, monkeypatch):
@@ -160,7 +223,8 @@ def test_hf_without_a_network(far, monkeypatch):
         raise StrangeError("offline")
 
     monkeypatch.setattr(huggingface_hub.HfFileSystem, "resolve_path", resolve_path)
-    assert "StrangeError: offline" in str(rows("hf://datasets/some/set/0.tar")[1]) and len(far.waits) == 2
+    assert "StrangeError: offline" in str(rows("hf://datasets/some/set/0.tar")[1])
+    assert far.waits == [*urls.WAITS, *urls.OUTAGE]
 
 
 def test_other_schemes_are_told(far):

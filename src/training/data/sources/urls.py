@@ -4,8 +4,9 @@ webdataset's ``gopen`` runs commands (``pipe:``) and the programs that read http
 schemes (s3, az, hdfs, ...) are read by fsspec, where the package that it needs is installed.
 
 Whatever a library raises when it opens or reads a URL becomes an OSError, as each has exceptions of its own. An
-attempt to open one is repeated, unless it is known that the shard is not there or not allowed; a command is run
-again if it has failed before it wrote anything.
+attempt to open a file or URL is repeated, unless it is known that the shard is not there or not allowed; a command
+is run again if it has failed before it wrote anything. The first shard that meets an outage waits longer, so that
+the lane does not run through its list while the storage is away.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from webdataset.gopen import Pipe, gopen_schemes, rewrite_url
 
 from training.data.sources.commands import end_with_reader
 
-WAITS = (1.0, 3.0)  # seconds before the second and the third attempt to open a URL or to run a command
+WAITS = (1.0, 3.0)  # seconds before the second and the third attempt to open a shard or to run a command
+OUTAGE = (10.0, 30.0, 60.0)  # before further attempts, for the first shard that a folder or server does not give
 _BUFFER = 2**16
 _LONGEST = 300  # characters of a library's message
 
@@ -46,8 +48,9 @@ _CURL = {
     22: ": the server has no such file, or does not give it",
     28: ": the server does not answer in time",
 }
-# Exit codes that another attempt would not change; curl itself repeats what its server may give later.
-_FINAL_OF_CURL = (1, 2, 3, 4, 6, 9, 22, 67, 78)
+# Exit codes that another attempt would not change; curl itself repeats what its server may give later. 6 is not
+# among them: the name server may be away.
+_FINAL_OF_CURL = (1, 2, 3, 4, 9, 22, 67, 78)
 _FINAL_OF_SHELL = (126, 127)  # there is no such program, or it cannot be run
 _PROGRAMS = {"gs": "gsutil", "ais": "ais"}  # with which gopen reads a scheme, where that is not curl
 _PACKAGES = {"hdfs": "pyarrow", "arrow_hdfs": "pyarrow"}  # that fsspec imports when it connects
@@ -77,7 +80,7 @@ _OTHERS = {
     b"<?xml": "it is the answer of a server that did not give the file: download it again",
 }
 
-_down: set[str] = set()  # servers at which the last attempts have failed: the next one is not repeated
+_down: set[str] = set()  # folders and servers whose outage has been waited for: further shards wait less
 
 
 def is_local(url: str) -> bool:
@@ -96,13 +99,15 @@ def open_url(url: str) -> IO[bytes]:
     """The bytes of ``url``. OSError, ValueError: they cannot be had."""
     url = rewrite_url(url)
     if (path := local_path(url)) is not None:
-        return open(path, "rb")
-    scheme = _scheme(url)
-    if scheme == "pipe" or _program_for(scheme):
-        return _patiently(url, lambda: _run(url))
+        return _patiently(os.path.dirname(path), lambda: _open(path), told=str)
+    scheme, server = _scheme(url), "/".join(url.split("/")[:3])
+    if scheme == "pipe":  # its exit code does not tell an outage from one shard that is not there
+        return _patiently(server, lambda: _run(url), through_outages=False)
+    if _program_for(scheme):
+        return _patiently(server, lambda: _run(url))
     if fault := _fault_of_fsspec(scheme):
         raise OSError(fault)
-    return _patiently(url, lambda: io.BufferedReader(_Guarded(_by_fsspec(url)), _BUFFER))
+    return _patiently(server, lambda: io.BufferedReader(_Guarded(_by_fsspec(url)), _BUFFER))
 
 
 def failure_of(stream: IO[bytes] | None) -> OSError | None:
@@ -171,6 +176,8 @@ class _Final(OSError):
 _PERMANENT = (
     _Final,
     FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
     PermissionError,
     ImportError,
     NotImplementedError,
@@ -210,21 +217,42 @@ class _Guarded(io.RawIOBase):
         super().close()
 
 
-def _patiently(url: str, attempt: Callable[[], IO[bytes]]) -> IO[bytes]:
-    """What ``attempt`` returns, at the second or third time if need be. OSError: it has failed."""
-    server = "/".join(url.split("/")[:3])
-    for wait in (*(() if server in _down else WAITS), None):
+def _patiently(
+    place: str,
+    attempt: Callable[[], IO[bytes]],
+    *,
+    through_outages: bool = True,
+    told: Callable[[Exception], str] | None = None,
+) -> IO[bytes]:
+    """What ``attempt`` returns, at the second or a later time if need be. OSError: it has failed, as ``told``.
+
+    ``place``: the folder or server. An outage of it is waited for once, until it gives a shard again.
+    """
+    longer = OUTAGE if through_outages and place not in _down else ()
+    for wait in (*WAITS, *longer, None):
         try:
             opened = attempt()
         except Exception as error:  # each library has exceptions of its own
-            if wait is None or isinstance(error, _PERMANENT):
-                _down.add(server)
-                raise OSError(_told(error)) from error
+            final = isinstance(error, _PERMANENT)
+            if final or wait is None:
+                if not final:
+                    _down.add(place)
+                raise OSError((told or _told)(error)) from error
             time.sleep(wait)
         else:
-            _down.discard(server)
+            _down.discard(place)
             return opened
     raise AssertionError("the last attempt returns or raises")
+
+
+def _open(path: str) -> IO[bytes]:
+    """The file at ``path``. FileNotFoundError: its folder is there, and it is not."""
+    try:
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        if os.path.isdir(os.path.dirname(os.path.realpath(path))):
+            return open(path, "rb")  # the folder may have come back since
+        raise OSError(str(error)) from error  # as while a file system is not mounted
 
 
 def _run(url: str) -> IO[bytes]:
