@@ -11,6 +11,7 @@ import tarfile
 import time
 from collections import Counter
 from itertools import islice, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +19,16 @@ import webdataset as wds
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
+from tests.support.lab import WORLD
 from tests.support.shards import caption, encode, picture, sample, write_shards, write_tar
 from training.config.params import parse
 from training.data.bad_samples import NothingUsable, Skips, usable
 from training.data.lanes import Lane, Part
+from training.data.sources import rows as rows_of_shards
 from training.data.sources import urls
+from training.data.sources.fields import DEFAULT
 from training.data.sources.paths import expand_shards, look_for_shards
+from training.data.sources.rows import count_all
 from training.data.sources.shards import Shard, count_samples, read_shard
 from training.data.sources.webdataset import ShardSource, open_shards
 from training.distributed.process_group import World
@@ -452,3 +457,23 @@ def test_rows_are_announced_before_they_come(tmp_path):
     all_read, told = source(pattern, window=8, by_sample=True), []
     all_read.announce = lambda row, epoch, turn: told.append(row)
     assert turn(all_read.stream(0, lane(1, 2))) and not told
+
+
+def test_a_count_whose_transfer_breaks_is_repeated(tmp_path, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(rows_of_shards, "time", SimpleNamespace(sleep=waits.append))
+    path = write_tar(tmp_path / "0.tar", [sample(i, (8, 8)) for i in range(3)])
+    tries = tmp_path / "tries"
+    flaky = f"pipe:echo >> {tries}; test $(wc -l < {tries}) -ge 3 && cat {path} || (head -c 3000 {path}; exit 1)"
+    assert count_all([flaky, str(path)], DEFAULT.known, WORLD, "--flag") == [3, 3] and waits == [*urls.WAITS]
+
+    broken = f"pipe:head -c 3000 {path}; exit 1"
+    with pytest.raises(ValueError, match="1 of 2 shards cannot be read: try again; if it stays so, repair or rem"):
+        count_all([broken, str(path)], DEFAULT.known, WORLD, "--flag")
+    assert waits == [*urls.WAITS] * 2
+
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"1 of 2 shards cannot be read: repair or remove them, .*cut\.tar: "):
+        count_all([str(cut), str(path)], DEFAULT.known, WORLD, "--flag")
+    assert waits == [*urls.WAITS] * 2  # a local file stays as it is

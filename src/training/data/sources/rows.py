@@ -2,17 +2,20 @@
 
 It is the ``key`` in the sample's json or, with ``--sample_index position``, its position among all samples of
 the list. The latter needs the size of every shard: the ranks read the tar headers of all shards at the start,
-each rank a part of them (about 0.1 ms per sample and rank; remote shards are downloaded once for it).
+each rank a part of them (about 0.1 ms per sample and rank; remote shards are downloaded once for it, and again
+where a transfer breaks).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from training.data.sources.fields import Known
 from training.data.sources.shards import UNREADABLE, Shard, count_samples
+from training.data.sources.urls import WAITS, NotOpened, local_path
 from training.distributed.collectives import gather_object
 from training.distributed.process_group import World
 from training.rng import seed_of
@@ -74,10 +77,14 @@ def count_all(urls: list[str], known: Known, world: World, flag: str) -> list[in
     """Samples per shard; every rank counts a part of them, so all ranks call it together."""
 
     def attempt(url: str) -> int | str:
-        try:
-            return count_samples(url, known)
-        except UNREADABLE as error:
-            return f"{url}: {error}"
+        for wait in (*(WAITS if local_path(url) is None else ()), None):
+            try:
+                return count_samples(url, known)
+            except UNREADABLE as error:
+                if wait is None or isinstance(error, NotOpened):
+                    return f"{url}: {error}"
+            time.sleep(wait)  # a transfer that breaks may succeed later
+        raise AssertionError("the last attempt returns")
 
     with ThreadPoolExecutor(_READERS) as pool:
         parts = gather_object(list(pool.map(attempt, urls[world.rank :: world.world_size])))
@@ -86,9 +93,11 @@ def count_all(urls: list[str], known: Known, world: World, flag: str) -> list[in
         results[rank :: world.world_size] = part
     failures = [result for result in results if isinstance(result, str)]
     if failures:
+        elsewhere = any(isinstance(n, str) and local_path(url) is None for url, n in zip(urls, results))
+        cure = "try again; if it stays so, repair or remove them" if elsewhere else "repair or remove them"
         raise ValueError(
             f"{flag} needs the number of samples of every shard, and {len(failures)} of {len(urls)} shards cannot "
-            f"be read: repair or remove them, the first is {failures[0]}"
+            f"be read: {cure}, the first is {failures[0]}"
         )
     return [result for result in results if isinstance(result, int)]
 

@@ -96,7 +96,7 @@ def local_path(url: str) -> str | None:
 
 
 def open_url(url: str) -> IO[bytes]:
-    """The bytes of ``url``. OSError, ValueError: they cannot be had."""
+    """The bytes of ``url``. NotOpened, ValueError: they cannot be had, at the last attempt either."""
     url = rewrite_url(url)
     if (path := local_path(url)) is not None:
         return _patiently(os.path.dirname(path), lambda: _open(path), told=str)
@@ -106,7 +106,7 @@ def open_url(url: str) -> IO[bytes]:
     if _program_for(scheme):
         return _patiently(server, lambda: _run(url))
     if fault := _fault_of_fsspec(scheme):
-        raise OSError(fault)
+        raise NotOpened(fault)
     return _patiently(server, lambda: io.BufferedReader(_Guarded(_by_fsspec(url)), _BUFFER))
 
 
@@ -169,6 +169,10 @@ def unpack_zstd(source: Any) -> IO[bytes]:
     return module.open(source)
 
 
+class NotOpened(OSError):
+    """A shard cannot be opened; what another attempt could change has been tried."""
+
+
 class _Final(OSError):
     """A fault that another attempt would not change."""
 
@@ -224,7 +228,7 @@ def _patiently(
     through_outages: bool = True,
     told: Callable[[Exception], str] | None = None,
 ) -> IO[bytes]:
-    """What ``attempt`` returns, at the second or a later time if need be. OSError: it has failed, as ``told``.
+    """What ``attempt`` returns, at the second or a later time if need be. NotOpened: it has failed, as ``told``.
 
     ``place``: the folder or server. An outage of it is waited for once, until it gives a shard again.
     """
@@ -237,7 +241,7 @@ def _patiently(
             if final or wait is None:
                 if not final:
                     _down.add(place)
-                raise OSError((told or _told)(error)) from error
+                raise NotOpened((told or _told)(error)) from error
             time.sleep(wait)
         else:
             _down.discard(place)
