@@ -28,6 +28,7 @@ from training.data.sources import webdataset
 from training.data.sources.paths import expand_shards
 from training.distributed.collectives import gather_object
 from training.distributed.process_group import World
+from training.main import main
 
 ROWS = 1000
 
@@ -326,6 +327,48 @@ def test_counts_of_each_epoch_are_logged_and_in_tensorboard(lab):
     assert found["data/skipped"] == [(1, 2), (2, 2), (3, 2)]
     assert found["data/skipped/missing_text"] == found["data/skipped/missing_json"] == [(1, 1), (2, 1), (3, 1)]
     assert all(0 <= share <= 1 for _, share in found["train/data_share"])
+
+
+def test_counts_of_an_epoch_are_those_of_all_its_launches(lab):
+    samples = [shards.sample(i) for i in range(12)]
+    del samples[1]["txt"], samples[5]["json"], samples[9]["txt"]
+    pattern = shards.write_shards(lab.root / "three", samples, 4)
+    words = lab.words(f"--train-data {pattern} --train-num-samples 9 --batch-size 1 --epochs 2 --name in-parts")
+    assert main([*words, "--stop_iters", "7"]) == 0
+    assert main([*words, "--resume", "latest"]) == 0
+    log = (lab.root / "logs/in-parts/out.log").read_text()
+    before, *epochs = re.findall(r"left out since the last epoch: (.*)", log)
+    assert re.findall(r"\d+ missing (?:text|json) \(", before) and len(epochs) == 2
+    assert all("2 missing text (e.g. " in line and "1 missing json (e.g. " in line for line in epochs)
+
+
+def counted_by_ranks(pattern: str) -> tuple[dict, dict, list[Counter]]:
+    """The state of two ranks inside an epoch, and the counts of the whole epoch: all at once, and resumed."""
+    world = World(torch.distributed.get_rank(), torch.distributed.get_rank(), 2, 2, torch.device("cpu"))
+    data = loaded(pattern, 8, world=world)
+    steps = data.epoch(0)
+    for _ in range(3):
+        next(steps)
+    inside = data.state_dict()
+    list(steps)
+    at_its_end = data.state_dict()
+    resumed = loaded(pattern, 8, world=world)
+    list(resumed.epoch(0, resumed.resume(inside, 0, 3)))
+    whole = gather_object((data.skips.take_epoch().counts, resumed.skips.take_epoch().counts))
+    return inside, at_its_end, [sum(counts, Counter()) for counts in zip(*whole)]
+
+
+def test_counts_travel_in_the_state(tmp_path):
+    members = [shards.sample(i, (8, 8)) for i in range(12)]
+    for bad in members[::3]:
+        del bad["txt"]
+    pattern = shards.write_shards(tmp_path, members, 4)
+    for inside, at_its_end, (whole, resumed) in ranks(2).run(counted_by_ranks, pattern):
+        assert 0 < inside["skips"]["counts"]["missing text"] <= whole["missing text"] == 4
+        assert resumed == whole and "skips" not in at_its_end
+    older = {name: value for name, value in inside.items() if name != "skips"}
+    data = loaded(pattern, 8, "--lanes", "2,1", "--batch-size", 2)
+    assert data.resume(older, 0, 3) == 3 and not data.skips.take_epoch().counts
 
 
 def test_too_many_bad_samples_end_the_run_with_counts_and_examples(lab, capsys):

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from training.data.samples import Fault, Item, RawSample
 
@@ -102,6 +102,19 @@ class Skips:
         self.explained.clear()
         return taken
 
+    def held(self) -> dict[str, Any]:
+        """The same as plain values, for a checkpoint."""
+        return {
+            "counts": dict(self.counts),
+            "examples": dict(self.examples),
+            "explained": sorted(self.explained),
+        }
+
+    @classmethod
+    def of(cls, held: Mapping[str, Any]) -> Skips:
+        """The inverse of ``held``."""
+        return cls(Counter(held["counts"]), dict(held["examples"]), set(held["explained"]))
+
     def _example(self, reason: str, example: str, *, explained: bool) -> None:
         if reason not in self.examples or (explained and reason not in self.explained):
             self.examples[reason] = example
@@ -148,7 +161,7 @@ class SkipLog:
 
     def __init__(self, allowed: Allowance | None = None) -> None:
         self.total = Skips()
-        self._epoch = Skips()
+        self.epoch = Skips()  # since the last ``take_epoch``; a resume inside an epoch begins with what it had
         self._tolerance = Tolerance(allowed or Allowance())
         self._next_report = 1
 
@@ -160,7 +173,7 @@ class SkipLog:
         if skips.counts:
             new_reason = bool(skips.counts.keys() - self.total.counts.keys())
             self.total.merge(skips)
-            self._epoch.merge(skips)
+            self.epoch.merge(skips)
             seen = self.total.counts.total()
             if new_reason or seen >= self._next_report:
                 log.warning("skipped %d samples so far: %s", seen, str(self.total))
@@ -170,7 +183,7 @@ class SkipLog:
 
     def take_epoch(self) -> Skips:
         """The samples left out since the last call."""
-        return self._epoch.take()
+        return self.epoch.take()
 
     def _explained(self, skips: Skips) -> Skips:
         """``skips`` with earlier examples of its reasons, where more is known of those."""

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from drrho_clip.batch import Batch
-from training.data.bad_samples import SkipLog
+from training.data.bad_samples import SkipLog, Skips
 from training.data.batch_memory import BLOCKS, PREFETCH, ReceivedMemory
 from training.data.lanes import Layout
 from training.data.progress import Identity, Progress, pack, unpack
@@ -107,9 +107,18 @@ class TrainData:
         return _copies(self._processes, self._workers) if self._must_copy else self._processes
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the streams of all ranks stand, in plain values. Collective."""
-        bounds = {"bounds": self._bounds} if self._bounds else {}
-        return pack(self._identity(), gather_object(self._progress)) | bounds
+        """Where the streams of all ranks stand, and what they have left out of this epoch, in plain values.
+
+        Collective.
+        """
+        parts = gather_object((self._progress, self.skips.epoch))
+        state = pack(self._identity(), [progress for progress, _ in parts])
+        if self._progress.step:  # the counts of an epoch that has ended are reported by this launch
+            left_out = Skips()
+            for _, skips in parts:
+                left_out.merge(skips)
+            state["skips"] = left_out.held()
+        return state | ({"bounds": self._bounds} if self._bounds else {})
 
     def check_rows(self, state: Mapping[str, Any] | None) -> None:
         """ValueError: rows of the run that saved ``state`` belong to other samples now. Shards may be appended.
@@ -158,6 +167,8 @@ class TrainData:
             )
         places = {} if difference or not step else self._stream.own(unpack(held).places)
         self._progress = Progress(epoch, step, places)
+        if step and "skips" in held and self._stream.rank == 0:  # counts are of all ranks; older files have none
+            self.skips.epoch = Skips.of(held["skips"])
         self.close()
         return step
 
