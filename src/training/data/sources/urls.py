@@ -36,7 +36,7 @@ from webdataset.gopen import Pipe, gopen_schemes, rewrite_url
 from training.data.sources.commands import end_with_reader
 
 WAITS = (1.0, 3.0)  # seconds before the second and the third attempt to open a shard or to run a command
-OUTAGE = (10.0, 30.0, 60.0)  # before further attempts, for the first shard that a folder or server does not give
+OUTAGE = (10.0, 30.0)  # before further attempts, for the first shard that a folder or server does not give
 _BUFFER = 2**16
 _LONGEST = 300  # characters of a library's message
 
