@@ -95,7 +95,7 @@ def test_a_server_that_does_not_answer_is_one_unreadable_shard(far):
     assert far.waits == [*patience, *urls.WAITS]
     far.faults[:] = [StrangeError("no")] * 2
     assert rows("far://h/0.tar")[0] == [0, 1, 2] and far.waits == [*patience, *urls.WAITS, *urls.WAITS]
-    far.faults[:] = [StrangeError("no")] * 5
+    far.faults[:] = [StrangeError("no")] * len(patience)
     assert rows("far://h/0.tar")[0] == [0, 1, 2]
     assert far.waits == [*patience, *urls.WAITS, *urls.WAITS, *patience]
 
