@@ -207,6 +207,7 @@ def _grid(plan: Plan) -> Iterator[tuple[str, Cell]]:
     # Claim 6: many epochs over a small set, where gamma is below 1. And OpenCLIP at the others' learning rate.
     yield from all_of("6", cells(("openclip", "fastclip_v3"), plan.long, few, data="b-eighth"))
     yield from all_of("1 6", cells(("openclip_2e-3",), (*plan.middle, *plan.long), few))
+    yield from all_of("6", cells(("openclip_2e-3",), plan.long, few, data="b-eighth"))
 
     # Claim 5: other ways to use a reference. Selection reads five times the samples, and so it trains for less.
     selecting = ("jest", "jest_topk", "drrho_select")

@@ -137,8 +137,11 @@ def _family(plan: Plan) -> Iterator[Comparison]:
             ours, other = (cell_of(plan, method, samples, batch=batch) for method in ("fastclip_v3", "openclip"))
             yield from _against(f"{thousands(samples)}, batch {batch}", ours, other)
     for samples in plan.long:
-        ours, other = (cell_of(plan, method, samples, data="b-eighth") for method in ("fastclip_v3", "openclip"))
-        yield from _against(f"{thousands(samples)} on an eighth", ours, other)
+        ours, *others = (
+            cell_of(plan, method, samples, data="b-eighth")
+            for method in ("fastclip_v3", "openclip", "openclip_2e-3")
+        )
+        yield from _against(f"{thousands(samples)} on an eighth", ours, *others)
     for samples in plan.middle:
         for method in ("siglip", "fastclip_v0", "fastclip_v1", "fastclip_v2", "sogclr", "isogclr"):
             other = cell_of(plan, "openclip", samples)
