@@ -354,6 +354,43 @@ def test_search_keeps_the_best_of_each_axis_and_runs_nothing_twice(study):
         study.tuning.settings("drrho_fixed", plan, {}, epochs=False)
 
 
+def test_what_has_one_value_is_not_searched(study):
+    chosen = study.tuning.settings("openclip_2e-3", study.cells.ICONS, {}, epochs=True)
+    assert chosen == {"--lr": "2e-3", "--lr_tau": "2e-3"}
+
+
+def test_a_stop_that_comes_while_a_run_is_being_started_reaches_it(study, tmp_path, monkeypatch):
+    studio = study.runs.Studio(tmp_path, tmp_path)
+
+    class Starting:
+        """A program during whose start the study is asked to stop."""
+
+        stopped = False
+
+        def __init__(self, *_):
+            studio.stop()
+
+        def stop(self):
+            self.stopped = True
+
+        def wait(self):
+            return (1 if self.stopped else 0), 0.0
+
+    monkeypatch.setattr(study.runs, "Program", Starting)
+    with pytest.raises(study.runs.RunFailed, match="with code 1"):
+        studio.start("training.evaluate", [], "one", 0)
+
+
+def test_checkpoints_of_one_reference_count_once(study):
+    """Each has a share of the same run: 300 samples in an hour, of which 200 took 40 minutes."""
+    rows = {}
+    for at, seconds in ((200, 2400), (300, 3600)):
+        one = row(study, kind="reference", samples=at, samples_read=at * 10**4, cpu_seconds=seconds)
+        rows[f"reference_a-300@{at}"] = one | {"id": f"reference_a-300@{at}"}
+    told = study.report.blocks(rows, {}, study.cells.ICONS)["runs"]
+    assert "2 checkpoints of references" in told and "3.0 million samples in at least 1.0 hours" in told
+
+
 def test_search_goes_on_from_its_rows(study):
     plan, rows = study.cells.ICONS, {}
 
