@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     # Else glibc hands the large blocks of a step back to the kernel, which clears their pages for the next one.
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": KEPT, "MALLOC_MMAP_THRESHOLD_": KEPT}
     gpus = count_gpus() if args.device == "auto" else 0
-    studio = Studio(data.absolute(), args.out.absolute(), "amp_bf16" if gpus else "fp32", args.threads, gpus)
+    studio = Studio(data.absolute(), args.out.absolute(), args.threads, gpus)
     tables = args.results or args.out
     desk = jobs.Desk(plan, studio, Table(tables / "results.csv"), Table(tables / "tuning.csv"))
     try:
@@ -104,9 +104,10 @@ def listing(desk: jobs.Desk, agenda: list[jobs.Job]) -> int:
 
 
 def speed(desk: jobs.Desk) -> float:
-    """Samples per second of processor time, of the runs so far; 1,000 before the first."""
+    """Samples per second of processor time, of the runs so far on this device; 1,000 before the first."""
     rows = [*desk.results.rows().values(), *desk.tuned.rows().values()]
     rows = [row for row in rows if row["resumed"] == "0" and row["model"] == "small"]
+    rows = [row for row in rows if row["device"] == desk.studio.device]
     seconds = sum(float(row["cpu_seconds"]) for row in rows)
     return sum(float(row["samples_read"]) for row in rows) / seconds if seconds else 1000.0
 

@@ -81,10 +81,14 @@ class Results:
                 runs.setdefault(key, {})[int(row["seed"])] = row
         return cls(runs, references)
 
-    def seeds(self, cell: Cell, column: str) -> dict[int, float]:
-        """Seed -> value, of the runs of ``cell`` with any seed. A time is of a run that was not interrupted."""
+    def seeds(self, cell: Cell, column: str, device: str | None = None) -> dict[int, float]:
+        """Seed -> value, of the runs of ``cell`` with any seed, on any device or on ``device``.
+
+        A time is of a run that was not interrupted.
+        """
         key = (cell.method, cell.samples, cell.data, cell.batch, cell.model, cell.reference_name)
         rows = sorted(self.runs.get(key, {}).items())
+        rows = [(seed, row) for seed, row in rows if device in (None, row["device"])]
         whole = [(seed, row) for seed, row in rows if "seconds" not in column or row["resumed"] == "0"]
         return {seed: float(row[column]) for seed, row in whole}
 

@@ -167,7 +167,7 @@ class Features:
         data = studio.training_set(self.data)
         name = f"features_{folder.name}"
         flags = [
-            *("--train-data", data.pattern, "--data_size", data.data_size, "--precision", studio.precision),
+            *("--train-data", data.pattern, "--data_size", data.data_size, "--precision", "fp32"),
             *(
                 "--ref_model_checkpoint",
                 str(studio.checkpoint(self.reference)),

@@ -23,9 +23,11 @@ from study.program import Program
 from study.tuning import shown
 
 ROOT = Path(__file__).resolve().parents[2]
-# What all runs share. The reference's stored features are of the whole picture, the target sees a crop of it.
+# What all runs share, on any device: rows of a CPU and of a GPU are compared. The reference's stored features are
+# of the whole picture, the target sees a crop of it.
 COMMON = (
-    "--wd 0.1 --beta2 0.98 --channels_last --zeroshot-frequency 1000000 --save-frequency 0 --save_every_minutes 10"
+    "--precision fp32 --wd 0.1 --beta2 0.98 --channels_last --zeroshot-frequency 1000000 --save-frequency 0 "
+    "--save_every_minutes 10"
 )
 # The order of samples follows from the lanes: it is the same with one process and with the loaders of a GPU.
 LANES, GPU_WORKERS = 4, 4
@@ -46,7 +48,6 @@ class Studio:
 
     data: Path
     out: Path
-    precision: str = "fp32"
     threads: int = 1
     gpus: int = 0
     running: set[Program] = field(default_factory=set, compare=False)
@@ -107,7 +108,7 @@ class Studio:
             *("--batch-size", str(cell.batch * method.super_batch // method.ranks)),
             *("--model", str(self.model(cell))),
             *("--iters", str(steps), "--epochs", str(epochs), "--warmup", str(steps // WARMUP)),
-            *("--seed", str(cell.seed), "--precision", self.precision),
+            *("--seed", str(cell.seed)),
             *COMMON.split(),
             *LOGGING.split(),
             *method.flags,

@@ -499,6 +499,17 @@ def test_times_are_of_runs_that_were_not_interrupted(study):
     assert set(found.seeds(cell, "test_top1")) == {0, 1, 2}
 
 
+def test_costs_are_of_one_device_and_accuracies_of_all(study):
+    """A GPU's run takes other processor time: the least of both devices would compare methods across them."""
+    budget = study.cells.ICONS.middle[0]
+    common = {"samples": budget, "batch": study.cells.ICONS.batch}
+    rows = [row(study, seed=seed, cpu_seconds=100, test_top1=10, **common) for seed in range(2)]
+    rows.append(row(study, seed=2, cpu_seconds=7, test_top1=40, device="GPU", **common))
+    found = study.analysis.Results.of([one | {"resumed": "0"} for one in rows])
+    (line,) = study.report._costs(found, study.cells.ICONS).splitlines()[2:]
+    assert "20.0" in line and "100 s" in line and line.split("|")[-2].strip() == "2"
+
+
 @pytest.mark.parametrize(
     ("lost", "lost_recall", "verdict"),
     [
