@@ -126,7 +126,7 @@ METHODS = {
             (
                 _RATE,
                 Axis("--distill_weight", ("0.5", "1.0")),
-                Axis("--distill_logit_scale", ("30", "15", "60")),
+                Axis("--distill_logit_scale", ("30", "15", "60", "7.5")),
             ),
             reference=True,
         ),
@@ -144,9 +144,9 @@ METHODS = {
             (*_FIXED_TAU, *_flags("--ref_features_usage ref,distill")),
             (
                 _RATE,
-                Axis("--temperature", ("0.03", "0.01")),
+                _FIXED,
                 Axis("--distill_weight", ("0.5", "1.0")),
-                Axis("--distill_logit_scale", ("30", "15")),
+                Axis("--distill_logit_scale", ("30", "15", "7.5")),
             ),
             reference=True,
         ),
