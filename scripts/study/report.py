@@ -213,7 +213,7 @@ def _costs(results: Results, plan: Plan) -> str:
     devices = Counter(row["device"] for seeds in results.runs.values() for row in seeds.values())
     common = max(devices, key=lambda device: devices[device], default="")
     rows, whole = [], ("openclip", "drrho_fixed", "distill", "drrho_distill")
-    compared = ((plan.short, (*whole[:2], *SELECTING)), (plan.middle, whole), (plan.long, whole[:2]))
+    compared = ((plan.short, (*whole[:2], *SELECTING)), (plan.middle, whole), (plan.long, whole[:3]))
     for budgets, methods in compared:
         for cell in (cell_of(plan, method, samples) for samples in budgets for method in methods):
             timed = results.seeds(cell, "cpu_seconds", common).values()
