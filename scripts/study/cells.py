@@ -116,6 +116,7 @@ ICONS = Plan(
 )
 SMOKE = Plan(budgets=(64, 128, 192, 256), strengths=(128, 256), tuning=64, batch=64, values=1)
 
+OTHER_OPENCLIPS = ("openclip_2e-3", "openclip_tau")
 MAIN = ("openclip", "fastclip_v3", "drrho_fixed", "drrho_v3")
 CLAIMS = {
     "1": "a reference helps",
@@ -204,10 +205,12 @@ def _grid(plan: Plan) -> Iterator[tuple[str, Cell]]:
     # Claims 1, 4 and 6: all seeds.
     yield from all_of("1 4", cells(MAIN, plan.budgets[:-1], every))
 
-    # Claim 6: many epochs over a small set, where gamma is below 1. And OpenCLIP at the others' learning rate.
+    # Claim 6: many epochs over a small set, where gamma is below 1. And OpenCLIP at the others' learning rate or
+    # temperature.
     yield from all_of("6", cells(("openclip", "fastclip_v3"), plan.long, few, data="b-eighth"))
-    yield from all_of("1 6", cells(("openclip_2e-3",), (*plan.middle, *plan.long), few))
-    yield from all_of("6", cells(("openclip_2e-3",), plan.long, few, data="b-eighth"))
+    for other in OTHER_OPENCLIPS:
+        yield from all_of("1 6", cells((other,), (*plan.middle, *plan.long), few))
+        yield from all_of("6", cells((other,), plan.long, few, data="b-eighth"))
 
     # Claim 5: other ways to use a reference. Selection reads five times the samples, and so it trains for less.
     selecting = ("jest", "jest_topk", "drrho_select")

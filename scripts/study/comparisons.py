@@ -7,7 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from study.analysis import ANYWAY, HOLDS, Estimate, Results
-from study.cells import COMPRESSED, KEEPS_U, MAIN, Cell, Plan, Reference, Wanted, grid, with_reference
+from study.cells import (
+    COMPRESSED,
+    KEEPS_U,
+    MAIN,
+    OTHER_OPENCLIPS,
+    Cell,
+    Plan,
+    Reference,
+    Wanted,
+    grid,
+    with_reference,
+)
 from study.methods import METHODS
 
 HEURISTICS = ("jest", "jest_topk")
@@ -62,8 +73,8 @@ def _helps(plan: Plan) -> Iterator[Comparison]:
         for ours in robust:
             yield from _against(thousands(samples), ours, openclip, v3)
     for samples in (*plan.middle, *plan.long):
-        ours, faster = (cell_of(plan, method, samples) for method in ("drrho_fixed", "openclip_2e-3"))
-        yield from _against(thousands(samples), ours, faster)
+        ours, *others = (cell_of(plan, method, samples) for method in ("drrho_fixed", *OTHER_OPENCLIPS))
+        yield from _against(thousands(samples), ours, *others)
     for samples in plan.middle:
         for method in ("drrho_v1", "drrho_v2"):
             label = thousands(samples)
@@ -97,7 +108,7 @@ def strengths(plan: Plan) -> Iterator[tuple[int, int]]:
 
 def _parts(plan: Plan) -> Iterator[Comparison]:
     for samples in plan.middle:
-        whole = [cell_of(plan, method, samples) for method in ("openclip", "fastclip_v3")]
+        whole = [cell_of(plan, method, samples) for method in ("openclip", "openclip_tau", "fastclip_v3")]
         for part in PARTS:
             ours = cell_of(plan, "drrho_fixed", samples, data=f"b-{part}")
             label = f"{thousands(samples)}: {name_of(ours)} on {PARTS[part]}"
@@ -139,8 +150,8 @@ def _family(plan: Plan) -> Iterator[Comparison]:
             thousands(samples), cell_of(plan, "fastclip_v3", samples), cell_of(plan, "openclip", samples)
         )
     for samples in (*plan.middle, *plan.long):
-        ours, faster = (cell_of(plan, method, samples) for method in ("fastclip_v3", "openclip_2e-3"))
-        yield from _against(thousands(samples), ours, faster)
+        ours, *others = (cell_of(plan, method, samples) for method in ("fastclip_v3", *OTHER_OPENCLIPS))
+        yield from _against(thousands(samples), ours, *others)
     for samples in plan.middle:
         for batch in (plan.batch // 4, plan.batch * 8):
             ours, other = (cell_of(plan, method, samples, batch=batch) for method in ("fastclip_v3", "openclip"))
@@ -148,7 +159,7 @@ def _family(plan: Plan) -> Iterator[Comparison]:
     for samples in plan.long:
         ours, *others = (
             cell_of(plan, method, samples, data="b-eighth")
-            for method in ("fastclip_v3", "openclip", "openclip_2e-3")
+            for method in ("fastclip_v3", "openclip", *OTHER_OPENCLIPS)
         )
         yield from _against(f"{thousands(samples)} on an eighth", ours, *others)
     for samples in plan.middle:

@@ -302,7 +302,9 @@ def _methods() -> str:
     for method in METHODS.values():
         reference = ["`--cached_ref_features_dir`"] if method.reference else []
         flags = re.sub(r"(?<!^) --", "` `--", " ".join(method.flags))
-        rows.append([method.title, " ".join([f"`{flags}`"] * bool(flags) + reference) or "none"])
+        words = " ".join([f"`{flags}`"] * bool(flags) + reference) or "none"
+        entries = ", ".join(f"`{name}` {value:.3g}" for name, value in method.model)
+        rows.append([method.title, words + (f"; in the model's config {entries}" if entries else "")])
     return table(("method", "its own flags"), rows)
 
 

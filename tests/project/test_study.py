@@ -354,6 +354,16 @@ def test_search_keeps_the_best_of_each_axis_and_runs_nothing_twice(study):
         study.tuning.settings("drrho_fixed", plan, {}, epochs=False)
 
 
+def test_a_method_may_have_entries_of_its_own_in_the_model_config(study, tmp_path):
+    studio = study.runs.Studio(tmp_path, tmp_path)
+    plain, other = (
+        json.loads(studio.model(study.cells.Cell(name, 256)).read_text()) for name in ("openclip", "openclip_tau")
+    )
+    assert math.exp(-other.pop("init_logit_scale")) == pytest.approx(0.03)
+    assert other == plain
+    assert "`init_logit_scale` 3.51" in study.report._methods()
+
+
 def test_what_has_one_value_is_not_searched(study):
     chosen = study.tuning.settings("openclip_2e-3", study.cells.ICONS, {}, epochs=True)
     assert chosen == {"--lr": "2e-3", "--lr_tau": "2e-3"}
