@@ -38,7 +38,7 @@ train() {
     --data_size "$(number "$half" samples)" --train-num-samples $part --epochs "$parts"
     --model $model --batch-size 128 --workers 1 --precision fp32 --seed "$seed"
     --lr 3e-3 --beta2 0.98 --wd 0.1 --warmup 100
-    --eval_data_dir $data --eval_tasks wds_icons_test,retrieval_test --zeroshot-frequency $((parts / 3))
+    --eval_data_dir $data --eval_tasks wds_icons_test,retrieval_test --zeroshot-frequency $((parts > 3 ? parts / 3 : 1))
     --save-frequency 0 --log-every-n-steps 84 --logs "$logs" --name "$name" "$@"
   )
   inputs=("$data/recipe.json")

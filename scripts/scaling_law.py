@@ -2,11 +2,13 @@
 """Fits error = alpha * compute^beta + floor to runs of several budgets, and draws it.
 
     python scripts/scaling_law.py assets/study/results.csv --only openclip drrho_fixed --out logs/law.png \\
-        --where kind=cell data=b batch=128 model=small reference=,a-1376256@1376256
+        --where kind=cell data=b batch=128 model=small reference=,a-1376256@1376256 \\
+        samples=43008,86016,172032,344064
 
 Any csv file with a column for the budget and one for an accuracy in percent will do. Runs with the same budget are
 seeds of one point, so --where has to leave out what differs in anything else: several values of a column stand
-with commas between them, an empty one too. A group of runs needs at least four budgets.
+with commas between them, an empty one too. A group of runs needs at least four budgets; where one of them has a
+single run, the law has no interval.
 """
 
 from __future__ import annotations

@@ -433,8 +433,8 @@ def test_single_node_is_the_published_recipe_on_own_data(launchers: Launchers) -
     ]
     found = flags_of(parse(argv[start + 1 :]))
     gamma = pytest.approx(4.177 * 10**-0.7265, abs=1e-4)
-    own = {"workers": 6, "precision": "amp_bf16", "epochs": 10, "gamma": gamma, "gamma_decay_epochs": 10}
-    assert found == flags_with({**RECIPES["drrho_clip_dfn192m"], **OWN_FLAGS, **own})
+    own = {"workers": 6, "epochs": 10, "gamma": gamma, "gamma_decay_epochs": 10, "requeue_on_preempt": False}
+    assert found == flags_with({**ADDED, **RECIPES["drrho_clip_dfn192m"], **OWN_FLAGS, **own})
 
 
 def test_single_node_takes_its_settings_from_the_environment(launchers: Launchers) -> None:
