@@ -46,7 +46,9 @@ class Batch:
         return self._map(lambda t: t.pin_memory())
 
     def chunk(self, k: int) -> list[Batch]:
-        """The batch as ``k`` micro-batches of equal size, in order."""
+        """The batch as ``k`` micro-batches of equal size, in order. ValueError: it has no k equal parts."""
+        if k < 1 or len(self) % k:
+            raise ValueError(f"a batch of {len(self)} samples has no {k} parts of equal size")
         pieces = {f.name: getattr(self, f.name) for f in fields(self)}
         chunks = {name: t.chunk(k) for name, t in pieces.items() if t is not None}
         return [Batch(**{name: c[j] for name, c in chunks.items()}) for j in range(k)]

@@ -6,8 +6,9 @@ therefore become an error of 10 % in every weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,13 +21,30 @@ _Values = TypeVar("_Values", Tensor, tuple[Tensor, ...])
 @contextmanager
 def exact_float32(device_type: str) -> Iterator[None]:
     """A context without autocast, in which float32 matrix products use neither TF32 nor bfloat16."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    restore = _highest_precision()
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        restore()
+
+
+def _highest_precision() -> Callable[[], None]:
+    """Let matrix products be exact; what is returned sets them to what they were before."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the program has used torch's newer settings, which the older calls refuse to read
+        backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        before = [backend.fp32_precision for backend in backends]
+        _set_precisions(backends, ["ieee"] * len(backends))
+        return partial(_set_precisions, backends, before)
+    torch.set_float32_matmul_precision("highest")
+    return partial(torch.set_float32_matmul_precision, precision)
+
+
+def _set_precisions(backends: Sequence[Any], precisions: Sequence[str]) -> None:
+    for backend, precision in zip(backends, precisions, strict=True):
+        backend.fp32_precision = precision
 
 
 def differentiable(function: Callable[..., _Values], *inputs: Tensor) -> _Values:

@@ -115,8 +115,9 @@ class SampleState:
 
         ``index`` is this rank's int64 [b]. On the CPU it is checked as ``check`` does, before anything is
         exchanged. On a GPU the host would have to wait for that: an index outside 0..N-1 has the values +inf
-        instead, so that no loss is finite.
+        instead, so that no loss is finite. ValueError: it is of another type.
         """
+        _require_int64(index)
         if index.device.type == "cpu":
             self.check(index)
         index = collectives.all_gather(index.to(self.device, non_blocking=True))
@@ -129,7 +130,11 @@ class SampleState:
         return index, dict(zip(self._table, values, strict=True))
 
     def check(self, index: Tensor) -> None:
-        """IndexError: one of ``index``, int64 [b] on the CPU, is outside 0..N-1; the message names it."""
+        """IndexError: one of ``index``, int64 [b] on the CPU, is outside 0..N-1; the message names it.
+
+        ValueError: it is of another type.
+        """
+        _require_int64(index)
         outside = self._outside(index)
         if outside.any():
             bad = index[outside][0].item()
@@ -268,3 +273,9 @@ def code_in(pair: Tensor) -> FixedPoint | None:
     if not (0 < step < math.inf and abs(first) <= 2**17 and first == int(first)):
         return None
     return FixedPoint(step, int(first))
+
+
+def _require_int64(index: Tensor) -> None:
+    # Narrower integers would be looked up, and refused only when new values are written.
+    if index.dtype != torch.int64:
+        raise ValueError(f"the samples' rows are {index.dtype}: give int64 (index.long())")

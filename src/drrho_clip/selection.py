@@ -51,12 +51,13 @@ def select(
     ``generator``                 on the embeddings' device, one for each part; each part of each rank must have a
                                   different seed.
     ``parts``                     of this rank's batch, in order; b must be a multiple of it.
+
+    ValueError: these numbers do not divide so, the ratio is not in (0, 1], or there are too few generators.
     """
-    kept = round(len(image) * keep_ratio)
-    assert kept > 0 and abs(kept - len(image) * keep_ratio) < 1e-6 * len(image), (len(image), keep_ratio)
-    assert kept % (n_chunks * parts) == 0 and len(image) % parts == 0, (len(image), kept, n_chunks, parts)
+    kept = _number_kept(len(image), keep_ratio, n_chunks, parts)
     generators = [generator] if isinstance(generator, torch.Generator) else generator
-    assert topk or (generators is not None and len(generators) == parts), "each part draws by itself"
+    if not topk and (generators is None or len(generators) != parts):
+        raise ValueError(f"{parts} parts draw by themselves: give a generator for each, or topk")
     first = torch.arange(0, len(image), len(image) // parts, device=image.device)[:, None]
     with exact_float32(image.device.type):
         target = _Losses(image, text, logit_scale)
@@ -77,6 +78,19 @@ def select(
             score = score.masked_fill(taken.view(parts, -1), -torch.inf)
             draws.append((score.topk(kept // n_chunks // parts, sorted=False).indices + first).flatten())
         return torch.cat(draws).sort().values
+
+
+def _number_kept(b: int, keep_ratio: float, n_chunks: int, parts: int) -> int:
+    if not 0 < keep_ratio <= 1:
+        raise ValueError(f"keep_ratio {keep_ratio} is no share of the samples: give one above 0, and at most 1")
+    kept = round(b * keep_ratio)
+    if kept == 0 or abs(kept - b * keep_ratio) >= 1e-6 * b:
+        raise ValueError(f"keep_ratio {keep_ratio} of {b} samples is no whole number of them")
+    if kept % (n_chunks * parts) or b % parts:
+        raise ValueError(
+            f"{kept} of {b} samples cannot be kept in {n_chunks} draws of equal size from {parts} equal parts"
+        )
+    return kept
 
 
 class _Losses:

@@ -1,5 +1,7 @@
 """FastCLIP and DRRho-CLIP against numbers of the published code and against a float64 oracle."""
 
+from dataclasses import replace
+
 import numpy as np
 import open_clip
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drrho_clip import collectives
-from drrho_clip.losses import compositional, fastclip, pair_kernels
+from drrho_clip.losses import compositional, fastclip, individual, pair_kernels
 from drrho_clip.losses.interface import LossInputs
 from drrho_clip.losses.pair_kernels import Budget, Kernels
 from drrho_clip.sample_state import SampleState, StateUpdate
@@ -274,3 +276,52 @@ def test_the_mean_of_copies_does_not_depend_on_the_order_of_addition():
     for order in (torch.randperm(300) for _ in range(5)):
         again = compositional.mean_of_copies(values[order], compositional.duplicate_groups(index[order]))
         assert torch.equal(again, mean[order])
+
+
+@pytest.mark.parametrize("name", ["v1", "v3", "v2"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eps": 0.0}, "eps 0.0"),
+        ({"eps": -1.0}, "eps -1.0"),
+        ({"gamma": lambda epoch: 1.5}, "gamma 1.5"),
+        ({"gamma": lambda epoch: 0.0}, "gamma 0.0"),
+    ],
+)
+def test_settings_outside_of_their_intervals_are_refused(name, changes, said):
+    with pytest.raises(ValueError, match=said):
+        make(name, SampleState(12, columns(name)), **changes)
+
+
+def test_a_gamma_below_1_without_a_state_is_refused_when_its_epoch_comes():
+    """It would train with gamma = 1, silently."""
+    with pytest.raises(ValueError, match=r"gamma 0\.5 needs .* give a state"):
+        make("v3", None, gamma=lambda epoch: 0.5)
+    later = make("v3", None, gamma=lambda epoch: 1.0 if epoch < 2 else 0.5)
+    later.set_epoch(1)
+    with pytest.raises(ValueError, match="give a state"):
+        later.set_epoch(2)
+    kept = set(individual.TEMPERATURE_COLUMNS)
+    with pytest.raises(ValueError, match="give a state"):
+        make("v2", SampleState(12, tuple(kept)), gamma=lambda epoch: 0.5)
+    with pytest.raises(ValueError, match="tau_gradient 'nonsense': choose paper or published"):
+        make("v1", None, tau_gradient="nonsense")
+
+
+@pytest.mark.parametrize("name", ["v3", "v2"])
+@pytest.mark.parametrize("b", [0, 1])
+def test_a_global_batch_without_negatives_is_refused(name, b):
+    with pytest.raises(ValueError, match=f"a global batch of {b} samples has no negatives"):
+        make(name, SampleState(12, columns(name)))(inputs(b=b))
+
+
+def test_half_a_reference_is_refused():
+    whole = inputs()
+    for missing in ("ref_image", "ref_text"):
+        with pytest.raises(ValueError, match="give ref_image and ref_text, or neither"):
+            make("v3", SampleState(12, columns("v3")))(replace(whole, **{missing: None}))
+
+
+def test_rows_of_a_narrower_type_are_refused_before_a_step():
+    with pytest.raises(ValueError, match=r"torch\.int32: give int64"):
+        make("v3", SampleState(12, columns("v3")))(inputs(index=torch.arange(12, dtype=torch.int32)))

@@ -65,6 +65,39 @@ def tf32():
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture
+def newer_tf32():
+    matmul = torch.backends.mkldnn.matmul if hasattr(torch.backends.mkldnn, "matmul") else None
+    if matmul is None or not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has the older settings alone")
+    backends = torch.backends.cuda.matmul, matmul
+    before = [backend.fp32_precision for backend in backends]
+    for backend, precision in zip(backends, ("tf32", "bf16")):
+        backend.fp32_precision = precision
+    yield backends
+    for backend, precision in zip(backends, before):
+        backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize("name", ["drrho", "siglip", "fastclip_individual"])
+def test_a_program_may_have_chosen_tf32_by_the_newer_settings(name, newer_tf32):
+    """The older call then raises an error, in place of an answer."""
+    with pytest.raises(RuntimeError, match="legacy"):
+        torch.get_float32_matmul_precision()
+    seen = set()
+
+    class Precisions(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+                seen.add(tuple(backend.fp32_precision for backend in newer_tf32))
+            return function(*args, **(kwargs or {}))
+
+    with Precisions():
+        sum(make_loss(name)(inputs()).terms.values()).backward()
+    assert seen == {("ieee", "ieee")}
+    assert [backend.fp32_precision for backend in newer_tf32] == ["tf32", "bf16"]
+
+
 def inputs() -> LossInputs:
     generator = torch.Generator().manual_seed(0)
     image, text, ref_image, ref_text = F.normalize(torch.randn(4, 6, 8, generator=generator), dim=2)

@@ -262,3 +262,20 @@ def test_the_good_pairs_are_kept_of_a_set_with_wrong_captions():
         # Without a reference that knows better, the hardest pairs are kept, and those are wrong ones.
         lost, worse = trained_on_selected(known=False, keep_ratio=KEPT, topk=topk)
         assert mean(lost) < 0.65 and worse < recall
+
+
+@pytest.mark.parametrize(
+    ("keep_ratio", "n_chunks", "said"),
+    [
+        (0.0, 1, "keep_ratio 0.0 is no share"),
+        (2.0, 2, "keep_ratio 2.0 is no share"),
+        (0.3, 1, "keep_ratio 0.3 of 12 samples is no whole number"),
+        (0.5, 5, "6 of 12 samples cannot be kept in 5 draws"),
+    ],
+)
+def test_numbers_that_do_not_divide_are_refused(keep_ratio, n_chunks, said):
+    given = F.normalize(torch.randn(4, 12, 8), dim=2)
+    with pytest.raises(ValueError, match=said):
+        select(*given, torch.tensor(10.0), keep_ratio=keep_ratio, n_chunks=n_chunks, topk=True, generator=None)
+    with pytest.raises(ValueError, match="give a generator for each, or topk"):
+        select(*given, torch.tensor(10.0), keep_ratio=0.5, n_chunks=2, topk=False, generator=None)

@@ -38,6 +38,8 @@ def settings(**changes):
 
 def make(name, state, budget=BUDGETS["kept"], kernels=None, **changes):
     kernels = kernels or Kernels(budget=budget)
+    if state is None:
+        changes = {"gamma": lambda epoch: 1.0, **changes}
     if name == "v2":
         extra = {"temperature": 0.03, "betas": (0.9, 0.999), "adam_eps": 1e-8, "lr_tau": 0.0133}
         return individual.IndividualFastCLIP(state=state, kernels=kernels, **settings(**extra, **changes))

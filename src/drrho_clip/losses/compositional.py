@@ -191,7 +191,7 @@ def solve(
     ``weight_by_inverse_tau``  multiply each anchor's row by its 1/tau (for objectives not multiplied by tau).
 
     It takes two collectives: the target's embeddings, then the 2B values of log u. Call it under ``torch.no_grad``
-    and in ``exact_float32``.
+    and in ``exact_float32``. ValueError: the global batch has fewer than two samples.
     """
     images, texts = [inputs.image.detach().float()], [inputs.text.detach().float()]
     everyone = [gather.target(*images, *texts)]
@@ -202,6 +202,8 @@ def solve(
     all_images, all_texts = [pairs.image for pairs in everyone], [pairs.text for pairs in everyone]
     k, b = collectives.world_size(), len(images[0])
     batch = k * b
+    if batch < 2:
+        raise ValueError(f"a global batch of {batch} samples has no negatives: give two or more, or leave it out")
     own = slice(collectives.rank() * b, (collectives.rank() + 1) * b)
     diagonal, *of_reference = [
         torch.einsum("ij,ij->i", x, y) if positives is None else positives for x, y, positives in everyone
@@ -252,6 +254,22 @@ def solve(
         grad_image=grad_image.addcmul_(diagonal_weight, texts[0], value=-1).mul_(factor),
         grad_text=grad_text.addcmul_(diagonal_weight, images[0], value=-1).mul_(factor),
     )
+
+
+def checked_eps(eps: float) -> float:
+    """``eps``. ValueError: it is not above 0, and so u could be 0, of which there is no logarithm."""
+    if not eps > 0:
+        raise ValueError(f"eps {eps} is added to the inner estimates: give one above 0")
+    return eps
+
+
+def checked_gamma(gamma: float, *, keeps_u: bool) -> float:
+    """``gamma``. ValueError: it is outside of (0, 1], or below 1 where no u is kept that it could weigh."""
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma {gamma} is the weight of the new inner estimate: give one above 0, and at most 1")
+    if gamma < 1 and not keeps_u:
+        raise ValueError(f"gamma {gamma} needs the samples' estimates so far: give a state, or a gamma of 1")
+    return gamma
 
 
 class AttachGradient(torch.autograd.Function):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 COLUMNS = LOG_U
+_PAIR_FACTORS = {"paper": 1.0, "published": 2.0}
 
 
 class FastCLIP(Loss):
@@ -40,6 +41,8 @@ class FastCLIP(Loss):
     ``rho``           weight of the temperature's regularizer; used by ``multiply_tau`` objectives only.
     ``tau_gradient``  'paper'; or 'published' for the published code's gradient, which counts the pair term twice.
     ``gather``        how ranks exchange embeddings; None: as they are.
+
+    ValueError, also of ``set_epoch``: a value is outside of these intervals, or gamma is below 1 without a state.
     """
 
     def __init__(
@@ -57,14 +60,16 @@ class FastCLIP(Loss):
         super().__init__()
         self.state = state
         self._gamma_of = gamma
-        self.eps, self.rho, self.multiply_tau = eps, rho, multiply_tau
-        self._pair_factor = {"paper": 1.0, "published": 2.0}[tau_gradient]
+        self.eps, self.rho, self.multiply_tau = compositional.checked_eps(eps), rho, multiply_tau
+        if tau_gradient not in _PAIR_FACTORS:
+            raise ValueError(f"unknown tau_gradient {tau_gradient!r}: choose {' or '.join(_PAIR_FACTORS)}")
+        self._pair_factor = _PAIR_FACTORS[tau_gradient]
         self._kernels = kernels or pair_kernels.Kernels()
         self._gather = gather or PairGather()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        self.gamma = self._gamma_of(epoch)
+        self.gamma = compositional.checked_gamma(self._gamma_of(epoch), keeps_u=self.state is not None)
 
     def set_progress(self, share: float) -> None:
         self._gather.progress = share

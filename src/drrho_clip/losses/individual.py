@@ -68,7 +68,7 @@ class IndividualFastCLIP(Loss):
         super().__init__()
         self.state = state
         self._gamma_of = gamma
-        self.eps, self.rho, self.temperature = eps, rho, temperature
+        self.eps, self.rho, self.temperature = compositional.checked_eps(eps), rho, temperature
         self.betas, self.adam_eps, self.lr_tau = betas, adam_eps, lr_tau
         self._keeps_u = set(LOG_U) <= set(state.columns)
         self._kernels = kernels or pair_kernels.Kernels()
@@ -76,7 +76,8 @@ class IndividualFastCLIP(Loss):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch, self.gamma = epoch, self._gamma_of(epoch)
+        self.epoch = epoch
+        self.gamma = compositional.checked_gamma(self._gamma_of(epoch), keeps_u=self._keeps_u)
 
     def set_temperature_rate(self, lr_tau: float) -> None:
         self.lr_tau = lr_tau

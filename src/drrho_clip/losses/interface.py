@@ -48,10 +48,11 @@ class LossInputs:
 
     @property
     def reference(self) -> tuple[Tensor, Tensor] | None:
-        """``ref_image`` and ``ref_text``; None without a reference."""
-        if self.ref_image is None:
+        """``ref_image`` and ``ref_text``; None without a reference. ValueError: one is there without the other."""
+        if self.ref_image is None and self.ref_text is None:
             return None
-        assert self.ref_text is not None, "ref_image is given without ref_text"
+        if self.ref_image is None or self.ref_text is None:
+            raise ValueError("a reference has embeddings of both: give ref_image and ref_text, or neither")
         return self.ref_image, self.ref_text
 
     def require_reference(self) -> tuple[Tensor, Tensor]:
