@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 
 import pytest
@@ -10,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tests.run_report.test_log_lines import FIRST
 from training import report
+from training.run_report.history import read_run
 
 
 @pytest.fixture
@@ -53,6 +56,43 @@ def test_what_is_no_value_is_left_out(run):
     assert "<b>caf" not in text and "&lt;b&gt;caf" in text
     assert "Ours" in text and "0.625" in text and "clip_val_loss" in text
     assert "no checkpoint here keeps u" in text and "1 cannot be read, such as" in text
+
+
+@pytest.mark.parametrize(
+    "measured, places",
+    [
+        ([(1, 4), (1, 6)], [1, 1.5]),  # an epoch has 4 steps
+        ([(1, 4), (2, 8), (2, 10), (1, 6)], [1, 1.5]),  # a launch went back to step 4, or to none
+        ([(1, 4), (2, 8), (2, 8)], [1, 2]),
+        ([(1, 16), (2, 32), (3, 12)], [1, 2, 3]),  # an epoch had 16 steps before
+        ([(1, None), (2, None), (2, None)], [1, 2]),
+        ([(7, 0)], [7]),
+    ],
+)
+def test_evaluations_stand_where_they_were_made(run, measured, places):
+    write_evaluations(run, measured)
+    history = read_run(run)
+    assert [history.place(line) for line in history.evaluations] == places
+    assert history.evaluations[-1]["clip_val_loss"] == 9.0 - len(measured)
+
+
+def test_an_evaluation_inside_an_epoch_is_drawn_there(run):
+    write_evaluations(run, [(1, 4), (1, 6)])
+    assert report.main([str(run)]) == 0
+    text = (run / "report.html").read_text()
+    charts = re.findall(r'<script type="application/json">(.*?)</script>', text, re.S)
+    drawn = [(one["x"], one["y"]) for chart in charts for one in json.loads(chart)["series"]]
+    assert ([1, 1.5], [8.0, 7.0]) in drawn
+    assert "epoch 1.5</th>" in text
+
+
+def write_evaluations(run, measured):
+    """A line for each epoch and step, None: it has none. The losses are 8, 7, ..."""
+    lines = [
+        {"epoch": epoch, **({} if step is None else {"step": step}), "clip_val_loss": 8.0 - i}
+        for i, (epoch, step) in enumerate(measured)
+    ]
+    (run / "eval_results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_runs_may_be_called_like_formulas(run):

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("checkpoint", required=True, help="a run's folder, a checkpoint file, or open_clip's NAME:TAG")
     add("data_dir", required=True, help="the folder that holds the sets, such as wds_imagenet1k_test/")
     add("model", default=None, help="open_clip name or model config JSON (default: that of the run)")
-    add("epoch", type=int, default=None, help="which of the run's checkpoints (default: the last)")
+    add("epoch", type=int, default=None, help="which of the run's epochs (default: where it ended)")
     add(
         "tasks",
         default="all",

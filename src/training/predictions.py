@@ -1,7 +1,8 @@
 """What an evaluation keeps of a set beside its metrics, so that people can see what a model gets right and wrong.
 
 Each set has one file, ``RUN/eval_results/predictions/epoch_N/SET.npz``: arrays, and one text of JSON. No pickles.
-A file has two bits per picture or caption, and of the rest so much that it stays below half a megabyte:
+Of a checkpoint inside an epoch it is in ``step_S/``. A file has two bits per picture or caption, and of the rest
+so much that it stays below half a megabyte:
 
 * classification: pictures and right ones of each class, the ``CONFUSED`` most frequent pairs of a class and
   another one that was taken for it, and of ``EXAMPLES`` pictures the most similar classes and where they are;

@@ -145,7 +145,7 @@ def evaluate(start: Start, log: RunLog) -> Ended:
     state = RunState(name=start.folder.name, model=target.module)
     if start.checkpoint is not None:
         resume.resume(start.checkpoint, state, steps_per_epoch=0, global_batch=0)
-    evaluation(target.module, state.epoch, state.step, final=True)
+    evaluation(target.module, state.epoch, state.step, stem=state.stem, final=True)
     return Ended()
 
 
@@ -257,7 +257,7 @@ def _own_evaluations(folder: RunFolder, checkpoint: Path) -> list[dict[str, Any]
 
 
 def _evaluate(log: RunLog, trainer: Trainer, state: RunState, evaluation: Evaluation) -> None:
-    metrics = evaluation(state.model, state.epoch, state.step, final=trainer.finished)
+    metrics = evaluation(state.model, state.epoch, state.step, stem=state.stem, final=trainer.finished)
     if metrics:
         state.best = best.update(state.best, metrics, state.epoch)
         log.info(best.describe(state.best))

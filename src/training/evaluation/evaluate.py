@@ -75,22 +75,27 @@ class Evaluation:
     sets: dict[str, ClassificationSet]
     benchmark: Sequence[FoundSet] = ()
 
-    def __call__(self, model: nn.Module, epoch: int, step: int = 0, *, final: bool = False) -> dict[str, float]:
+    def __call__(
+        self, model: nn.Module, epoch: int, step: int = 0, *, stem: str = "", final: bool = False
+    ) -> dict[str, float]:
         """Evaluate ``model`` (not wrapped) after ``epoch`` complete epochs and ``step`` steps, on all that is due.
 
-        Returns metric name -> value, under the names of the published code; empty if nothing is due. They are also
-        logged, sent to the writers as ``val/NAME`` and appended to ``eval_results.jsonl``.
+        ``stem``: what a checkpoint of ``model`` is called (``RunState.stem``), and so what is kept of it in
+        ``eval_results/``; '': ``epoch_N``. Returns metric name -> value, under the names of the published code;
+        empty if nothing is due. They are also logged, sent to the writers as ``val/NAME`` and appended to
+        ``eval_results.jsonl``.
         """
         metrics: dict[str, float] = {}
+        results = self.log.folder.path / "eval_results" / f"{stem or f'epoch_{epoch}'}_eval_results.jsonl"
         with evaluating(model):
             if self.sets and self._due(self.config.evaluation.zeroshot_frequency, epoch, final):
                 for name, pictures in self.sets.items():
-                    found = self._zero_shot(model, name, pictures, epoch)
+                    found = self._zero_shot(model, name, pictures, results)
                     metrics |= {f"{name}-zeroshot-val-{key}": value for key, value in found.items()}
             if self.benchmark and self._due(self.config.evaluation.zeroshot_frequency, epoch, final):
-                metrics |= self._benchmark(model, epoch)
+                metrics |= self._benchmark(model, results)
             if self.val is not None and self._due(self.config.evaluation.val_frequency, epoch, final):
-                metrics |= self._retrieval(model, self.val, epoch)
+                metrics |= self._retrieval(model, self.val, results)
         if metrics:
             self.log.info(f"Eval Epoch: {epoch} " + "\t".join(f"{k}: {round(v, 4)}" for k, v in metrics.items()))
             self.log.eval_result({"epoch": epoch, "step": step, **metrics})
@@ -101,7 +106,7 @@ class Evaluation:
         epochs = self.config.schedule.epochs
         return frequency > 0 and (final or epochs == 0 or epoch == epochs or epoch % frequency == 0)
 
-    def _retrieval(self, model: nn.Module, val: ValData, epoch: int) -> dict[str, float]:
+    def _retrieval(self, model: nn.Module, val: ValData, results: Path) -> dict[str, float]:
         run, logit_scale = self._precision, self._logit_scale(model)
         images: list[Tensor] = []
         texts: list[Tensor] = []
@@ -160,7 +165,7 @@ class Evaluation:
                 first = [some[0] for _, part in parts for some in part]
                 others = [caption for _, part in parts for some in part for caption in some[1:]]
                 held = image, every, owner, ranked, all_places, [*first, *others]
-                keep(folder_of(self._results(epoch)), neighbours("val-data", "--val-data", *held))
+                keep(folder_of(results), neighbours("val-data", "--val-data", *held))
         if caption_tokens:
             metrics["val_generative_loss"] = caption_loss_sum / caption_tokens
         return {**metrics, "num_samples": len(image)}
@@ -171,7 +176,9 @@ class Evaluation:
         with self._precision.autocast():
             return normalized(encode_text(captions.to(self.world.device, non_blocking=True)))
 
-    def _zero_shot(self, model: nn.Module, name: str, pictures: ClassificationSet, epoch: int) -> dict[str, float]:
+    def _zero_shot(
+        self, model: nn.Module, name: str, pictures: ClassificationSet, results: Path
+    ) -> dict[str, float]:
         run, world = self._precision, self.world
         encode_image = model.encode_image
         assert callable(encode_image), "open_clip's models have an image encoder"
@@ -202,7 +209,7 @@ class Evaluation:
                 raise ValueError(f"{flag} {folder}: it contains no usable picture; left out: {skips}")
             return {}
         found = [tuple(part.cpu() for part in batch) for batch in nearest_ones]
-        self._keep(name, pictures, epoch, gather_object(found))
+        self._keep(name, pictures, results, gather_object(found))
         used = len(pictures.pictures) - left_out
         counted = {"num_samples": used, **({"left_out": left_out} if left_out else {})}
         return {**accuracies(all_reduce_sum(counts)), **counted}
@@ -211,7 +218,7 @@ class Evaluation:
         self,
         name: str,
         pictures: ClassificationSet,
-        epoch: int,
+        results: Path,
         found: list[list[tuple[Tensor, ...]]],
     ) -> None:
         """Keep the predictions for a set: of each rank and batch numbers [n], classes [n, k], probabilities."""
@@ -229,20 +236,16 @@ class Evaluation:
             return file_place(one.path, one.offset, one.size)
 
         kept = classified(name, name, pictures.classnames, labels, all_top, all_probability, place)
-        keep(folder_of(self._results(epoch)), kept)
-
-    def _results(self, epoch: int) -> Path:
-        """The file of the results of single sets."""
-        return self.log.folder.path / "eval_results" / f"epoch_{epoch}_eval_results.jsonl"
+        keep(folder_of(results), kept)
 
     def _logit_scale(self, model: nn.Module) -> float:
         scale = model.logit_scale
         assert isinstance(scale, Tensor), "open_clip's models have a logit scale"
         return scale.exp().item()
 
-    def _benchmark(self, model: nn.Module, epoch: int) -> dict[str, float]:
-        """The main metrics of ``self.benchmark``; all metrics are written as ``training.evaluate`` writes them."""
-        path, run = self._results(epoch), self._precision
+    def _benchmark(self, model: nn.Module, path: Path) -> dict[str, float]:
+        """The main metrics of ``self.benchmark``; all go to ``path`` as ``training.evaluate`` writes them."""
+        run = self._precision
         digest = on_main(lambda: digest_of(model, run.name, self.built.preprocess))
         results, remark = on_main(lambda: open_results(path, digest, folder_of(path)))
         if remark and self.world.is_main:

@@ -189,7 +189,7 @@ def _metric(run: History, name: str) -> tuple[list[float], list[float], list[flo
     lines = [line for line in run.evaluations if is_number(line.get(name))]
     known = [each for line in lines if (each := of_line(name, line, {})) is not None]
     low, high = ([each[end] for each in known] if len(known) == len(lines) else [] for end in (0, 1))
-    return [float(line["epoch"]) for line in lines], [float(line[name]) for line in lines], low, high
+    return [run.place(line) for line in lines], [float(line[name]) for line in lines], low, high
 
 
 def _density(histogram: Histogram) -> _Points:

@@ -47,9 +47,9 @@ class History:
     """One run. ``name``: of its folder. ``flags``: ``params.txt``. ``problems``: what could not be read.
 
     ``mfu``: step -> share, from TensorBoard. ``histograms``: column -> one for each epoch.
-    ``evaluations``: lines of ``eval_results.jsonl``, the last one of each epoch. ``tasks``: lines of the newest
-    file in ``eval_results/``, which is called ``tasks_file``. ``kept``: key of a set -> what its newest evaluation
-    has kept, and ``kept_at``: of which checkpoint that was.
+    ``evaluations``: lines of ``eval_results.jsonl`` by progress, of each part of the run those written last.
+    ``tasks``: lines of the newest file in ``eval_results/``, which is called ``tasks_file``. ``kept``: key of a
+    set -> what its newest evaluation has kept, and ``kept_at``: of which checkpoint that was.
     """
 
     folder: Path
@@ -69,6 +69,14 @@ class History:
     def done(self) -> bool:
         """Whether the run reached its end."""
         return (self.folder / "job.done").exists()
+
+    def place(self, line: Mapping[str, Any]) -> float:
+        """After how many epochs ``line`` of ``evaluations`` was measured, a fraction inside an epoch."""
+        epoch, step, steps = float(line["epoch"]), line.get("step"), self.log.steps_per_epoch
+        # A launch with another batch size has taken steps of another size, so that they say less than the epoch.
+        if steps and is_number(step) and epoch <= step / steps < epoch + 1:
+            return step / steps
+        return epoch
 
     @property
     def chosen(self) -> dict[str, str]:
@@ -103,9 +111,12 @@ def read_run(folder: Path) -> History:
     if not run.flags:
         run.problems.append("there is no params.txt, so flags are not known")
     _read_events(run)
-    results = _json_lines(folder / "eval_results.jsonl")
-    by_epoch = {line["epoch"]: line for line in results if is_number(line.get("epoch"))}
-    run.evaluations = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    for line in _json_lines(folder / "eval_results.jsonl"):
+        if is_number(line.get("epoch")):
+            # A launch that went back measures again what follows.
+            while run.evaluations and _progress(run.evaluations[-1]) >= _progress(line):
+                run.evaluations.pop()
+            run.evaluations.append(line)
     _read_tasks(run)
     _read_kept(run)
     return run
@@ -142,6 +153,12 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
                 if isinstance(value, dict):
                     found.append(value)
     return found
+
+
+def _progress(line: Mapping[str, Any]) -> tuple[float, float]:
+    """Complete epochs and steps; lines of other programs have no steps."""
+    step = line.get("step")
+    return line["epoch"], step if is_number(step) else 0
 
 
 def _read_tasks(run: History) -> None:

@@ -18,7 +18,7 @@ _PREFERRED = ("mean_recall@1", "acc1", "mean_average_precision")
 class MetricValue:
     """``value`` of the metric ``name``, with its 95 % interval where one is known.
 
-    ``epoch`` after which it was measured, and ``best``: the best value and its epoch, where it is another one.
+    ``epoch``: after how many it was measured. ``best``: the best value and its epoch, where it is another one.
     """
 
     name: str
@@ -46,8 +46,8 @@ def _newest(name: str, run: History) -> MetricValue | None:
         return None
     line, value = lines[-1], lines[-1][name]
     best = (min if lower_is_better(name) else max)(lines, key=lambda each: float(each[name]))
-    other = None if best[name] == value else (best[name], best["epoch"])
-    return MetricValue(name, value, of_line(name, line, run.kept), line["epoch"], other)
+    other = None if best[name] == value else (best[name], run.place(best))
+    return MetricValue(name, value, of_line(name, line, run.kept), run.place(line), other)
 
 
 def of_sets(runs: Sequence[History]) -> dict[str, list[MetricValue | None]]:

@@ -22,6 +22,8 @@ from training import predictions
 from training.evaluate import main, parser
 from training.evaluation.benchmark import program
 from training.evaluation.benchmark.sets import read_picture
+from training.models.saved import find_checkpoint
+from training.run_report.history import read_run
 
 NAMES = [f"{color} {shape}" for color, shape in zip(shards.COLORS, shards.SHAPES * 2)][:7]
 FLICKR = "retrieval/flickr_1k_test_image_text_retrieval"
@@ -461,3 +463,60 @@ def test_captions_are_as_long_as_they_were_in_the_run(tmp_path):
     assert built.context_length == 24 and built.tokenizer(["a"]).shape == (1, 24)
     assert built.description.model_cfg["text_cfg"]["context_length"] == 24
     assert torch.equal(built.module.positional_embedding, weights["positional_embedding"])
+
+
+@pytest.fixture(scope="module")
+def inside(place, one_thread, tmp_path_factory):
+    """``--iters`` -> the folder of a run of 5 steps per epoch, evaluated after each epoch and at its end."""
+    logs, sets = tmp_path_factory.mktemp("inside"), place[0] / "data"
+    line = f"--model {tiny_models.path('tiny-vit', logs)} --dataset-type synthetic --train-num-samples 10"
+    line += " --lr 1e-3 --batch-size 2 --epochs 4 --warmup 0 --workers 0 --precision fp32 --zeroshot-frequency 1"
+    line += f" --eval_data_dir {sets} --eval_tasks cifar10 --logs {logs}"
+    for iters in (3, 13):
+        assert training.main.main([*line.split(), "--iters", str(iters), "--name", str(iters)]) == 0
+    return {iters: logs / str(iters) for iters in (3, 13)}
+
+
+def test_an_evaluation_inside_an_epoch_is_called_after_its_step(place, inside, tmp_path, capsys):
+    run = inside[13]
+    files = {file.name for file in (run / "eval_results").glob("*.jsonl")}
+    assert files == {f"{stem}_eval_results.jsonl" for stem in ("epoch_1", "epoch_2", "step_13")}
+    kept = {file.parent.name for file in (run / "eval_results/predictions").glob("*/cifar10.npz")}
+    assert kept == {"epoch_1", "epoch_2", "step_13"}
+    own = [json.loads(text) for text in lines_in(run / "eval_results.jsonl")]
+    assert [(line["epoch"], line["step"]) for line in own] == [(1, 5), (2, 10), (2, 13)]
+    digests = set()
+    for stem in ("epoch_2", "step_13"):
+        given = ("--checkpoint", str(run / f"checkpoints/{stem}.pt"), "--tasks", "cifar10")
+        alone = tmp_path / f"{stem}.jsonl"
+        assert main(words(place[0], *given, "--out", str(alone))) == 0
+        assert lines_of(alone) == lines_of(run / f"eval_results/{stem}_eval_results.jsonl")
+        digests.add(lines_of(alone)["cifar10"]["digest"])
+        capsys.readouterr()
+        assert main(words(place[0], *given)) == 0
+        assert "1 of 1 sets have results of these weights already" in capsys.readouterr().err
+    assert len(digests) == 2
+
+    history = read_run(run)
+    assert [history.place(line) for line in history.evaluations] == [1, 2, 2.6]
+    assert (history.tasks_file, history.kept_at) == ("step_13_eval_results.jsonl", {"cifar10": "step_13"})
+
+
+def test_a_complete_run_is_evaluated_where_it_ended(place, inside, tmp_path, capsys):
+    """Inside an epoch too; of a run that is to go on it is the last epoch."""
+
+    def taken(run, *more):
+        given = ("--checkpoint", str(run), "--tasks", "cifar10", "--out", str(tmp_path / "o"), *more)
+        code = main(words(place[0], *given))
+        said = capsys.readouterr().err
+        return re.findall(r"the checkpoint is .*/(\w+\.pt)\n", said) if code == 0 else said
+
+    early, late = inside[3], inside[13]
+    assert taken(early) == taken(early / "checkpoints") == ["step_3.pt"]
+    assert find_checkpoint(str(early), None) == str(early / "checkpoints/step_3.pt")
+    assert taken(late) == ["step_13.pt"]
+    assert taken(late, "--epoch", "1") == ["epoch_1.pt"]
+    for run in (early, late):
+        (run / "job.done").unlink()
+    assert "it has no checkpoint, checkpoints/epoch_N.pt" in taken(early)
+    assert taken(late) == ["epoch_2.pt"]

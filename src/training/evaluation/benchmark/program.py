@@ -15,6 +15,7 @@ from typing import Any
 
 import open_clip
 
+from training.checkpoint import catalog
 from training.checkpoint.architecture import description_at
 from training.config.flags import ALL
 from training.config.model import brings_weights
@@ -90,6 +91,8 @@ def _evaluate(given: argparse.Namespace, chosen: Chosen, path: Path, config: Con
             _log.warning(remark)
         if done := len(catalog.found) - len(todo):
             _log.info("%d of %d sets have results of these weights already", done, len(catalog.found))
+        if Path(given.checkpoint).expanduser().is_dir():
+            _log.info("the checkpoint is %s", chosen.weights)
         _log.info("results go to %s", path)
 
     encoder = Encoder(
@@ -199,7 +202,10 @@ def _named(checkpoint: str, model: str, said: str) -> Chosen:
 
 
 def _of_run(folder: Path, epoch: int | None, said: str) -> Path:
-    """The checkpoint in a run's folder, or in its folder of checkpoints."""
+    """The checkpoint in a run's folder, or in its folder of checkpoints.
+
+    Without ``epoch`` it is where a complete run ended, also inside an epoch, and else the last epoch.
+    """
     inner = folder / "checkpoints"
     place = inner if inner.is_dir() else folder
     epochs = {int(found[1]): file for file in place.iterdir() if (found := _CHECKPOINT.fullmatch(file.name))}
@@ -208,12 +214,24 @@ def _of_run(folder: Path, epoch: int | None, said: str) -> Path:
             there = ", ".join(map(str, sorted(epochs))) or "none"
             raise ValueError(f"--epoch {epoch}: {said} has no epoch_{epoch}.pt; its epochs are {there}")
         return epochs[epoch]
+    if (place.parent / "job.done").exists() and (last := _inside_an_epoch(place)):
+        return last
     if epochs:
         return epochs[max(epochs)]
     latest = place / "epoch_latest.pt"
     if latest.is_file():
         return latest
     raise ValueError(f"{said}: it has no checkpoint, checkpoints/epoch_N.pt; give the folder of a run, or a file")
+
+
+def _inside_an_epoch(place: Path) -> Path | None:
+    """The newest of all checkpoints in ``place`` if it is a step_S.pt, with which ``--iters`` may end a run."""
+    if not any(place.glob("step_*.pt")):
+        return None  # without a look into files, of which each may be large
+    # epoch_latest.pt is the same once more, under a name that says less.
+    found = [each for each in catalog.contents(place)[0] if each.path.name != "epoch_latest.pt"]
+    newest = max(found, key=lambda each: each.order, default=None)
+    return newest.path if newest and newest.path.name.startswith("step_") else None
 
 
 def _folder_of_run(file: Path) -> Path | None:

@@ -12,7 +12,7 @@ from training.run_report.values import MetricValue
 
 def metrics(runs: Sequence[History]) -> str:
     """The newest values of each run, and those of the sets in ``eval_results/``."""
-    last = [run.evaluations[-1]["epoch"] if run.evaluations else None for run in runs]
+    last = [run.place(run.evaluations[-1]) if run.evaluations else None for run in runs]
     rows = [
         (breakable(name), *(_cell(found, epoch) for found, epoch in zip(each, last)))
         for name, each in values.evaluated(runs).items()
