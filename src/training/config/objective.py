@@ -291,6 +291,11 @@ def _state_bound(given: Given, spec: LossSpec) -> float | None:
     return bound
 
 
+def fastclip_loss(scheme: str) -> str:
+    """The loss that ``--fastclip`` asks for with the temperature scheme ``scheme``."""
+    return "fastclip_individual" if scheme == "individual_learnable" else "fastclip"
+
+
 def _implied_losses(given: Given, scheme: str) -> dict[str, str]:
     """The losses that published flags ask for: loss name -> flag."""
     implied = {}
@@ -304,7 +309,7 @@ def _implied_losses(given: Given, scheme: str) -> dict[str, str]:
     if given.siglip:
         implied["siglip"] = "--siglip"
     if given.fastclip:
-        implied["fastclip_individual" if scheme == "individual_learnable" else "fastclip"] = "--fastclip"
+        implied[fastclip_loss(scheme)] = "--fastclip"
     return implied
 
 

@@ -121,9 +121,12 @@ def build_trainer(
 def describe(config: Config, world: World) -> str:
     """One line for the log: the loss, the ranks, the precision, the batch size and the optimizer."""
     margins = " with reference margins" if "ref" in config.reference.usage else ""
+    # The report reads it here: a loss that a program of its own registers is in no registry there.
+    scale = ", without a temperature" if config.loss.spec.temperature == "none" else ""
     micro = f" in {config.run.accum_freq} micro-batches" if config.run.accum_freq > 1 else ""
     return (
-        f"loss {config.loss.name} ({config.loss.decided_by}){margins}; {world.world_size} x {world.device.type}, "
+        f"loss {config.loss.name} ({config.loss.decided_by}){margins}{scale}; "
+        f"{world.world_size} x {world.device.type}, "
         f"{config.run.precision}, {config.run.batch_size} samples per rank and step{micro}; "
         f"{config.optim.optimizer}"
     )

@@ -47,10 +47,10 @@ def _training(runs: Sequence[History]) -> Iterator[Chart]:
         title = "Loss" if name == total else name.replace("_", " ").capitalize()
         yield _of_log(runs, name, title, "", smooth=True)
 
-    def tau(x: list[float], y: list[float]) -> _Points:
-        return [a for a, b in zip(x, y) if b > 0], [1 / b for b in y if b > 0]
-
-    yield _of_log(runs, "scale", "Temperature τ", "", tau, note="1 / logit scale")
+    tau = [*_lines(runs, lambda run: run.temperatures)]
+    own = any(run.log.series("mean_tau")[0] for run in runs)
+    note = "mean of a batch where each sample has its own, else 1 / logit scale" if own else "1 / logit scale"
+    yield Chart("scale", "Temperature τ", "", tau, marks=_marks(runs), note=note)
     yield Chart("gamma", "Weight γ of new estimates of u", "", [*_lines(runs, _gamma)])
     yield _of_log(runs, "lr", "Learning rate", "")
     yield _of_log(runs, "lr_tau", "Learning rate of τ", "")
@@ -135,12 +135,10 @@ def _of_log(
     name: str,
     title: str,
     unit: str,
-    change: Callable[[list[float], list[float]], _Points] = lambda x, y: (x, y),
     smooth: bool = False,
-    note: str = "",
 ) -> Chart:
-    series = [*_lines(runs, lambda run: change(*run.log.series(name)))]
-    return Chart(name.replace("_", "-"), title, unit, series, marks=_marks(runs), note=note, smooth=smooth)
+    series = [*_lines(runs, lambda run: run.log.series(name))]
+    return Chart(name.replace("_", "-"), title, unit, series, marks=_marks(runs), smooth=smooth)
 
 
 def _lines(runs: Sequence[History], points: Callable[[History], _Points]) -> Iterator[Series]:

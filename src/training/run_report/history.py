@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from drrho_clip.losses.registry import LOG_U, TAU
+from drrho_clip.losses import registry
+from drrho_clip.losses.registry import LOG_U, TAU, LossSpec
 from training.config.flags import ALL
 from training.config.given import frozen
+from training.config.objective import fastclip_loss
 from training.predictions import FOLDER, Kept, load
 from training.run_report import log_file
 from training.run_report.log_file import LogLines
@@ -86,6 +88,25 @@ class History:
             for key, value in self.flags.items()
             if key not in ALL or str(frozen(ALL[key].default)) != value
         }
+
+    @property
+    def loss(self) -> LossSpec | None:
+        """The registry's entry of ``--loss`` or ``--fastclip``; None: neither was given, or it is not there."""
+        name = self.flags.get("loss", "None")
+        if name == "None" and self.flags.get("fastclip") == "True":
+            name = fastclip_loss(self.flags.get("temperature_scheme", ""))
+        return registry.get(name) if name in registry.names() else None
+
+    @property
+    def temperatures(self) -> tuple[list[float], list[float]]:
+        """Epochs and τ: the mean of a batch where each sample has its own, else the model's; empty: none."""
+        own = self.log.series("mean_tau")
+        if own[0]:
+            return own
+        if self.log.no_temperature or (self.loss is not None and self.loss.temperature != "model"):
+            return [], []  # the model's is in the log all the same, and the loss does not use it
+        found = [(x, 1 / scale) for x, scale in zip(*self.log.series("scale")) if scale > 0]
+        return [x for x, _ in found], [tau for _, tau in found]
 
 
 def read_run(folder: Path) -> History:

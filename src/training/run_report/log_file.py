@@ -21,11 +21,13 @@ _FIELDS = {
     "lr": rf"\bLR: {_NUMBER}",
     "lr_tau": rf"LR_tau: {_NUMBER}",
     "scale": rf"Logit Scale: {_NUMBER}",
+    "mean_tau": rf"Mean_tau: {_NUMBER}",
 }
 _LOSS = re.compile(rf"(\w+): {_NUMBER} \({_NUMBER}\)")
 _EPOCH_SIZE = re.compile(r"an epoch has (\d+) samples in (\d+) steps of (\d+)")
 _RESUMED = re.compile(r"resumed (.*): (\d+) epochs, (\d+) steps$")
 _RANKS = re.compile(r"loss .*; (\d+) x (\w+), ")
+_NO_TEMPERATURE = ", without a temperature; "
 _SPEED = re.compile(r"epoch (\d+): \S+ samples/s, .*?([\d.]+)% of the cards' peak \(MFU\)")
 _LEFT_OUT = re.compile(r"(?:^|, )(\d+) ([a-z][a-z ]*?) \(e\.g\. ")
 _LEFT_OUT_LINE = "samples left out since the last epoch: "
@@ -82,7 +84,7 @@ class LogLines:
 
     ``points``: of steps that were taken again, the later ones. ``left_out``: after which epoch -> reason ->
     samples; ``examples``: reason -> one of them. ``mfu``: (epoch, share). ``notes``: warnings and errors with the
-    number of times they came, without what differs between them.
+    number of times they came, without what differs between them. ``no_temperature``: the loss has none.
     """
 
     points: list[Point] = field(default_factory=list)
@@ -92,6 +94,7 @@ class LogLines:
     mfu: dict[float, float] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     steps_per_epoch: int = 0
+    no_temperature: bool = False
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Epochs and values of ``name``, where it was logged."""
@@ -155,6 +158,7 @@ def _read_line(found: LogLines, time: datetime, level: str, text: str) -> None:
         launch.hardware = text.removeprefix("hardware: ")
     elif match := _RANKS.match(text):
         launch.ranks, launch.device = int(match[1]), match[2]
+        found.no_temperature = _NO_TEMPERATURE in text
     elif match := _SPEED.match(text):
         found.mfu[int(match[1]) + 1.0] = float(match[2]) / 100
     elif text.startswith(_LEFT_OUT_LINE):

@@ -100,6 +100,7 @@ def _overview(runs: Sequence[History], price: float | None) -> str:
         hours = sum(launch.seconds * launch.ranks for launch in log.launches) / 3600
         kind = "GPU" if any(launch.device == "cuda" for launch in log.launches) else "process"
         last = log.points[-1] if log.points else None
+        _, tau = run.temperatures
         state = "complete" if run.done else f"last line {log.launches[-1].end}" if log.launches else "not begun"
         lines = {
             "State": state,
@@ -107,7 +108,7 @@ def _overview(runs: Sequence[History], price: float | None) -> str:
             "Model": run.flags.get("model", ""),
             "Epochs": f"{last.x:.2f} of {run.flags.get('epochs', '?')}" if last else "0",
             "Loss": written(last.values["loss"]) if last and "loss" in last.values else "",
-            "Temperature τ": written(1 / last.values["scale"]) if last and last.values.get("scale") else "",
+            "Temperature τ": written(tau[-1]) if tau else "",
             "Begun": str(log.launches[0].start) if log.launches else "",
             "Time": f"{duration(spent)} in {len(log.launches)} launch{'es' * (len(log.launches) != 1)}",
             "Hardware": next((each.hardware for each in reversed(log.launches) if each.hardware), "")
