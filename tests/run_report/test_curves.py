@@ -12,8 +12,10 @@ import pytest
 from drrho_clip.losses import registry
 from drrho_clip.losses.interface import Loss, LossInputs, LossOutput
 from training import report as program
+from training.run_report.curves import charts
+from training.run_report.history import read_run
 
-COMMON = "--log-every-n-steps 1 --gamma 0.5 --gamma_decay_epochs 2"
+COMMON = "--log-every-n-steps 1 --gamma 0.5 --gamma_schedule cosine --gamma_decay_epochs 2"
 
 
 class Alignment(Loss):
@@ -75,3 +77,24 @@ def test_a_loss_without_a_temperature_shows_none(lab, tmp_path, monkeypatch):
     for page in pages:
         assert drawn(page, "loss") and overview(page, "Loss")
         assert drawn(page, "scale") == [] and overview(page, "Temperature τ") == []
+
+
+@pytest.mark.parametrize(
+    "flags, has_gamma",
+    [
+        ("--fastclip", True),
+        ("--fastclip --temperature_scheme individual_learnable", True),
+        ("--loss fastclip", True),
+        ("--loss fastclip_individual", True),
+        ("", False),
+        ("--loss clip", False),
+        ("--siglip", False),
+    ],
+)
+def test_gamma_is_shown_where_the_loss_takes_it(lab, flags, has_gamma):
+    run = lab.run(lab.words(f"{COMMON} {flags}"))
+    assert run.code == 0
+    lines = next((chart.series for chart in charts([read_run(run.folder)], []) if chart.key == "gamma"), [])
+    # A cosine from 1 in the first epoch to --gamma after --gamma_decay_epochs, in steps of an epoch.
+    expected = [([0, 1, 1, 2], pytest.approx([1, 1, 0.75, 0.75]))]
+    assert [(line.x, line.y) for line in lines] == expected * has_gamma

@@ -165,7 +165,7 @@ def _same(runs: Sequence[History], a: str, b: str) -> bool:
 def _gamma(run: History) -> _Points:
     """From the flags, for the epochs that the log is about."""
     epochs = math.ceil(run.log.points[-1].x) if run.log.points else 0
-    if run.flags.get("fastclip") != "True":
+    if run.loss is None or not run.loss.takes("gamma"):
         return [], []
     with suppress(KeyError, ValueError):
         final, schedule = float(run.flags["gamma"]), run.flags["gamma_schedule"]
