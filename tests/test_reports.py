@@ -155,6 +155,19 @@ def test_without_an_account_a_run_is_recorded_for_later(tmp_path, wandb, server,
     assert len(recorded(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("model, beta2, eps", [("ViT-B-32", 0.98, 1e-6), ("RN50", 0.999, 1e-8)])
+def test_w_and_b_knows_the_optimizers_defaults(tmp_path, wandb, monkeypatch, model, beta2, eps):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    told, init = {}, wandb.init
+    monkeypatch.setattr(
+        wandb, "init", lambda *, config, **given: told.update(config) or init(config=config, **given)
+    )
+    with start(tmp_path, "--report-to", "wandb", "--model", model) as log:
+        log.done()
+    values = [told[key] for key in ("lr", "lr_tau", "beta1", "beta2", "eps")]
+    assert values == [5e-4, 5e-4, 0.9, beta2, eps]
+
+
 def test_a_run_that_cannot_be_recorded_goes_on(tmp_path, wandb, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "a").mkdir()

@@ -246,7 +246,7 @@ class WandbWriter(Writer):
             name=self._name,
             id=re.sub(r"[^\w.-]", "-", self._name)[-128:],  # W&B: at most 128 characters, no / \ # ? % :
             notes=config.run.wandb_notes,
-            config={name: _plain(value) for name, value in config.flags.items()},
+            config={name: _plain(value) for name, value in config.recorded_flags.items()},
             dir=self._path,
             resume=self._resume,
             mode=mode,

@@ -57,6 +57,15 @@ def test_params_are_sorted_names_and_values(tmp_path):
     assert lines == sorted(lines) and len(lines) >= 132
 
 
+@pytest.mark.parametrize("model, beta2, eps", [("ViT-B-32", 0.98, 1e-6), ("RN50", 0.999, 1e-8)])
+def test_params_hold_the_optimizers_defaults(tmp_path, model, beta2, eps):
+    """As OpenCLIP's do; the published code's rate of the temperature is the model's unless it is given."""
+    folder = start(config_of(tmp_path, "--model", model, "--fastclip", "--data_size", "8"))
+    held = dict(line.split(": ", 1) for line in (folder.path / "params.txt").read_text().splitlines())
+    values = [float(held[key]) for key in ("lr", "lr_tau", "beta1", "beta2", "eps")]
+    assert values == [5e-4, 5e-4, 0.9, beta2, eps]
+
+
 def test_a_second_run_into_the_folder_is_refused_with_the_choices(tmp_path):
     folder = start(config_of(tmp_path, "--name", "a"))
     for mark in (folder.checkpoints / "epoch_1.pt", folder.done):

@@ -317,6 +317,17 @@ def test_flags_are_kept_as_they_were_given():
     assert (c.flags["lr_tau"], c.flags["lr"], c.flags["precision"]) == (-1.0, None, "amp_bfloat16")
 
 
+@pytest.mark.parametrize("model, beta2, eps", [("ViT-B-32", 0.98, 1e-6), ("RN50", 0.999, 1e-8)])
+def test_flags_are_recorded_with_the_optimizers_defaults(model, beta2, eps):
+    """CLIP's, as OpenCLIP fills them in before it writes params.txt."""
+    c = config(f"{DATA} --model {model} --fastclip --data_size 8")
+    filled = {"lr": 5e-4, "lr_tau": 5e-4, "beta1": 0.9, "beta2": beta2, "eps": eps}
+    assert c.recorded_flags == {**c.flags, **filled}
+    given = config(f"{DATA} --model {model} --lr 1e-3 --lr_tau 0 --beta1 0.8 --beta2 0.9 --eps 1e-7")
+    assert given.recorded_flags == given.flags
+    assert config(f"{DATA} --lr 1e-3").recorded_flags["lr_tau"] == 1e-3
+
+
 def test_every_flag_reaches_the_configuration():
     # Refused flags reach nothing; these are resolved into other fields.
     resolved = {"loss", "siglip", "fastclip", "config_file", "distill_model", "distill_pretrained"}

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support import evalsets, shards
@@ -104,13 +105,32 @@ def test_what_the_page_says(page, runs):
     ):  # fmt: skip
         assert words in text, words
     differing = text[text.index("Flags that differ") : text.index("All chosen flags")]
-    assert set(re.findall(r">--(\w+)<", differing)) == {"lr", "name"}
+    assert set(re.findall(r">--(\w+)<", differing)) == {"lr", "lr_tau", "name"}
     (loss,) = re.findall(r'<figure id="loss">.*?<script type="application/json">(.*?)</script>', text, re.S)
     drawn = json.loads(loss)["series"]
     for series, folder in zip(drawn, runs):
         logged = re.findall(r" Loss: ([-\d.e]+)", (folder / "out.log").read_text())
         assert series["name"] == folder.name
         assert series["y"] == pytest.approx([float(value) for value in logged], rel=1e-4)
+
+
+def test_models_whose_optimizers_have_other_defaults_differ(lab, tmp_path):
+    folders = []
+    for model in ("vit", "resnet"):
+        run = lab.run(lab.words(f"--epochs 1 --model @{model}"))
+        assert run.code == 0
+        given = torch.load(run.folder / "checkpoints/epoch_1.pt", weights_only=True)["flags"]
+        assert (given["beta2"], given["lr_tau"]) == ("None", "-1.0")  # what a resumed run compares with
+        folders.append(run.folder)
+    assert program.main([*map(str, folders), "--out", str(tmp_path / "page.html"), "--seconds", "0"]) == 0
+    text = (tmp_path / "page.html").read_text()
+    differing, chosen = text[text.index("Flags that differ") :].split("All chosen flags")
+    rows = {
+        name: re.findall("<td[^>]*>(.*?)</td>", row) for name, row in re.findall(r">--(\w+)<(.*?)</tr>", differing)
+    }
+    assert set(rows) == {"beta2", "eps", "model", "name"}
+    assert [list(map(float, rows[key])) for key in ("beta2", "eps")] == [[0.98, 0.999], [1e-6, 1e-8]]
+    assert "--lr<" in chosen and not re.search(r"--(lr_tau|beta1|beta2|eps)<", chosen)  # these are the defaults
 
 
 def test_metrics_have_intervals(page, runs):

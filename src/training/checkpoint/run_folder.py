@@ -1,7 +1,7 @@
 """A run's folder, ``LOGS/NAME/``: which one this run uses, and what is written there at the start.
 
     out.log              the log (``--log-local``: ``out-RANK.log``, one per node)
-    params.txt           every flag, ``name: value``, sorted
+    params.txt           every flag, ``name: value``, sorted, with the optimizer's defaults for the model filled in
     launch.json          which job and which launcher started the run, so that a restart finds its folder
     run.lock             while a run writes here: which one (``run_lock``)
     checkpoints/         epoch_N.pt
@@ -143,7 +143,7 @@ def _fill(folder: RunFolder, config: Config) -> None:
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     folder.done.unlink(missing_ok=True)  # left by an earlier part of the run, and this one has not reached its end
     (folder.path / "params.txt").write_text(
-        "".join(f"{name}: {value}\n" for name, value in sorted(config.flags.items())),
+        "".join(f"{name}: {value}\n" for name, value in sorted(config.recorded_flags.items())),
         encoding="utf-8",
         errors="backslashreplace",  # paths need not be text
     )

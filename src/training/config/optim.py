@@ -63,15 +63,20 @@ IDLE = (
 )
 
 
+def optimizer_defaults(model: str) -> dict[str, float]:
+    """CLIP's defaults for ``model``: ``lr``, ``beta1``, ``beta2`` and ``eps``."""
+    vit = is_vit(model)
+    return {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98 if vit else 0.999, "eps": 1e-6 if vit else 1e-8}
+
+
 def resolve_optimizer(given: Given) -> OptimConfig:
     """The ``OptimConfig`` of the flags, with CLIP's defaults for the model.
 
     A negative ``--lr_tau`` becomes the model's rate. Refusal: Nesterov without momentum.
     """
-    vit = is_vit(given.model)
-    defaults = {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98 if vit else 0.999, "eps": 1e-6 if vit else 1e-8}
     chosen = {
-        key: default if given.values[key] is None else given.values[key] for key, default in defaults.items()
+        key: default if given.values[key] is None else given.values[key]
+        for key, default in optimizer_defaults(given.model).items()
     }
     if given.optimizer == "nesterov" and given.momentum == 0:
         raise Refusal(

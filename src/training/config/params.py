@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from training.config import cache, data, evaluation, model, objective, optim, reference, run
@@ -32,8 +32,9 @@ GROUPS = (run, objective, reference, cache, data, optim, model, evaluation)  # i
 class Config:
     """The complete configuration of a run.
 
-    ``flags`` holds the value of every flag as given, for ``params.txt``. ``remarks`` are sentences for the log,
-    about flags that have no effect in this combination. Remarks that depend on the device come from the trainer.
+    ``flags`` holds the value of every flag as given, which a resumed run compares with those of its checkpoint.
+    ``remarks`` are sentences for the log, about flags that have no effect in this combination. Remarks that depend
+    on the device come from the trainer.
     """
 
     data: DataConfig
@@ -48,6 +49,11 @@ class Config:
     distributed: DistributedConfig
     flags: Mapping[str, Any]
     remarks: tuple[str, ...] = ()
+
+    @property
+    def recorded_flags(self) -> dict[str, Any]:
+        """``flags`` with the optimizer's values as they act, by which runs are compared: params.txt and W&B."""
+        return {**self.flags, **asdict(self.optim)}
 
     @property
     def trains(self) -> bool:

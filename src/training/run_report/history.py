@@ -19,6 +19,7 @@ from drrho_clip.losses.registry import LOG_U, TAU, LossSpec
 from training.config.flags import ALL
 from training.config.given import frozen
 from training.config.objective import fastclip_loss
+from training.config.optim import optimizer_defaults
 from training.predictions import FOLDER, Kept, load
 from training.run_report import log_file
 from training.run_report.log_file import LogLines
@@ -83,10 +84,12 @@ class History:
     @property
     def chosen(self) -> dict[str, str]:
         """The flags whose values are not their defaults."""
+        model = self.flags.get("model", ALL["model"].default)
+        filled = {**optimizer_defaults(model), "lr_tau": self.flags.get("lr")}  # None and -1 in older params.txt
         return {
             key: value
             for key, value in self.flags.items()
-            if key not in ALL or str(frozen(ALL[key].default)) != value
+            if key not in ALL or value not in (str(frozen(ALL[key].default)), str(filled.get(key)))
         }
 
     @property
