@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 from functools import partial
 
@@ -20,6 +21,7 @@ from tests.support.ranks import ranks
 from training import predictions
 from training.checkpoint.run_folder import RunFolder, choose_folder
 from training.config.params import parse
+from training.distributed.collectives import on_main
 from training.distributed.process_group import World
 from training.evaluation.benchmark.sets import read_picture
 from training.evaluation.evaluate import open_evaluation, open_sets
@@ -84,7 +86,8 @@ def open_picture(data: bytes) -> Image.Image:
 def run_evaluation(config, built: BuiltModel, world=MAIN, epoch=0, **options):
     """A whole evaluation, as the trainer does it. Returns the metrics."""
     with open_run(config, world, choose_folder(config, world)) as log:
-        return open_evaluation(built, config, world, log, open_sets(config))(built.module, epoch, **options)
+        sets = on_main(lambda: open_sets(config))
+        return open_evaluation(built, config, world, log, sets)(built.module, epoch, **options)
 
 
 def on_rank(config, weights=None):
@@ -194,6 +197,20 @@ def test_two_ranks_report_what_one_does(data, trained, tmp_path, limit):
     assert next(ranked) == next(ranked)  # two ranks have them in another order
     assert all(read_picture(two.pictures[i]) == picture_of(text) for i, text in two.captions.items())
     assert len((tmp_path / "two" / "run" / "eval_results.jsonl").read_text().splitlines()) == 1
+
+
+def test_two_ranks_share_a_folder_without_prompts_of_its_own(data, trained, tmp_path):
+    """open_clip's prompts are functions without a name, and rank 0 sends what it has opened to the others."""
+    names = [f"{shards.COLORS[c]}_thing" for c in range(CLASSES)]
+    plain = (*data[:2], write_folders(tmp_path / "plain", names, PER_CLASS))
+    config = config_of(plain, tmp_path / "two")
+    opened = open_sets(config)["imagenet"]
+    prompts = [template("red thing") for template in pickle.loads(pickle.dumps(opened)).templates]
+    assert prompts == [template("red thing") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    alone = run_evaluation(config_of(plain, tmp_path / "one"), trained)
+    torch.save(trained.module.state_dict(), tmp_path / "weights.bin")
+    both = ranks(2).run(on_rank, config, tmp_path / "weights.bin")
+    assert both[0] == both[1] == pytest.approx(alone, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["amp_bf16", "pure_bf16"])

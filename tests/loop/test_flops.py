@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import open_clip
 import pytest
 import torch
@@ -43,6 +45,33 @@ def test_a_step_counts_the_reference_and_the_scores_of_a_selection():
     assert step_flops(chosen, batch) == pytest.approx(scores + 0.25 * own + others)
     assert Utilization(1e9).of(plain, batch, 50.0) == pytest.approx(50.0 * own / 1e9)
     assert Utilization(None).of(plain, batch, 50.0) is None
+
+
+def test_a_model_with_batch_norm_is_counted_on_one_sample_and_stays_as_it_is():
+    """Its last map is 1 x 1, of which one sample has no statistics; synchronized ones refuse the meta device."""
+    file = Path(__file__).parents[2] / "assets" / "models" / "study-small.json"
+    open_clip.add_model_config(file)
+    model = open_clip.create_model(file.stem, load_weights=False, output_dict=True).train()
+    image, text = torch.zeros(8, 3, 32, 32), torch.zeros(8, 8, dtype=torch.int64)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = training_flops(model, image, text)
+    assert plain > 1e6 and all(module.training for module in model.modules())
+    for synchronized in (False, True):
+        if synchronized:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        assert training_flops(model, image, text) == plain
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_cannot_be_counted_is_told_once_and_has_no_utilization(caplog):
+    target = build("drrho")
+    task = make_task(target, make_loss("drrho"), "clip")
+    target.encode_image = lambda *given, **more: torch.zeros(1).item() / 0
+    used = Utilization(1e12)
+    assert [used.of(task, make_batch(), 50.0) for _ in range(2)] == [None, None]
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "no MFU is reported, because the model's operations could not be counted"
+    ]
 
 
 @pytest.mark.parametrize(

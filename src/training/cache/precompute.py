@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 BLOCK = 512  # rows of a csv file that are one unit of work
 PART_BYTES = 2**28
 PART_SECONDS = 600.0  # captions have so few bytes that 256 MB of them are the work of an hour
-MEET_SECONDS = 300.0  # between two exchanges of the ranks, in which one may wait for the others 30 minutes at most
+MEET_SECONDS = 300.0  # between two exchanges of the ranks, in which one may wait for the others two hours at most
 UNREADABLE = "unreadable shard"  # as ``shards.read_shard`` reports it
 # The row of a table is wrong, or its picture is gone. Other errors are of the machine, and may pass.
 _NO_PICTURE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)

@@ -95,7 +95,7 @@ class PowerSGD:
         if at in memory:
             self._before[at] = memory[at].clone()
         future = powerSGD_hook.powerSGD_hook(self._state, _AsMatrices(bucket))  # type: ignore[arg-type]
-        if bucket.buffer().device.type == "cpu":
+        if bucket.buffer().device.type == "cpu" or dist.get_backend() == "gloo":
             # gloo's threads start what follows whenever they can, and ranks must not mix up their buckets. NCCL's
             # collectives are queued here and now, in order.
             future.wait()

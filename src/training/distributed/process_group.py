@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,11 @@ from training.config.run import DistributedConfig
 from training.distributed import devices, launcher, rendezvous
 from training.distributed.collectives import Group
 from training.distributed.launcher import LaunchedRank
-from training.distributed.rendezvous import TIMEOUT, OwnRefusal
+from training.distributed.rendezvous import OwnRefusal
 
 _CPU = torch.device("cpu")
+# Above all limits of the watchdog, which names the rank that the others wait for (``--step_timeout`` up to 1800).
+_COLLECTIVE = timedelta(hours=2)
 _NO_CONNECTION = re.compile(r"connectFullMesh|makeDeviceFor|resolve hostname|no available network interface", re.I)
 
 
@@ -97,7 +100,7 @@ def own_group() -> Group:
     """
     if not dist.is_initialized():
         return None
-    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=_COLLECTIVE)
     assert isinstance(group, dist.ProcessGroup)  # every rank is a member of it
     return group
 
@@ -123,7 +126,7 @@ def _start_group(place: LaunchedRank, device: torch.device, config: DistributedC
             store=store,
             rank=place.rank,
             world_size=place.world_size,
-            timeout=TIMEOUT,
+            timeout=_COLLECTIVE,
             device_id=device if "nccl" in backend else None,
         )
     except RuntimeError as error:

@@ -302,11 +302,21 @@ def read_classnames(path: Path, said: str) -> list[str] | None:
 def read_templates(path: Path, said: str) -> Sequence[Callable[[str], str]]:
     file = path / TEMPLATES
     if not file.is_file():
-        return OPENAI_IMAGENET_TEMPLATES
+        return [_OpenaiTemplate(number) for number in range(len(OPENAI_IMAGENET_TEMPLATES))]
     lines = [(number, line) for number, line in enumerate(read_lines(file, said), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{said}: {TEMPLATES} has no prompts; write one per line, or remove it")
     return [template(line.strip(), f"{said}: line {number} of {TEMPLATES}, {line!r},") for number, line in lines]
+
+
+@dataclass(frozen=True)
+class _OpenaiTemplate:
+    """One of open_clip's templates by its number: they are lambdas, which cannot be sent to another rank."""
+
+    number: int
+
+    def __call__(self, name: str) -> str:
+        return OPENAI_IMAGENET_TEMPLATES[self.number](name)
 
 
 def template(line: str, said: str) -> Callable[[str], str]:

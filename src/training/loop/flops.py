@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from drrho_clip.batch import Batch
 from drrho_clip.reference import Reference
 from training.loop.task import Task
 
+_log = logging.getLogger(__name__)
 _VISUAL = "visual."
 # Dense bfloat16 and float16 operations per second by the vendor's data sheet; TF32, which float32 uses, has half.
 _PEAKS = {
@@ -88,11 +91,19 @@ class Utilization:
     _per_sample: float | None = None
 
     def of(self, task: Task, batch: Batch, rate: float) -> float | None:
-        """The utilization at ``rate`` samples of such batches per second and GPU. The first call counts."""
+        """The utilization at ``rate`` samples of such batches per second and GPU. The first call counts.
+
+        None: the card is not known, or the model's operations cannot be counted, which is said once.
+        """
         if self.peak is None:
             return None
         if self._per_sample is None:
-            self._per_sample = step_flops(task, batch)
+            try:
+                self._per_sample = step_flops(task, batch)
+            except Exception as error:  # models of others do what they like, and a run does not end for a figure
+                self.peak = None
+                _log.warning("no MFU is reported, because the model's operations could not be counted: %r", error)
+                return None
         return rate * self._per_sample / self.peak
 
 
@@ -105,10 +116,28 @@ def _count(module: nn.Module, image: Tensor, text: Tensor) -> tuple[float, float
     dtype = next(module.parameters()).dtype
     picture = torch.empty(1, *image.shape[1:], dtype=dtype, device="meta")
     caption = torch.empty(1, *text.shape[1:], dtype=text.dtype, device="meta")
-    with torch.no_grad(), _no_fused_attention_block(), FlopCounterMode(display=False) as counter:
+    with (
+        torch.no_grad(),
+        _no_batch_statistics(module),
+        _no_fused_attention_block(),
+        FlopCounterMode(display=False) as counter,
+    ):
         functional_call(module, state, (picture, caption))
     visual = sum(counter.get_flop_counts().get(f"{type(module).__name__}.visual", {}).values())
     return float(visual), float(counter.get_total_flops() - visual)
+
+
+@contextmanager
+def _no_batch_statistics(module: nn.Module) -> Iterator[None]:
+    """One sample has none where its map is 1 x 1, and synchronized ones are not for the meta device."""
+    training = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    for norm in training:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in training:
+            norm.train()
 
 
 @contextmanager
