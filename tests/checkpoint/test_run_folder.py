@@ -327,3 +327,33 @@ def test_a_new_agent_of_the_same_torchrun_job_goes_on_in_the_folder_that_the_nam
     folder.done.write_text("")
     with pytest.raises(ValueError, match="already holds a run"):
         choose_folder(config, MAIN)
+
+
+def create_on_node(folder, *flags):
+    """Each rank is a node of its own, which has ``logs`` in ``folder`` or in a folder of its own."""
+    rank = int(os.environ["RANK"])
+    place = folder / f"{rank}" if folder.name == "own" else folder
+    place.mkdir(parents=True, exist_ok=True)
+    before = os.getcwd()
+    os.chdir(place)
+    try:
+        config = config_of("logs", "--name", "a", "--data_size", "8", *flags)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("training.checkpoint.run_folder._PAUSE", 0.01)
+            start(config, World(rank, 0, 2, 1, torch.device("cpu")))
+    except ValueError as error:
+        return str(error)
+    finally:
+        os.chdir(before)
+    return sorted(path.name for path in (place / "logs" / "a").glob("*"))
+
+
+def test_nodes_that_keep_parts_of_checkpoints_must_share_the_folder(tmp_path):
+    """Else a run would train to its end, and none of its checkpoints be complete."""
+    keeps = "--fastclip", "--gamma", "0.5"
+    for refused in ranks(2).run(create_on_node, tmp_path / "own", *keeps):
+        assert refused.startswith("--logs logs: what rank 0 has written there is not seen on ")
+    first, second = ranks(2).run(create_on_node, tmp_path / "shared", *keeps)
+    assert first == second and not any(name.startswith(".shared") for name in first)
+    plain = tmp_path / "plain" / "own"
+    assert ranks(2).run(create_on_node, plain)[0] == first, "OpenCLIP's checkpoints are rank 0's alone"

@@ -25,6 +25,7 @@ import os
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,10 +35,12 @@ from typing import Any
 from training.checkpoint.catalog import FETCHED, newest_time
 from training.checkpoint.run_lock import Held, Holder, RunLock, living_holder
 from training.config.params import Config
-from training.distributed.collectives import broadcast_object, gather_object, node_main_first
+from training.distributed.collectives import broadcast_object, gather_object, node_main_first, on_main
 from training.distributed.process_group import World
 from training.files import replacing
 
+_LOOKS, _PAUSE = 20, 1.0  # for what another node has written: how often, and seconds between
+_SHOWN = 8  # nodes named one by one
 _RUN_ID = "TORCHELASTIC_RUN_ID"
 _COUNTERS = {"slurm": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
 
@@ -127,7 +130,8 @@ def claim_folder(config: Config, world: World) -> Iterator[RunFolder]:
 def create_folder(folder: RunFolder, config: Config, world: World) -> None:
     """Create the folder on rank 0 (``--log-local``: on every node), and write what is known at the start.
 
-    All ranks call it together. ValueError on the rank that cannot write there, PeerFailed on the others.
+    All ranks call it together. ValueError on the rank that cannot write there, PeerFailed on the others; on all
+    ranks, where nodes keep parts of a checkpoint and one does not see what rank 0 wrote.
     """
     with node_main_first():
         try:
@@ -137,6 +141,37 @@ def create_folder(folder: RunFolder, config: Config, world: World) -> None:
                 folder.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--logs {config.run.logs}: the run's folder cannot be written ({error})") from error
+    if config.trains and config.loss.state_columns and world.world_size > world.local_world_size:
+        _check_shared(folder, config, world)
+
+
+def _check_shared(folder: RunFolder, config: Config, world: World) -> None:
+    """ValueError on all ranks: a node does not see what rank 0 writes. It would be found at the first save."""
+
+    def make() -> Path:
+        mark = folder.path / f".shared-{uuid.uuid4().hex}"  # never looked up before, so that no cache denies it
+        mark.touch()
+        return mark
+
+    mark = on_main(make)
+    blind = None if not world.is_local_main or _appears(mark) else socket.gethostname()
+    hosts = [host for host in gather_object(blind) if host is not None]
+    if world.is_main:
+        mark.unlink(missing_ok=True)
+    if hosts:
+        raise ValueError(
+            f"--logs {config.run.logs}: what rank 0 has written there is not seen on {', '.join(hosts[:_SHOWN])}; "
+            "every node writes its part of the sample state into a checkpoint: give a folder that all nodes share"
+        )
+
+
+def _appears(path: Path) -> bool:
+    """Whether ``path`` can be seen, which may take a network's file system a while."""
+    for _ in range(_LOOKS):
+        if path.exists():
+            return True
+        time.sleep(_PAUSE)
+    return False
 
 
 def _fill(folder: RunFolder, config: Config) -> None:
