@@ -44,7 +44,8 @@ def test_folder_names_become_class_names(tmp_path):  # the rest of such folders:
     found = open_set(write_folders(tmp_path, ["tabby_cat", "dog", "ant"], pictures=2), "--imagenet-val")
     assert found.classnames == ["ant", "dog", "tabby cat"]
     assert [p.label for p in found.pictures] == [0, 0, 1, 1, 2, 2]
-    assert found.templates is OPENAI_IMAGENET_TEMPLATES
+    prompts = [template("ant") for template in found.templates]
+    assert prompts == [template("ant") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
 def test_classnames_file_wins_and_must_fit(tmp_path):

@@ -25,7 +25,7 @@ from training.distributed.rendezvous import OwnRefusal
 
 _CPU = torch.device("cpu")
 # Above all limits of the watchdog, which names the rank that the others wait for (``--step_timeout`` up to 1800).
-_COLLECTIVE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 _NO_CONNECTION = re.compile(r"connectFullMesh|makeDeviceFor|resolve hostname|no available network interface", re.I)
 
 
@@ -100,7 +100,7 @@ def own_group() -> Group:
     """
     if not dist.is_initialized():
         return None
-    group = dist.new_group(backend="gloo", timeout=_COLLECTIVE)
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)  # every rank is a member of it
     return group
 
@@ -126,7 +126,7 @@ def _start_group(place: LaunchedRank, device: torch.device, config: DistributedC
             store=store,
             rank=place.rank,
             world_size=place.world_size,
-            timeout=_COLLECTIVE,
+            timeout=TIMEOUT,
             device_id=device if "nccl" in backend else None,
         )
     except RuntimeError as error:
