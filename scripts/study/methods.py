@@ -7,6 +7,7 @@ one's own settings are searched along its axes, one after the other, in short ru
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 LEARNING_RATES = ("2e-3", "1e-3", "4e-3")
@@ -56,7 +57,6 @@ def _flags(text: str) -> tuple[str, ...]:
 
 _RATE = Axis("--lr", LEARNING_RATES)
 _OPENCLIP_AXES = (_RATE, Axis("--lr_tau", ("2e-3", "1e-2", "3e-2")))
-_LN_1_BY_003 = 3.506557897319982
 _LEARNED = (Axis("--temperature", ("0.07", "0.03")), Axis("--lr_tau", ("2e-3", "1e-2")))
 _FIXED = Axis("--temperature", ("0.03", "0.01", "0.05", "0.07"))
 _RHO = Axis("--rho", ("8.5", "6.5", "11.0"))
@@ -100,14 +100,14 @@ METHODS = {
             "OpenCLIP from τ = 0.03",
             (),
             _OPENCLIP_AXES,
-            model=(("init_logit_scale", _LN_1_BY_003),),
+            model=(("init_logit_scale", math.log(1 / 0.03)),),
         ),
         Method(
             "siglip",
             "SigLIP",
             ("--siglip",),
             _OPENCLIP_AXES,
-            model=(("init_logit_scale", 2.302585092994046), ("init_logit_bias", -10.0)),
+            model=(("init_logit_scale", math.log(10)), ("init_logit_bias", -10.0)),
         ),
         Method("fastclip_v0", "FastCLIP-v0", _V0, (_RATE, *_LEARNED, _GAMMA)),
         Method("fastclip_v1", "FastCLIP-v1", _V1, (_RATE, _FIXED, _GAMMA)),
