@@ -78,7 +78,8 @@ def report_on(desk: jobs.Desk, page: Path, out: Path, folder: Path) -> int:
             f"{desk.results.path}: there are no results yet, and {page} would lose its own; those of the "
             "published page are in assets/study (--results assets/study)"
         )
-    out.write_text(report.fill(page.read_text(), rows, desk.tuned.rows(), desk.plan))
+    again = Table(desk.results.path.with_name("again.csv")).rows()
+    out.write_text(report.fill(page.read_text(), rows, desk.tuned.rows(), desk.plan, again))
     results = Results.of(rows.values())
     pictures.weak_to_strong(folder / "weak_to_strong.png", results, desk.plan)
     groups = report.laws(results, desk.plan)

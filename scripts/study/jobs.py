@@ -249,13 +249,17 @@ def trains(reference: Reference, plan: Plan) -> TrainReference:
 
 
 def agenda(desk: Desk, wanted: Iterable[Wanted]) -> list[Job]:
-    """All jobs for the cells that are ``wanted``, each after what it needs."""
+    """All jobs for the cells that are ``wanted``, each after what it needs.
+
+    What a finished cell needed is not among them: its row may come from another machine.
+    """
     found: dict[Job, None] = {}
 
     def add(job: Job) -> None:
         if job not in found:
-            for need in job.needs(desk):
-                add(need)
+            if not (isinstance(job, Train) and job.done(desk)):
+                for need in job.needs(desk):
+                    add(need)
             found[job] = None
 
     for one in wanted:

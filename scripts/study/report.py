@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -34,9 +35,9 @@ TOLD = {
 Rows = Mapping[str, Mapping[str, str]]
 
 
-def fill(page: str, results: Rows, tuned: Rows, plan: Plan) -> str:
+def fill(page: str, results: Rows, tuned: Rows, plan: Plan, again: Rows = MappingProxyType({})) -> str:
     """``page`` with its blocks as the results have them. ValueError: a block that does not exist."""
-    made = blocks(results, tuned, plan)
+    made = blocks(results, tuned, plan, again)
 
     def block(match: re.Match[str]) -> str:
         if match[2] not in made:
@@ -46,13 +47,14 @@ def fill(page: str, results: Rows, tuned: Rows, plan: Plan) -> str:
     return BLOCK.sub(block, page)
 
 
-def blocks(results: Rows, tuned: Rows, plan: Plan) -> dict[str, str]:
-    """Name -> Markdown."""
+def blocks(results: Rows, tuned: Rows, plan: Plan, again: Rows = MappingProxyType({})) -> dict[str, str]:
+    """Name -> Markdown. ``again``: rows of ``results`` that were trained once more, on another device."""
     found = Results.of(results.values())
     compared = {claim: list(make(plan)) for claim, make in COMPARISONS.items()}
     made = {
         "costs": _costs(found, plan),
         "runs": _runs(results, tuned),
+        "devices": _devices(results, again),
         "methods": _methods(),
         "settings": _settings(tuned, plan),
         "references": _references(found),
@@ -324,6 +326,24 @@ def _settings(tuned: Rows, plan: Plan) -> str:
             rows.append([method.title, words + (", γ not yet" if later else ""), str(trials)])
             break
     return table(("method", "chosen", "runs"), rows)
+
+
+def _devices(results: Rows, again: Rows) -> str:
+    """How runs of one cell and seed differ between devices."""
+    pairs: dict[tuple[str, str], list[tuple[Mapping[str, str], Mapping[str, str]]]] = {}
+    for name, row in again.items():
+        if name in results:
+            pairs.setdefault((row["device"], results[name]["device"]), []).append((row, results[name]))
+    rows = []
+    for (there, here), runs in sorted(pairs.items()):
+        top1, recall = (
+            [float(second[column]) - float(first[column]) for second, first in runs]
+            for column in ("test_top1", "test_recall1")
+        )
+        found = [shown(estimate(values), sign=True) for values in (top1, recall)]
+        largest = f"{max(top1, key=abs):+.1f}"
+        rows.append([f"{there} − {here}", str(len(runs)), found[0], largest, found[1]])
+    return table(("", "cells", "top-1", "the largest", "recall@1"), rows)
 
 
 def _runs(results: Rows, tuned: Rows) -> str:

@@ -127,10 +127,13 @@ def test_every_cell_is_trained_once(finished, study):
     assert not list((finished / "runs").glob("*/checkpoints/*.pt")), "no checkpoint is left that nothing needs"
 
 
-def test_a_third_start_trains_nothing_and_lists_all_as_done(finished):
-    listed = subprocess.run(smoke(finished, "--list"), capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_nothing_is_left_where_all_rows_are_there(finished, tmp_path, elsewhere):
+    """Nor of the references and features that finished cells needed, which another machine may have had."""
+    command = smoke(tmp_path, "--results", str(finished)) if elsewhere else smoke(finished)
+    listed = subprocess.run([*command, "--list"], capture_output=True, text=True, timeout=120)
     *jobs, total = listed.stdout.splitlines()
-    assert len(jobs) == 12 and all(line.split()[0] == "done" for line in jobs), listed.stdout + listed.stderr
+    assert len(jobs) == 8 and all(line.split()[0] == "done" for line in jobs), listed.stdout + listed.stderr
     assert total.startswith("0.0 hours")
 
 
@@ -401,6 +404,20 @@ def test_checkpoints_of_one_reference_count_once(study):
     assert "2 checkpoints of references" in told and "3.0 million samples in at least 1.0 hours" in told
 
 
+def test_cells_that_a_second_device_trained_again(study):
+    """Each is compared with the first device's run of the same cell; what that has not run is left out."""
+    rows, again = {}, {}
+    for seed, there in enumerate((12, 9, 30)):
+        one = row(study, seed=seed, device="a processor", test_top1=10, test_recall1=1)
+        second = one | {"device": "a GPU", "test_top1": str(there), "test_recall1": "2"}
+        again[one["id"]] = second
+        if there < 30:
+            rows[one["id"]] = one
+    told = study.report.blocks(rows, {}, study.cells.ICONS, again)["devices"]
+    assert "| a GPU − a processor | 2 | +0.5 ± 19.1 | +2.0 | +1.0 ± 0.0 |" in told
+    assert study.report.blocks(rows, {}, study.cells.ICONS)["devices"] == study.report.NOTHING
+
+
 def test_search_goes_on_from_its_rows(study):
     plan, rows = study.cells.ICONS, {}
 
@@ -641,9 +658,12 @@ def test_a_law_that_misses_its_means_decides_nothing(study):
 
 def test_the_page_has_what_the_results_say(study):
     """To bring it in line: python scripts/study.py --out assets/study --report docs/study.md."""
-    tables = [study.table.Table(ROOT / "assets" / "study" / name).rows() for name in ("results.csv", "tuning.csv")]
+    kept = ROOT / "assets" / "study"
+    results, tuned, again = (
+        study.table.Table(kept / f"{name}.csv").rows() for name in ("results", "tuning", "again")
+    )
     page = (ROOT / "docs" / "study.md").read_text()
-    assert study.report.fill(page, *tables, study.cells.ICONS) == page
+    assert study.report.fill(page, results, tuned, study.cells.ICONS, again) == page
     assert {match[1] for match in study.report.BLOCK.findall(page)} == set(
         study.report.blocks({}, {}, study.cells.ICONS)
     )
