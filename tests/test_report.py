@@ -76,6 +76,15 @@ def test_evaluations_stand_where_they_were_made(run, measured, places):
     assert history.evaluations[-1]["clip_val_loss"] == 9.0 - len(measured)
 
 
+def test_checkpoints_are_evaluated_in_any_order(run):
+    """In a folder that only evaluates, as with --epochs 0."""
+    (run / "out.log").write_text("2026-01-01,00:00:00 | INFO | target tiny-vit: 1.0M parameters\n")
+    write_evaluations(run, [(30, 120), (20, 80), (10, 40), (20, 80)])
+    evaluations = read_run(run).evaluations
+    assert [line["epoch"] for line in evaluations] == [10, 20, 30]
+    assert [line["clip_val_loss"] for line in evaluations] == [6.0, 5.0, 8.0]
+
+
 def test_an_evaluation_inside_an_epoch_is_drawn_there(run):
     write_evaluations(run, [(1, 4), (1, 6)])
     assert report.main([str(run)]) == 0

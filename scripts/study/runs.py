@@ -23,8 +23,8 @@ from study.program import Program
 from study.tuning import shown
 
 ROOT = Path(__file__).resolve().parents[2]
-# What all runs share, on any device: rows of a CPU and of a GPU are compared. The reference's stored features are
-# of the whole picture, the target sees a crop of it.
+# What all runs share, on any device: rows of a CPU and of a GPU are compared (whose towers multiply in TF32). The
+# reference's stored features are of the whole picture, the target sees a crop of it.
 COMMON = (
     "--precision fp32 --wd 0.1 --beta2 0.98 --channels_last --zeroshot-frequency 1000000 --save-frequency 0 "
     "--save_every_minutes 10"

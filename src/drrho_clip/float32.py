@@ -30,7 +30,10 @@ def exact_float32(device_type: str) -> Iterator[None]:
 
 
 def _highest_precision() -> Callable[[], None]:
-    """Let matrix products be exact; what is returned sets them to what they were before."""
+    """Let matrix products be exact; what is returned sets them to what they were before.
+
+    What a backend had from ``torch.backends.fp32_precision`` is then its own: torch does not tell the two apart.
+    """
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # the program has used torch's newer settings, which the older calls refuse to read

@@ -75,7 +75,7 @@ class Ended:
 def launch(config: Config) -> None:
     """Join the other ranks and do what ``config`` asks for. ValueError: an error that the user can fix."""
     with EarlyRecords() as early:
-        world = process_group.start(config.distributed)
+        world = process_group.start(config.distributed, config.run.step_timeout)
         config = config.on_ranks(world.world_size)
         opened = preflight.check(config, world)
         with claim_folder(config, world) as folder:

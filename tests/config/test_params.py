@@ -391,3 +391,14 @@ def test_a_global_batch_that_the_ranks_cannot_share_is_refused(line, ranks, sent
     with pytest.raises(ValueError, match="--global_batch_size 96") as refused:
         config(f"{line} --global_batch_size 96").on_ranks(ranks)
     assert sentence in str(refused.value)
+
+
+def test_what_selection_embeds_is_split_like_what_it_keeps():
+    line = f"{DATA} {REFERENCE} --ref_features_usage select --ref_filter_ratio 0.2 --batch-size 10"
+    with pytest.raises(
+        ValueError, match=r"the 25 samples of each of 2 ranks, of which selection keeps 20, .* the 2 equal"
+    ) as no:
+        config(f"{line} --global_batch_size 50").on_ranks(2)
+    assert "--batch-size 20" in str(no.value)
+    run = config(f"{line} --batch-size 20 --global_batch_size 50").on_ranks(2).run
+    assert (run.batch_size, run.accum_freq) == (25, 1)

@@ -131,6 +131,16 @@ def test_models_whose_optimizers_have_other_defaults_differ(lab, tmp_path):
     assert set(rows) == {"beta2", "eps", "model", "name"}
     assert [list(map(float, rows[key])) for key in ("beta2", "eps")] == [[0.98, 0.999], [1e-6, 1e-8]]
     assert "--lr<" in chosen and not re.search(r"--(lr_tau|beta1|beta2|eps)<", chosen)  # these are the defaults
+    older = tmp_path / "older"  # params.txt of version 0.1 holds what was given
+    older.mkdir()
+    for name in ("out.log", "params.txt"):
+        shutil.copy(folders[0] / name, older)
+    text = (older / "params.txt").read_text()
+    text = re.sub(r"(?m)^(beta1|beta2|eps): .*", r"\1: None", re.sub(r"(?m)^lr_tau: .*", "lr_tau: -1.0", text))
+    assert text.count("None\n") >= 3
+    (older / "params.txt").write_text(text)
+    assert program.main([*map(str, (folders[0], older)), "--out", str(tmp_path / "2.html"), "--seconds", "0"]) == 0
+    assert "All flags are equal." in (tmp_path / "2.html").read_text()
 
 
 def test_metrics_have_intervals(page, runs):

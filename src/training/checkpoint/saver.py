@@ -61,7 +61,7 @@ class Saver:
 
     def __init__(self, folder: Path, config: RunConfig, *, initial_tau: float = 0.07) -> None:
         self._folder, self._config, self._initial_tau = folder, config, initial_tau
-        self._group = own_group()
+        self._group = own_group(config.step_timeout)
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None

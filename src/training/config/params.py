@@ -87,6 +87,12 @@ class Config:
                 f"into {micro} equal micro-batches of at most --batch-size {run.batch_size}; choose one "
                 f"that divides {trained}"
             )
+        if share % micro:  # selection embeds all of them, in as many parts
+            raise ValueError(
+                f"--global_batch_size {total}: the {share} samples of each of {ranks} ranks, of which selection "
+                f"keeps {trained}, cannot be split into the {micro} equal micro-batches that --batch-size "
+                f"{run.batch_size} asks for; give --batch-size {trained}, or another global batch"
+            )
         if micro > 1 and self.distributed.ddp_static_graph:
             raise ValueError(
                 f"--ddp-static-graph does not work with the {micro} micro-batches that {ranks} ranks need for "

@@ -24,8 +24,8 @@ from training.distributed.launcher import LaunchedRank
 from training.distributed.rendezvous import OwnRefusal
 
 _CPU = torch.device("cpu")
-# Above all limits of the watchdog, which names the rank that the others wait for (``--step_timeout`` up to 1800).
-TIMEOUT = timedelta(hours=2)
+# Above all limits of the watchdog, which names the rank that the others wait for: 4 x --step_timeout, and a while.
+TIMEOUT, STEP_TIMEOUTS = timedelta(hours=2), 5
 _NO_CONNECTION = re.compile(r"connectFullMesh|makeDeviceFor|resolve hostname|no available network interface", re.I)
 
 
@@ -55,9 +55,10 @@ class World:
         return self.world_size > 1
 
 
-def start(config: DistributedConfig) -> World:
+def start(config: DistributedConfig, step_timeout: float = 0.0) -> World:
     """Find this process's rank, choose its device and, with more than one rank, start the process group.
 
+    ``step_timeout``: seconds (``--step_timeout``); collectives wait for longer than what it allows.
     ValueError: the variables and flags contradict each other, or the device does not exist.
     """
     place = launcher.find_place(os.environ, config.world_size, by_url=config.dist_url != "env://")
@@ -73,7 +74,7 @@ def start(config: DistributedConfig) -> World:
             raise
         fault = str(error)
     if place.world_size > 1:
-        _start_group(place, device, config, fault)
+        _start_group(place, device, config, fault, _patience(step_timeout))
     return World(place.rank, place.local_rank, place.world_size, place.local_world_size, device)
 
 
@@ -93,14 +94,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def own_group() -> Group:
+def own_group(step_timeout: float = 0.0) -> Group:
     """A gloo group of all ranks, for a thread that communicates during training; None: one process. Collective.
 
     Two threads in one group could enter their collectives in different orders on different ranks.
     """
     if not dist.is_initialized():
         return None
-    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=_patience(step_timeout))
     assert isinstance(group, dist.ProcessGroup)  # every rank is a member of it
     return group
 
@@ -110,7 +111,13 @@ def hosts_store() -> bool:
     return dist.is_initialized() and dist.get_rank() == 0 and rendezvous.ends_with_rank_0()
 
 
-def _start_group(place: LaunchedRank, device: torch.device, config: DistributedConfig, fault: str) -> None:
+def _patience(step_timeout: float) -> timedelta:
+    return max(TIMEOUT, timedelta(seconds=STEP_TIMEOUTS * step_timeout))
+
+
+def _start_group(
+    place: LaunchedRank, device: torch.device, config: DistributedConfig, fault: str, patience: timedelta
+) -> None:
     backend = config.dist_backend
     if backend == "nccl" and device.type == "cpu":
         backend = "gloo"
@@ -126,7 +133,7 @@ def _start_group(place: LaunchedRank, device: torch.device, config: DistributedC
             store=store,
             rank=place.rank,
             world_size=place.world_size,
-            timeout=TIMEOUT,
+            timeout=patience,
             device_id=device if "nccl" in backend else None,
         )
     except RuntimeError as error:

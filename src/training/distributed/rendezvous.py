@@ -24,7 +24,7 @@ import torch.distributed as dist
 from training.distributed import launcher, once
 from training.distributed.launcher import LaunchedRank
 
-TIMEOUT = timedelta(minutes=30)  # a rank may have to wait for another's download or evaluation
+TIMEOUT = timedelta(minutes=30)  # of a job some nodes may start late
 WORD = 10.0  # seconds after which it is said what is waited for
 _AGAIN = 3.0  # the time to the next word, as a multiple of the time to the last one
 _NO_NAME = 20.0  # seconds for which a name that cannot be resolved is looked up again: a host may be starting

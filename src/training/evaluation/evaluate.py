@@ -97,7 +97,9 @@ class Evaluation:
             if self.val is not None and self._due(self.config.evaluation.val_frequency, epoch, final):
                 metrics |= self._retrieval(model, self.val, results)
         if metrics:
-            self.log.info(f"Eval Epoch: {epoch} " + "\t".join(f"{k}: {round(v, 4)}" for k, v in metrics.items()))
+            inside = f"(step {step}) " if stem.startswith("step_") else ""
+            values = "\t".join(f"{name}: {round(value, 4)}" for name, value in metrics.items())
+            self.log.info(f"Eval Epoch: {epoch} {inside}{values}")
             self.log.eval_result({"epoch": epoch, "step": step, **metrics})
         return metrics
 

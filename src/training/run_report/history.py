@@ -84,12 +84,11 @@ class History:
     @property
     def chosen(self) -> dict[str, str]:
         """The flags whose values are not their defaults."""
-        model = self.flags.get("model", ALL["model"].default)
-        filled = {**optimizer_defaults(model), "lr_tau": self.flags.get("lr")}  # None and -1 in older params.txt
+        filled = _filled(self.flags)
         return {
             key: value
             for key, value in self.flags.items()
-            if key not in ALL or value not in (str(frozen(ALL[key].default)), str(filled.get(key)))
+            if key not in ALL or value not in (str(frozen(ALL[key].default)), filled.get(key))
         }
 
     @property
@@ -135,12 +134,14 @@ def read_run(folder: Path) -> History:
     if not run.flags:
         run.problems.append("there is no params.txt, so flags are not known")
     _read_events(run)
+    measured: dict[tuple[float, float], dict[str, Any]] = {}
     for line in _json_lines(folder / "eval_results.jsonl"):
         if is_number(line.get("epoch")):
-            # A launch that went back measures again what follows.
-            while run.evaluations and _progress(run.evaluations[-1]) >= _progress(line):
-                run.evaluations.pop()
-            run.evaluations.append(line)
+            at = _progress(line)
+            # Training that went back measures again what follows. Without any, checkpoints come in any order.
+            later = {other for other in measured if other >= at} if run.log.points else {at}
+            measured = {other: old for other, old in measured.items() if other not in later} | {at: line}
+    run.evaluations = [measured[at] for at in sorted(measured)]
     _read_tasks(run)
     _read_kept(run)
     return run
@@ -164,7 +165,20 @@ def _flags(path: Path) -> dict[str, str]:
     except OSError:
         return {}
     pairs = (line.partition(": ") for line in text.split("\n") if ": " in line)
-    return {name: value for name, _, value in pairs}
+    flags = {name: value for name, _, value in pairs}
+    for name, value in _filled(flags).items():
+        if flags.get(name) in ("None", "-1.0"):  # as version 0.1 wrote what was left out
+            flags[name] = value
+    return flags
+
+
+def _filled(flags: Mapping[str, str]) -> dict[str, str]:
+    """The values of the optimizer's flags that are left out."""
+    found = {
+        name: str(value) for name, value in optimizer_defaults(flags.get("model", ALL["model"].default)).items()
+    }
+    lr = flags.get("lr", "None")
+    return {**found, "lr_tau": found["lr"] if lr == "None" else lr}
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
