@@ -190,6 +190,9 @@ def _references_decide(plan: Plan) -> Iterator[Comparison]:
             label = f"{thousands(samples)} under a reference {title}"
             ours = cell_of(plan, "drrho_fixed", samples, reference)
             yield from _against(label, ours, cell_of(plan, "openclip", samples), counts=False)
+            best = plan.strengths[-1]
+            label = f"{thousands(samples)}: under a reference {title} − under one of {thousands(best)}"
+            yield Comparison(label, ours, under(samples, best), counts=False)
         for noise in (20, 40):
             ours, other = (
                 cell_of(plan, method, samples, data=f"b-noise{noise}") for method in ("drrho_fixed", "openclip")

@@ -280,23 +280,27 @@ def _references(results: Results) -> str:
 
 def _choosing(results: Results, plan: Plan) -> str:
     """What references gave, from the one that is weakest beside what the target reaches without it."""
+    own = [(samples, replace(plan.reference, at=at)) for samples, at in strengths(plan)]
+    others = [(samples, reference) for samples in plan.middle for reference in plan.other_references]
     rows = []
-    for samples, at in strengths(plan):
-        reference = replace(plan.reference, at=at)
+    for samples, reference in (*own, *others):
         ours, alone = cell_of(plan, "drrho_fixed", samples, reference), cell_of(plan, "openclip", samples)
         gain, row = results.difference(ours, alone), results.references.get(reference.name)
         if gain.n == 0 or row is None:
             continue
         strength, without = float(row["test_top1"]), results.mean(alone)
-        shares = (
-            f"{strength:.1f}",
-            shown(without),
-            f"{strength / without.mean:.1f}",
-            f"{float(row['b_first']):.1f}",
+        rows.append(
+            [
+                *(f"{reference.data}, {thousands(reference.at)}", reference.model, f"{strength:.1f}"),
+                *(shown(without), f"{strength / without.mean:.1f}", f"{float(row['b_first']):.1f}"),
+                *(f"{float(row['b_loss_spread']):.2f}", thousands(samples), shown(gain, sign=True), str(gain.n)),
+            ]
         )
-        rows.append((strength / without.mean, [*shares, thousands(samples), shown(gain, sign=True), str(gain.n)]))
-    head = ("reference", "target without it", "ratio", "first among 256, %", "samples", "gain", "seeds")
-    return table(head, (cells for _, cells in sorted(rows)))
+    head = (
+        *("reference", "model", "its top-1", "target without it", "ratio", "first among 256 of b, %"),
+        *("spread of losses", "target's samples", "gain", "seeds"),
+    )
+    return table(head, sorted(rows, key=lambda cells: float(cells[4])))
 
 
 def _methods() -> str:

@@ -68,12 +68,13 @@ def taken(folder: Path) -> bool:
         return False
 
 
-def test_a_second_run_is_refused_with_who_holds_it_and_the_lock_goes_with_its_holder(tmp_path):
+def test_a_second_run_is_refused_with_who_holds_it_and_the_lock_goes_with_its_holder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE", 60.0)
     with holder(tmp_path / "run") as process:
         begun = time.monotonic()
         with pytest.raises(Held) as refused:
             RunLock.take(tmp_path / "run")
-        assert time.monotonic() - begun < 0.5
+        assert time.monotonic() - begun < 30
         who = rf"process {process.pid} on host {socket.gethostname()}, since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d"
         assert re.fullmatch(who, str(refused.value.holder))
     with RunLock.take(tmp_path / "logs/other"):
@@ -88,7 +89,7 @@ def test_a_killed_holder_is_succeeded_at_once_even_before_it_is_buried(tmp_path,
         while (state := Path(f"/proc/{process.pid}/stat").read_text().split()[2]) != "Z":
             assert state in "RSD"
         begun = time.monotonic()
-        assert taken(tmp_path) and time.monotonic() - begun < 0.5
+        assert taken(tmp_path) and time.monotonic() - begun < 30
     with holder(tmp_path) as process:
         process.kill()
         process.join()
@@ -118,12 +119,15 @@ def test_a_process_of_another_machine_or_container_is_not_looked_for_here(tmp_pa
     assert time.monotonic() - begun > run_lock.PATIENCE
 
 
-def test_a_holder_on_another_machine_is_known_by_its_beats(tmp_path, capfd):
+def test_a_holder_on_another_machine_is_known_by_its_beats(tmp_path, monkeypatch, capfd):
     with holder(tmp_path, boot="another machine") as process:
-        begun = time.monotonic()
-        assert not taken(tmp_path) and time.monotonic() - begun < run_lock.PATIENCE
+        with monkeypatch.context() as patch:
+            patch.setattr(run_lock, "PATIENCE", 60.0)
+            begun = time.monotonic()
+            assert not taken(tmp_path) and time.monotonic() - begun < 30
         assert f"run.lock: held by process {process.pid} on host" in capfd.readouterr().err
         process.kill()
+        process.join()
         assert taken(tmp_path)
 
 
@@ -135,7 +139,7 @@ def test_a_holder_that_ends_while_another_run_looks_is_succeeded(tmp_path, monke
     remove = FORK.Process(target=lambda: (time.sleep(0.3), (tmp_path / NAME).unlink()))
     remove.start()
     begun = time.monotonic()
-    assert taken(tmp_path) and time.monotonic() - begun < 5
+    assert taken(tmp_path) and time.monotonic() - begun < 20
     remove.join()
 
 
@@ -158,7 +162,7 @@ def test_a_job_that_slurm_requeued_succeeds_itself_at_once_on_any_machine(tmp_pa
         process.kill()
         process.join()
         begun = time.monotonic()
-        assert taken(tmp_path) and time.monotonic() - begun < 0.5
+        assert taken(tmp_path) and time.monotonic() - begun < 30
 
 
 def race(folder: Path, barrier, answers) -> None:
@@ -256,7 +260,7 @@ def test_any_rank_may_know_that_the_holder_is_dead(tmp_path):
         process.join()
         begun = time.monotonic()
         assert ranks(2).run(look_from_two_machines, str(tmp_path)) == [True, True]
-        assert time.monotonic() - begun < 5  # the pool's processes have the patience of real runs
+        assert time.monotonic() - begun < 30  # the pool's processes have the patience of real runs, 45 s
 
 
 # ------------------------------------------------------------------------------------------------ the program

@@ -36,10 +36,10 @@ def test_bombs_are_refused_unread(make):
     side = int(MAX_PIXELS**0.5)
     check_size(make(side, side))
     for width, height in ((side + 1, side + 1), (30_000, 30_000), (65_535, 65_535)):
-        started = time.perf_counter()
+        started = time.process_time()
         with pytest.raises(Unusable, match="image too large"):
             check_size(make(width, height))
-        assert time.perf_counter() - started < 0.5
+        assert time.process_time() - started < 0.5
 
 
 def test_what_is_no_image_is_pillows_to_refuse():

@@ -342,5 +342,5 @@ print(len(next(batches)))
 
 def test_a_program_ends_though_its_loader_is_in_use():
     code = LEFT.format(root=str(Path(__file__).parents[2]))
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert (ended.returncode, ended.stdout) == (0, "2\n"), ended.stderr

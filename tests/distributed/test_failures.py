@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.support import tiny_models
 from tests.support.ranks import free_port, ranks
@@ -92,6 +93,7 @@ def test_what_nobody_has_foreseen_before_the_ranks_meet_is_told_with_its_traceba
 def told(messages: list[str], call: int) -> str:
     at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rendezvous._met = rendezvous._Meeting("env://", *at, f"start {call}")  # an empty board
+    dist.barrier()  # a rank waits for the word of the other a few seconds only
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         failures.tell(ValueError(messages[int(os.environ["RANK"])]))
     return printed.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -64,8 +65,11 @@ def test_what_becomes_of_one_pass_is_not_lost_in_another():
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
 def test_it_is_told_at_once_where_the_main_thread_waits_for_it(number):
+    waited_for = multiprocessing.get_context("fork").Event()
+
     def die(n: int) -> None:
         if n == 1 and get_worker_info().id == 1:
+            waited_for.wait()
             time.sleep(0.2)
             os.kill(os.getpid(), number)
         if n == 1:
@@ -73,6 +77,7 @@ def test_it_is_told_at_once_where_the_main_thread_waits_for_it(number):
 
     chunks = batches(die)
     assert [next(chunks), next(chunks)] == [0, 0]
+    waited_for.set()
     begun = time.monotonic()
     with pytest.raises(LoaderEnded, match=rf"was killed \(signal: {signal.strsignal(number)}\)"):
         next(chunks)
@@ -139,7 +144,7 @@ EXIT = """
 import sys, time, torch
 sys.path.insert(0, {root!r})
 from tests.distributed.test_loader_processes import batches
-chunks = batches(lambda n: time.sleep(60 if n else 0), workers=2)
+chunks = batches(lambda n: time.sleep(3600 if n else 0), workers=2)
 next(chunks)
 """
 
@@ -147,7 +152,6 @@ next(chunks)
 def test_a_program_that_ends_does_not_wait_for_stalled_processes():
     root = str(Path(__file__).parents[2])
     env = os.environ | {"PYTHONPATH": str(Path(loader_processes.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", EXIT.format(root=root)], env=env, capture_output=True, timeout=50)
+    command = [sys.executable, "-c", EXIT.format(root=root)]
+    done = subprocess.run(command, env=env, capture_output=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert time.monotonic() - begun < 30

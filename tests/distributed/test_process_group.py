@@ -190,7 +190,7 @@ def test_device_by_local_rank_or_the_first(launch, monkeypatch):
 # --- real groups -------------------------------------------------------------------------------------------
 
 
-def start_in_three_ways(rank: int, port: int, store: str, folder: str) -> None:
+def start_in_three_ways(rank: int, ports: tuple[int, int], store: str, folder: str) -> None:
     torch.set_num_threads(1)
     slurm = {
         "SLURM_PROCID": str(rank),
@@ -201,9 +201,9 @@ def start_in_three_ways(rank: int, port: int, store: str, folder: str) -> None:
     torchrun = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     by_hand = {"RANK": str(rank)}
     for name, variables, config in [
-        ("slurm", slurm, replace(DEFAULTS, dist_port=str(port))),
+        ("slurm", slurm, replace(DEFAULTS, dist_port=str(ports[0]))),
         ("file", torchrun, replace(DEFAULTS, dist_url=f"file://{store}", dist_backend="gloo")),
-        ("hand", by_hand, replace(DEFAULTS, dist_url=f"tcp://127.0.0.1:{port + 1}", world_size=2)),
+        ("hand", by_hand, replace(DEFAULTS, dist_url=f"tcp://127.0.0.1:{ports[1]}", world_size=2)),
     ]:
         for variable in [n for n in os.environ if n in LAUNCHER or n.startswith("SLURM_")]:
             del os.environ[variable]
@@ -216,7 +216,8 @@ def start_in_three_ways(rank: int, port: int, store: str, folder: str) -> None:
 
 
 def test_two_processes_meet_as_under_slurm_at_a_file_and_by_hand(tmp_path):
-    mp.spawn(start_in_three_ways, (free_port(), str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    ports = free_port(), free_port()
+    mp.spawn(start_in_three_ways, (ports, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     for name in ("slurm", "file", "hand"):
         assert (tmp_path / f"{name}-0").read_text() == "0 2 3.0"
         assert (tmp_path / f"{name}-1").read_text() == "1 2 3.0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
@@ -90,9 +91,22 @@ def test_a_name_that_cannot_be_resolved_is_said_at_once_and_refused_soon(monkeyp
     assert capfd.readouterr().err.startswith("MASTER_ADDR is 'no-such-host.invalid', a host name that cannot be")
 
 
+class Clock:
+    """A clock that goes on by what is slept."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def test_who_waits_says_for_whom(monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "WORD", 0.3)
     monkeypatch.setattr(rendezvous, "TIMEOUT", rendezvous.timedelta(seconds=1.2))
+    monkeypatch.setattr(rendezvous, "time", Clock())
     port = str(free_port())
     for number, who in ((1, f"rank 0, which should listen at 127.0.0.1:{port}"), (0, "rank 1 of 2")):
         with pytest.raises(ValueError, match=f"still waits for {who}"):
@@ -103,7 +117,7 @@ def test_who_waits_says_for_whom(monkeypatch, capfd):
 
 def test_something_else_that_listens_there_is_told(monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "WORD", 0.5)
-    monkeypatch.setattr(rendezvous, "TIMEOUT", rendezvous.timedelta(seconds=2.5))
+    monkeypatch.setattr(rendezvous, "TIMEOUT", rendezvous.timedelta(seconds=6))
     told: list[ValueError] = []
 
     def meet(port: int) -> None:
@@ -118,10 +132,13 @@ def test_something_else_that_listens_there_is_told(monkeypatch, capfd):
         silent.start()
         other.accept()[0].close()  # looks whether somebody listens
         connection = other.accept()[0]
-        silent.join(2.0)
-        assert "waiting for rank 0: what listens at 127.0.0.1" in capfd.readouterr().err
+        said, deadline = "", time.monotonic() + 60
+        while "waiting for rank 0: what listens at 127.0.0.1" not in said and time.monotonic() < deadline:
+            said += capfd.readouterr().err
+            time.sleep(0.05)
+        assert "waiting for rank 0: what listens at 127.0.0.1" in said
     connection.close()
-    silent.join(20)
+    silent.join(60)
     assert f"what listens at 127.0.0.1:{port}" in str(told[0]) and "is not the store of rank 0" in str(told[0])
 
 

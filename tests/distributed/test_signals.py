@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -111,11 +112,12 @@ def test_all_ranks_hear_of_any_wish_at_the_next_step():
 def one_after_the_other(folder: str) -> bool:
     """Rank 1 takes part in the exchange of a step only after rank 0 has finished its call."""
     through = True
+    dist.barrier()
     with Agreement() as agreement:
         for step in range(3):
             past = Path(folder, f"past_{step}")
             if dist.get_rank() == 1:
-                deadline = time.monotonic() + 5
+                deadline = time.monotonic() + 60
                 while not past.exists() and time.monotonic() < deadline:
                     time.sleep(0.01)
                 through &= past.exists()
@@ -178,7 +180,7 @@ multiprocessing.set_start_method(sys.argv[1])
 with listen() as heard:
     signals = [*SIGNALS, signal.SIGTERM]
     for n, batch in enumerate(open_loader(Slow(), 2, torch.device("cpu"))):
-        if signals:
+        if n and signals:  # both loader processes are at work
             os.killpg(0, signals.pop(0))
     print(heard.wanted, n + 1, flush=True)
 """
@@ -192,18 +194,20 @@ def test_signals_to_all_processes_of_a_rank_leave_its_loader_at_work(default):
         env=os.environ | {"PYTHONPATH": str(Path(signals.__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert (done.returncode, done.stdout) == (0, "SIGTERM 10\n"), done.stderr
 
 
+def be_a_loader(pipe) -> None:
+    end_with_trainer()
+    pipe.send(os.getpid())
+    time.sleep(600)
+
+
 def wait_beside_a_loader(pipe) -> None:
-    pid = os.fork()
-    if pid == 0:
-        end_with_trainer()
-    else:
-        pipe.send(pid)
-    time.sleep(60)
+    multiprocessing.get_context("fork").Process(target=be_a_loader, args=(pipe,)).start()
+    time.sleep(600)
 
 
 def test_a_loader_ends_with_a_trainer_that_is_killed():
@@ -211,13 +215,35 @@ def test_a_loader_ends_with_a_trainer_that_is_killed():
     trainer = multiprocessing.get_context("forkserver").Process(target=wait_beside_a_loader, args=(theirs,))
     trainer.start()
     loader = ours.recv()
-    time.sleep(0.1)
     trainer.kill()
     trainer.join()
-    deadline = time.monotonic() + 2
-    while Path(f"/proc/{loader}").exists() and "(zombie)" not in Path(f"/proc/{loader}/status").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    deadline = time.monotonic() + 60
+    with suppress(FileNotFoundError, ProcessLookupError):
+        while "(zombie)" not in Path(f"/proc/{loader}/status").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def be_a_late_loader(pipe) -> None:
+    while os.getppid() == multiprocessing.parent_process().pid:
+        time.sleep(0.01)
+    end_with_trainer()
+    pipe.send("goes on")
+
+
+def start_a_late_loader(pipe) -> None:
+    multiprocessing.get_context("fork").Process(target=be_a_late_loader, args=(pipe,)).start()
+    os._exit(0)
+
+
+def test_a_loader_that_starts_when_its_trainer_has_gone_ends_too():
+    ours, theirs = multiprocessing.Pipe()
+    trainer = multiprocessing.get_context("forkserver").Process(target=start_a_late_loader, args=(theirs,))
+    trainer.start()
+    theirs.close()
+    trainer.join()
+    with pytest.raises(EOFError):
+        ours.recv()
 
 
 # --- queued again ------------------------------------------------------------------------------------------------

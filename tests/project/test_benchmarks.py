@@ -266,10 +266,10 @@ child = subprocess.Popen(['sleep', '60'])
 open({str(tmp_path / "pid")!r}, 'w').write(str(child.pid))
 time.sleep(60)
 """
-    slow = measured(tmp_path, late, limit=2)
-    assert slow["late"] == "ended after 2 s" and slow["wall_seconds"] < 20
+    slow = measured(tmp_path, late, limit=8)
+    assert slow["late"] == "ended after 8 s" and slow["wall_seconds"] < 50
     assert (gpu.bad("it", bad), gpu.bad("it", slow), gpu.bad("it", good)) == (True, False, False)
-    assert "too long: ended after 2 s" in gpu.describe({"it": slow}, [])
+    assert "too long: ended after 8 s" in gpu.describe({"it": slow}, [])
     with pytest.raises(ProcessLookupError):
         for _ in range(100):
             os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -206,6 +206,10 @@ def test_what_check_reference_says_of_the_study_is_what_the_study_found(study):
         found = results.difference(study.cells.Cell("drrho_fixed", samples, reference=reference), alone)
         assert float(results.references[reference.name]["b_first"]) == pytest.approx(share, abs=0.05)
         assert found.mean == pytest.approx(gain, abs=0.051), at
+    for data, told in (("emoji", reference_check.STUDIED_ELSEWHERE), ("b", reference_check.STUDIED_ON_TARGET)):
+        (reference,) = (one for one in plan.other_references if one.data == data)
+        found = results.difference(study.cells.Cell("drrho_fixed", samples, reference=reference), alone)
+        assert (float(results.references[reference.name]["b_first"]), found.mean) == pytest.approx(told, abs=0.051)
 
 
 def test_laws_leave_budgets_with_one_run_out_where_others_suffice(study):

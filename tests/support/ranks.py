@@ -19,11 +19,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_reserved: list[socket.socket] = []
+
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that a store can listen at, and that is nobody else's until this process ends."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so may the store that listens there
+    reserved.bind(("127.0.0.1", 0))
+    _reserved.append(reserved)
+    return reserved.getsockname()[1]
 
 
 def _serve(rank: int, size: int, port: int | None, pipe) -> None:
@@ -67,7 +72,10 @@ class Ranks:
             if not pipe.poll(self.timeout):
                 failures.append(f"rank {rank} did not answer within {self.timeout:.0f} s")
                 continue
-            good, value = pipe.recv()
+            try:
+                good, value = pipe.recv()
+            except EOFError:
+                good, value = False, "its process has ended"
             (results if good else failures).append(value if good else f"rank {rank}:\n{value}")
         if failures:
             ranks.cache_clear()  # a group that failed half-way is not used again

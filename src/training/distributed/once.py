@@ -41,8 +41,9 @@ def do(line: str, say: Callable[[], None], env: Mapping[str, str] = os.environ) 
         if folder.lstat().st_uid != os.getuid():
             raise PermissionError(f"{folder} belongs to somebody else")
         for old in folder.iterdir():
-            if time.time() - old.stat().st_mtime > _KEPT:
-                old.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another launch may do the same
+                if time.time() - old.stat().st_mtime > _KEPT:
+                    old.unlink()
         with (folder / hashlib.sha256(name.encode()).hexdigest()[:16]).open("a+") as said:
             fcntl.flock(said, fcntl.LOCK_EX)
             said.seek(0)

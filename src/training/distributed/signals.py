@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -109,12 +110,15 @@ def leave_to_trainer() -> None:
 
 
 def end_with_trainer() -> None:
-    """In a loader process: end when the trainer is killed, at once and not seconds later.
+    """In a loader process, which the trainer has forked: end when it is killed, at once and not seconds later.
 
     It has the trainer's connections open too, and other ranks notice the trainer's end when the last one closes.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        trainer = multiprocessing.parent_process()
+        if trainer is not None and os.getppid() != trainer.pid:  # it has ended before
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Waitable(Protocol):
