@@ -217,8 +217,7 @@ def _grid(plan: Plan) -> Iterator[tuple[str, Cell]]:
     yield from all_of("5", cells(("distill", "drrho_distill"), plan.middle, few))
     yield from all_of("5", cells(selecting, plan.short, few))
     # Distillation ends at its teacher; a target under a reference may pass it.
-    yield from all_of("5", cells(("distill",), plan.long, few))
-    yield from all_of("5", cells(("distill",), plan.longest, range(1)))
+    yield from all_of("5", cells(("distill",), (*plan.long, *plan.longest), few))
 
     # Claim 6: batch sizes.
     for batch in (plan.batch // 4, plan.batch * 8):
